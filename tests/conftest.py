@@ -1,0 +1,80 @@
+"""What every test stands on: eight simulated CPU devices, strict rank promotion, no network.
+
+The environment is set before anything imports jax, and subprocesses inherit it.
+"""
+
+import hashlib
+import os
+import platform
+import socket
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import jaxlib
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _compilation_cache_dir() -> Path:
+    """A folder of its own for each jaxlib and each CPU: XLA's CPU programs are machine code, and
+    jax's own cache key names the platform, not the instructions that the processor has."""
+    cpu = platform.machine() + platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        wanted = ("flags", "Features", "model name")
+        cpu += "".join(
+            sorted({line for line in info.read_text().splitlines() if line.startswith(wanted)})
+        )
+    key = hashlib.sha256(f"{jax.__version__} {jaxlib.__version__} {cpu}".encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return home / "jaxlm-tests" / f"xla-{key}"
+
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+if os.environ.get("JAXLM_TEST_CACHE", "1") != "0":
+    jax.config.update("jax_compilation_cache_dir", str(_compilation_cache_dir()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+class NetworkUse(RuntimeError):
+    """A test tried to leave this machine."""
+
+
+def _is_local(sock: socket.socket, address: object) -> bool:
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return True  # unix sockets
+    host = str(address[0]) if isinstance(address, tuple) else str(address)
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def _guard(name: str):
+    original = getattr(socket.socket, name)
+
+    def connect(self, address):
+        if not _is_local(self, address):
+            raise NetworkUse(
+                f"found: a connection to {address}; expected: none outside this machine; "
+                "change: tests run without network, so make or ship the data"
+            )
+        return original(self, address)
+
+    return connect
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Connections leave neither this process nor, through it, this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, _guard(name))
+        yield
