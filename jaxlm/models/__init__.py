@@ -1,0 +1,10 @@
+"""Transformer models: pure Linen modules that name their axes and know nothing of meshes, losses or data."""
+
+from jaxlm.models.bert import BERT
+from jaxlm.models.config import TransformerConfig
+from jaxlm.models.gpt import GPT
+from jaxlm.models.layers import Outputs
+
+MODELS = {"gpt": GPT, "bert": BERT}
+
+__all__ = ["BERT", "GPT", "MODELS", "Outputs", "TransformerConfig"]

@@ -1,0 +1,152 @@
+"""Attention: projections, rotary positions, QK norm, grouped queries, and the kernels that do the inner part."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlm.models.config import TransformerConfig
+from jaxlm.models.layers import (
+    along_last,
+    apply_softcap,
+    constrain,
+    dropout,
+    dropout_key,
+    make_param,
+    rms_normalise,
+    rotate,
+)
+
+MASKED = -1e30  # finite, so that a row without a key gives a number and not NaN
+
+
+def attend_xla(
+    query_BTNH: jax.Array,
+    key_BSKH: jax.Array,
+    value_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    key: jax.Array | None = None,
+    *,
+    softcap: float = 0.0,
+    dropout_rate: float = 0.0,
+) -> jax.Array:
+    """softmax(q k / sqrt(H)) v with a float32 softmax (arXiv:1706.03762, eq. 1; grouped as in arXiv:2305.13245).
+
+    Head n reads kv head n // G. mask: True = attend. key: for dropout of the probabilities, or None.
+    Returns (B, T, N, H) in the dtype of the value.
+    """
+    batch, length, heads, head_dim = query_BTNH.shape
+    kv_heads = key_BSKH.shape[2]
+    query_BTNH = query_BTNH * jnp.asarray(1.0 / math.sqrt(head_dim), query_BTNH.dtype)
+    query_BTKGH = query_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum(
+        "BTKGH,BSKH->BKGTS", query_BTKGH, key_BSKH, preferred_element_type=jnp.float32
+    )
+    scores = jnp.where(mask_BTS[:, None, None], apply_softcap(scores, softcap), MASKED)
+    probs = jax.nn.softmax(scores, axis=-1)
+    probs = dropout(probs, dropout_rate, key).astype(value_BSKH.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", probs, value_BSKH)
+    return out.reshape(batch, length, heads, head_dim)
+
+
+ATTENTION_KERNELS = {"xla": attend_xla}
+
+
+class Attention(nn.Module):
+    """Multi-head attention within a sequence, by the options of `config`."""
+
+    config: TransformerConfig
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        mask_BTS: jax.Array,
+        rotary: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        c = self.config
+        query = self.project("query", x_BTD, c.num_heads, "heads")
+        key = self.project("key", x_BTD, c.num_kv_heads, "kv")
+        value = self.project("value", x_BTD, c.num_kv_heads, "kv")
+        if c.qk_norm:
+            query, key = self.normalise("query_norm", query), self.normalise("key_norm", key)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        query = constrain(checkpoint_name(query, "query"), ("batch", "length", "act_heads", None))
+        key = constrain(checkpoint_name(key, "key"), ("batch", "length", "act_kv", None))
+        value = constrain(checkpoint_name(value, "value"), ("batch", "length", "act_kv", None))
+        out = self.attend(query, key, value, mask_BTS)
+        return self.merge(constrain(out, ("batch", "length", "act_heads", None)))
+
+    def project(self, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
+        c = self.config
+        init = nn.initializers.normal(c.init_std)
+        shape = (c.emb_dim, heads, c.head_dim)
+        kernel = make_param(self, name, init, shape, ("embed", axis, "head_dim"), c.param_dtype)
+        y = jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel.astype(c.dtype))
+        if c.qkv_bias:
+            zeros, axes = nn.initializers.zeros, (axis, "head_dim")
+            bias = make_param(self, f"{name}_bias", zeros, shape[1:], axes, c.param_dtype)
+            y = y + along_last(bias.astype(c.dtype), y)
+        return y
+
+    def normalise(self, name: str, x_BTNH: jax.Array) -> jax.Array:
+        """RMS norm of each head (Qwen3; arXiv:2302.05442, section 2)."""
+        c = self.config
+        ones = nn.initializers.ones
+        scale = make_param(self, name, ones, (c.head_dim,), ("norm",), c.param_dtype)
+        y = rms_normalise(x_BTNH, c.norm_eps)
+        return (y * along_last(scale.astype(jnp.float32), y)).astype(c.dtype)
+
+    def attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+    ) -> jax.Array:
+        c = self.config
+        if c.attention_kernel not in ATTENTION_KERNELS:
+            known = ", ".join(sorted(ATTENTION_KERNELS))
+            raise ValueError(f"attention_kernel={c.attention_kernel!r}: use one of {known}")
+        rate = c.attention_dropout_rate
+        rng = dropout_key(self, rate, self.deterministic)
+
+        def attend(query, key, value, mask, rng):
+            kernel = ATTENTION_KERNELS[c.attention_kernel]
+            softcap = c.attention_softcap
+            return kernel(query, key, value, mask, rng, softcap=softcap, dropout_rate=rate)
+
+        if c.remat == "attention":
+            attend = jax.checkpoint(attend, prevent_cse=is_unrolled(c))
+        return checkpoint_name(attend(query, key, value, mask, rng), "attended")
+
+    def merge(self, x_BTNH: jax.Array) -> jax.Array:
+        c = self.config
+        init = nn.initializers.normal(residual_std(c))
+        shape, axes = (c.num_heads, c.head_dim, c.emb_dim), ("heads", "head_dim", "embed")
+        kernel = make_param(self, "out", init, shape, axes, c.param_dtype)
+        y = jnp.einsum("BTNH,NHD->BTD", x_BTNH, kernel.astype(c.dtype))
+        if c.out_bias:
+            zeros = nn.initializers.zeros
+            bias = make_param(self, "out_bias", zeros, (c.emb_dim,), ("norm",), c.param_dtype)
+            y = y + along_last(bias.astype(c.dtype), y)
+        return y
+
+
+def residual_std(config: TransformerConfig) -> float:
+    """Initial deviation of the matrices that write into the residual stream.
+
+    0 with zero_init_out; in pre-norm models init_std / sqrt(2 L) (GPT-2 paper, section 2.3); in post-norm init_std.
+    """
+    if config.zero_init_out:
+        return 0.0
+    if config.norm_position == "post":
+        return config.init_std
+    return config.init_std / math.sqrt(2 * config.num_layers)
+
+
+def is_unrolled(config: TransformerConfig) -> bool:
+    """Whether no loop is left: then only `prevent_cse` keeps XLA from undoing rematerialisation."""
+    return config.unroll in (0, config.num_layers)

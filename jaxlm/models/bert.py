@@ -1,0 +1,60 @@
+"""Encoder with a masked-token head: BERT and RoBERTa (arXiv:1810.04805, arXiv:1907.11692)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxlm.models.config import TransformerConfig
+from jaxlm.models.gpt import make_unembed
+from jaxlm.models.heads import Dense, MLMHead, gather_positions
+from jaxlm.models.layers import Outputs, constrain
+from jaxlm.models.transformer import Embed, apply_layers, batch_positions
+
+
+class BERT(nn.Module):
+    """Each position sees its whole segment.
+
+    batch: tokens (B, T); optionally segment_ids, positions, token_types (B, T);
+    masked_positions (B, M): predict there only, so that no larger hidden or logits array is ever made, else everywhere;
+    example_positions (B, E): where the pair head reads ([CLS]), position 0 if absent.
+    Returns Outputs with hidden (B, M, D) or (B, T, D), and pair_logits (B, E, num_pair_classes) if that is not 0.
+    """
+
+    config: TransformerConfig
+    num_pair_classes: int = 0
+
+    @nn.compact
+    def __call__(self, batch: Mapping[str, jax.Array], deterministic: bool = True) -> Outputs:
+        c = self.config
+        segment_ids, positions = batch_positions(batch)
+        embed = Embed(c, use_norm=True, deterministic=deterministic, name="embed")
+        x_BTD, table_VD = embed(batch["tokens"], positions, batch.get("token_types"))
+        x_BTD = apply_layers(
+            c, x_BTD, segment_ids, positions, causal=False, deterministic=deterministic
+        )
+        x_BMD = x_BTD
+        if "masked_positions" in batch:
+            x_BMD = gather_positions(x_BTD, batch["masked_positions"])
+        hidden, vocab_bias = MLMHead(c, name="mlm_head")(
+            constrain(x_BMD, ("batch", None, "act_embed"))
+        )
+        return Outputs(
+            hidden=hidden,
+            unembed=make_unembed(self, c, table_VD),
+            unembed_bias=vocab_bias,
+            pair_logits=self.classify_pairs(x_BTD, batch) if self.num_pair_classes else None,
+            softcap=c.final_softcap,
+        )
+
+    def classify_pairs(self, x_BTD: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Float32 logits (B, E, C) from tanh-pooled [CLS] vectors."""
+        c = self.config
+        first = jnp.zeros((x_BTD.shape[0], 1), jnp.int32)
+        x_BED = gather_positions(x_BTD, batch.get("example_positions", first))
+        pooled = jnp.tanh(Dense(c, c.emb_dim, name="pooler")(x_BED))
+        logits = Dense(c, self.num_pair_classes, name="pair_head")(pooled)
+        return logits.astype(jnp.float32)

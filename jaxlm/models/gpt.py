@@ -1,0 +1,45 @@
+"""Decoder-only language model: GPT-2 and GPT-3, Llama 3, Qwen3, and what lies between, by options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+from flax import linen as nn
+
+from jaxlm.models.config import TransformerConfig
+from jaxlm.models.layers import Outputs, make_param
+from jaxlm.models.transformer import Embed, apply_layers, batch_positions
+
+
+class GPT(nn.Module):
+    """Each position sees itself and what comes before it in its own segment.
+
+    batch: tokens (B, T), and optionally segment_ids and positions (B, T).
+    Returns Outputs with hidden (B, T, D): hidden[:, t] predicts the token after t.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, batch: Mapping[str, jax.Array], deterministic: bool = True) -> Outputs:
+        c = self.config
+        segment_ids, positions = batch_positions(batch)
+        embed = Embed(c, deterministic=deterministic, name="embed")
+        x_BTD, table_VD = embed(batch["tokens"], positions, batch.get("token_types"))
+        hidden = apply_layers(
+            c, x_BTD, segment_ids, positions, causal=True, deterministic=deterministic
+        )
+        return Outputs(
+            hidden=hidden, unembed=make_unembed(self, c, table_VD), softcap=c.final_softcap
+        )
+
+
+def make_unembed(module: nn.Module, config: TransformerConfig, table_VD: jax.Array) -> jax.Array:
+    """The output table (V, D): the embedding itself if tied, else the parameter `unembed`."""
+    if config.tie_embeddings:
+        return table_VD
+    init = nn.initializers.normal(config.init_std)
+    return make_param(
+        module, "unembed", init, table_VD.shape, ("vocab", "embed"), config.param_dtype
+    )

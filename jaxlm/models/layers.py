@@ -1,0 +1,214 @@
+"""Small parts that every model shares, and the names that every array carries.
+
+Shape letters (einsums and variable suffixes use the same ones):
+
+    B batch   T query length   S key length   D width   N heads   K kv heads   G = N / K
+    H head dim   F mlp dim   V vocab   P positions in a table   L layers
+    M masked positions   E examples in a row   C classes
+
+Parameters and activations name their axes by the logical names in `LOGICAL_AXES`; which mesh axis a name means is
+decided in one table elsewhere. An unknown name raises here, because Flax would ignore it in silence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+PARAM_AXES = frozenset(
+    {"embed", "mlp", "heads", "kv", "head_dim", "vocab", "layers", "norm", "pos"}
+)
+ACTIVATION_AXES = frozenset(
+    {"batch", "length", "act_embed", "act_heads", "act_kv", "act_mlp", "act_vocab"}
+)
+LOGICAL_AXES = PARAM_AXES | ACTIVATION_AXES
+
+Axes = tuple[str | None, ...]
+
+
+@flax.struct.dataclass
+class Outputs:
+    """What a model returns in training: never logits, but the two factors that make them.
+
+    hidden: (B, T, D), or (B, M, D) at gathered positions; final-normed or head-transformed.
+    unembed: (V, D) in the parameters' dtype; logits = softcap(hidden @ unembed.T + unembed_bias).
+    unembed_bias: (V,) or None.
+    pair_logits: (B, E, C) float32 or None: the next-sentence or sentence-order head.
+    softcap: logits become softcap * tanh(logits / softcap); 0 means none.
+    """
+
+    hidden: jax.Array
+    unembed: jax.Array
+    unembed_bias: jax.Array | None = None
+    pair_logits: jax.Array | None = None
+    softcap: float = flax.struct.field(pytree_node=False, default=0.0)
+
+
+def check_axes(axes: Axes, ndim: int | None = None) -> None:
+    """Raises ValueError if a logical name is unknown or the number of names is not `ndim`."""
+    unknown = [name for name in axes if name is not None and name not in LOGICAL_AXES]
+    if unknown:
+        raise ValueError(
+            f"unknown logical axis {unknown} in {axes}; known: {sorted(LOGICAL_AXES)}. "
+            "Use one of these, or add the name here and to the rule table."
+        )
+    if ndim is not None and len(axes) != ndim:
+        raise ValueError(f"{len(axes)} logical axes {axes} for an array of {ndim} dimensions")
+
+
+def constrain(x: jax.Array, axes: Axes) -> jax.Array:
+    """Constrains the sharding of `x` by logical names (None = replicated); does nothing without a mesh."""
+    check_axes(axes, x.ndim)
+    return nn.with_logical_constraint(x, axes)
+
+
+def make_param(
+    module: nn.Module,
+    name: str,
+    init: Callable[..., jax.Array],
+    shape: tuple[int, ...],
+    axes: Axes,
+    dtype: Any,
+) -> jax.Array:
+    """A parameter of `module` that carries its logical axes."""
+    check_axes(axes, len(shape))
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype))
+
+
+def along_last(v: jax.Array, x: jax.Array) -> jax.Array:
+    """Gives `v` leading axes of size 1, so that it lines up with the last axes of `x`."""
+    return jnp.expand_dims(v, tuple(range(x.ndim - v.ndim)))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes a share `rate` of `x` and scales up the rest; without a key it is the identity."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def dropout_key(module: nn.Module, rate: float, deterministic: bool) -> jax.Array | None:
+    """A fresh key for `dropout`, or None where there is nothing to drop (then no operation is emitted)."""
+    return None if deterministic or rate == 0.0 else module.make_rng("dropout")
+
+
+def apply_softcap(x: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(x / cap), so |result| < cap (Gemma 2, arXiv:2408.00118, section 2); cap 0 is the identity."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # Primer, arXiv:2109.08668
+    "swiglu": jax.nn.silu,  # of the gate; arXiv:2002.05202
+    "geglu": lambda x: jax.nn.gelu(x, approximate=True),  # of the gate; arXiv:2002.05202
+}
+GATED = frozenset({"swiglu", "geglu"})
+
+
+# --- normalisation ----------------------------------------------------------------------------------------------------
+
+
+def rms_normalise(x: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis, in float32 (arXiv:1910.07467, eq. 4)."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+class Norm(nn.Module):
+    """Layer norm (arXiv:1607.06450) or RMS norm over the last axis; statistics in float32, result in `dtype`."""
+
+    kind: str
+    eps: float
+    use_bias: bool
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones, zeros, size = nn.initializers.ones, nn.initializers.zeros, x.shape[-1:]
+        scale = make_param(self, "scale", ones, size, ("norm",), self.param_dtype)
+        y = x.astype(jnp.float32)
+        if self.kind == "layer_norm":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = rms_normalise(y, self.eps) * along_last(scale.astype(jnp.float32), y)
+        if self.use_bias:
+            bias = make_param(self, "bias", zeros, size, ("norm",), self.param_dtype)
+            y = y + along_last(bias.astype(jnp.float32), y)
+        return y.astype(self.dtype)
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+def sinusoidal_positions(positions_BT: jax.Array, width: int) -> jax.Array:
+    """Fixed sines and cosines (B, T, width), float32 (arXiv:1706.03762, section 3.5; halves, not interleaved)."""
+    half = width // 2
+    frequency_h = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BT.astype(jnp.float32)[:, :, None] * frequency_h[None, None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> jax.Array:
+    """Radians per position (head_dim / 2,), float32 (arXiv:2104.09864, section 3.2.2).
+
+    scaling: () or Llama 3.1's (factor, low, high, original_len): wavelengths over original_len / low are stretched by
+    `factor`, those under original_len / high are kept, those between are blended (as in Meta's llama-models).
+    """
+    half = head_dim // 2
+    frequency = jnp.exp(-math.log(theta) * jnp.arange(half, dtype=jnp.float32) / half)
+    if not scaling:
+        return frequency
+    factor, low, high, original_len = scaling
+    turns = original_len * frequency / (2 * math.pi)  # full turns within the original context
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequency * (kept + (1.0 - kept) / factor)
+
+
+def rotary_table(
+    positions_BT: jax.Array, head_dim: int, theta: float, scaling: tuple[float, ...] = ()
+) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), each (B, T, head_dim / 2) in float32: computed once and used by every layer."""
+    frequency_h = rotary_frequencies(head_dim, theta, scaling)
+    angles = positions_BT.astype(jnp.float32)[:, :, None] * frequency_h[None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (x[i], x[i + H/2]) by their position's angle, in float32; result in the dtype of x."""
+    cos, sin = (t[:, :, None, :] for t in table)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def attention_mask(segment_ids_BT: jax.Array, *, causal: bool) -> jax.Array:
+    """Boolean (B, T, S), True = attend: within the same segment only, and with `causal` never to a later place.
+
+        segments   1 1 2 2 0        causal   1 . . . .
+                                             1 1 . . .
+                                             . . 1 . .
+                                             . . 1 1 .
+                                             . . . . 1
+
+    Padding (segment 0) sees padding only, so no row is empty and nothing real depends on it.
+    """
+    same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    if not causal:
+        return same
+    length = segment_ids_BT.shape[1]
+    return same & jnp.tril(jnp.ones((length, length), bool))[None]
