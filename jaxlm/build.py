@@ -1,0 +1,532 @@
+"""From a ConfigDict to the parts of a run. The only module that knows configs and every package below."""
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxlm import tokenizers
+from jaxlm.data import prepare as preparation
+from jaxlm.data import sources as text_sources
+from jaxlm.data.pipeline import EvalBatches, TrainBatches, make_iterator
+from jaxlm.data.token_store import TokenStore
+from jaxlm.models import MODELS
+from jaxlm.models.flops import train_step_flops
+from jaxlm.models.transformer import TransformerConfig
+from jaxlm.objectives import OBJECTIVES
+from jaxlm.parallel import mesh as meshes
+from jaxlm.training import optimizers
+from jaxlm.training.checkpoints import find_step, load_item, restore_state
+from jaxlm.training.metrics import MetricSums, with_perplexity
+from jaxlm.training.state import TrainState, new_state
+from jaxlm.training.step import make_eval_step, make_train_step
+from jaxlm.training.throughput import peak_flops
+
+PyTree = Any
+
+# A run may be resumed with other values of these: they change how it runs, not what it computes.
+EXECUTION_FIELDS = (
+    "num_train_steps",  # may be raised; schedules read it
+    "log_every_steps",
+    "eval_every_steps",
+    "checkpoint_every_steps",
+    "init_from",
+    "init",
+    "mesh",
+    "remat",
+    "unroll",
+    "attention_kernel",
+    "checkpoint",
+    "eval",
+    "log",
+    "data.num_workers",
+    "data.prefetch",
+)
+
+
+def pick(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """`table[name]`, or an error that lists the names there are."""
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}: known are {', '.join(sorted(table))}")
+    return table[name]
+
+
+def read_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The config of 'configs/gpt.py:tiny' or of a run's 'W/config.json', with dotted overrides, locked."""
+    path, _, arg = spec.partition(":")
+    if path.endswith(".json"):
+        config = saved_config(path)
+    else:
+        module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        if module_spec is None or module_spec.loader is None or not Path(path).is_file():
+            raise FileNotFoundError(f"no config file {path}: expected configs/NAME.py:ARGUMENT or W/config.json")
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        config = module.get_config(arg) if arg else module.get_config()
+    config.lock()
+    config.update_from_flattened_dict(dict(overrides or {}))
+    return config
+
+
+def saved_config(path: str | Path) -> ConfigDict:
+    """A config written by `write_config`; JSON's lists become tuples again."""
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {key: tuples(item) for key, item in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    return ConfigDict(tuples(json.loads(Path(path).read_text(encoding="utf-8"))), convert_dict=True)
+
+
+def write_config(config: ConfigDict, path: str | Path) -> None:
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_text(config.to_json(indent=2, sort_keys=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def config_changes(old: ConfigDict, new: ConfigDict) -> tuple[list[str], list[str]]:
+    """The differing fields as lines 'field: old -> new': (identity fields, execution fields)."""
+    before, after = (_flatten(json.loads(c.to_json())) for c in (old, new))
+    identity, execution = [], []
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) == after.get(name):
+            continue
+        free = any(name == f or name.startswith(f + ".") for f in EXECUTION_FIELDS)
+        (execution if free else identity).append(
+            f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
+        )
+    return identity, execution
+
+
+def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def resolve_dtype(dtype: str, mesh: jax.sharding.Mesh) -> str:
+    """'auto' is bfloat16 on accelerators and float32 on CPUs, by the mesh's devices."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+
+
+def make_tokenizer(config: ConfigDict, workdir: Path) -> Any:
+    """The run's tokenizer: the workdir's own if there is one; else loaded from a path, or made from the text."""
+    saved = workdir / "tokenizer"
+    if saved.is_dir():
+        return tokenizers.load_tokenizer(saved)
+    stores = [s for _, s in named_sources(config.data.sources) if is_store(s)]
+    options = config.tokenizer.to_dict()
+    kind, path = options.pop("kind"), options.pop("path")
+    if path:
+        tokenizer = tokenizers.load_tokenizer(path)
+    elif stores:
+        tokenizer = tokenizers.load_tokenizer(Path(stores[0]) / "tokenizer")
+    elif kind == "bytes":
+        tokenizer = tokenizers.make_tokenizer("bytes", num_sentinels=options["num_sentinels"])
+    else:
+        texts = (
+            document.text
+            for _, source in named_sources(config.data.sources)
+            for document in text_sources.read_documents(source, text_field=config.data.text_field)
+            if isinstance(document, text_sources.Document)
+        )
+        tokenizer = tokenizers.train_tokenizer(kind, texts, **options)
+    tokenizer.save(saved)
+    return tokenizer
+
+
+def named_sources(sources: tuple[str, ...]) -> list[tuple[str, str]]:
+    """('name=path', 'path') -> [(name, path)]; a nameless path is named after its last part."""
+    named = []
+    for source in (sources,) if isinstance(sources, str) else sources:
+        name, equals, path = source.partition("=")
+        if not equals:
+            name, path = Path(source).name.split(".")[0].replace("*", "all") or "text", source
+        named.append((name, path))
+    if len({name for name, _ in named}) != len(named):
+        raise ValueError(f"data.sources has two sources of one name: {named}; write them as 'name=path'")
+    return named
+
+
+def is_store(path: str) -> bool:
+    return (Path(path) / "manifest.json").is_file()
+
+
+def make_stores(config: ConfigDict, tokenizer: Any, workdir: Path) -> dict[str, Path]:
+    """The token store of each source: the given one, or prepared from text under `workdir/store`."""
+    stores = {}
+    for name, source in named_sources(config.data.sources):
+        store = Path(source) if is_store(source) else workdir / "store" / name
+        if not is_store(source):
+            preparation.prepare(
+                [source],
+                tokenizer,
+                store,
+                split=config.data.split,
+                validation_fraction=config.data.validation_fraction,
+                text_field=config.data.text_field,
+                seed=config.seed,
+            )
+        manifest = TokenStore(store, "train").manifest
+        if manifest["tokenizer_sha256"] != tokenizer.sha256:
+            raise ValueError(
+                f"{store} was prepared with another tokenizer than the run's: prepare it again with "
+                f"--tokenizer={workdir / 'tokenizer'}, or set tokenizer.path={store / 'tokenizer'}"
+            )
+        stores[name] = store
+    return stores
+
+
+def mixture_weights(weights: tuple[str, ...], names: list[str], sizes: list[int]) -> dict[int, dict[str, float]]:
+    """('0:0.7,0.3', '1000:0.2,0.8') -> {step: {source: weight}}; () is in proportion to the sizes."""
+    if not weights:
+        return {0: dict(zip(names, map(float, sizes), strict=True))}
+    schedule = {}
+    for entry in weights:
+        step, _, values = entry.rpartition(":")
+        shares = [float(v) for v in values.split(",")]
+        if len(shares) != len(names):
+            raise ValueError(f"data.weights {entry!r} has {len(shares)} weights for the sources {names}")
+        schedule[int(step or 0)] = dict(zip(names, shares, strict=True))
+    return schedule
+
+
+def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:
+    options = TransformerConfig(
+        **config.model,
+        dtype=resolve_dtype(config.dtype, mesh),
+        param_dtype=config.param_dtype,
+        remat=config.remat,
+        unroll=config.unroll,
+        attention_kernel=config.attention_kernel,
+    )
+    pairs = {"num_pair_classes": 2} if config.objective.name in ("mlm_nsp", "mlm_sop") else {}
+    return pick(MODELS, config.family, "family")(options, **pairs)
+
+
+def make_objective(config: ConfigDict, tokenizer: Any) -> Any:
+    options = config.objective.to_dict()
+    return pick(OBJECTIVES, options.pop("name"), "objective")(tokenizer=tokenizer, **options)
+
+
+@dataclass
+class Run:
+    """Every part of a training run, built and sharded; see `make_run`."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    tokenizer: Any
+    model: nn.Module
+    objective: Any
+    train_batches: TrainBatches
+    eval_batches: dict[str, EvalBatches]
+    optimizer: Any
+    plateau: Any
+    boxed: PyTree  # abstract parameters with their axis names
+    data_fingerprint: dict[str, str]
+
+    def in_mesh(self, function: Callable) -> Callable:
+        """`function`, traced and run with the mesh and the axis rules in force."""
+
+        def run(*args):
+            with jax.set_mesh(self.mesh), nn.logical_axis_rules(meshes.RULES):
+                return function(*args)
+
+        return run
+
+    @cached_property
+    def state_shape(self) -> TrainState:
+        """The state as ShapeDtypeStructs with shardings: what is restored, compiled for, and made."""
+        params = nn.meta.unbox(self.boxed)
+        shapes = jax.eval_shape(self._new_state, params)
+        shardings = meshes.param_shardings(self.mesh, self.boxed)
+        state_shardings = meshes.mirror_shardings(self.mesh, shapes, params, shardings)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings
+        )
+
+    def _new_state(self, params: PyTree) -> TrainState:
+        return new_state(
+            params, self.optimizer, ema=self.config.ema_decay > 0, plateau=self.plateau
+        )
+
+    def init_state(self, params: PyTree | None = None) -> TrainState:
+        """A fresh state, sharded from birth; with `params`, those instead of random ones."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
+        if params is not None:
+            return jax.jit(self.in_mesh(self._new_state), out_shardings=shardings)(params)
+
+        def make(seed):
+            variables = self.model.init(jax.random.key(seed), self.dummy_batch())
+            return self._new_state(nn.meta.unbox(variables["params"]))
+
+        return self.in_mesh(jax.jit(make, out_shardings=shardings))(self.config.seed)
+
+    def dummy_batch(self) -> dict[str, jax.Array]:
+        return dummy_batch(self.objective, self.config.seq_len)
+
+    @cached_property
+    def train_step(self) -> Callable:
+        """Jitted (state, batch) -> (state, metrics); the state is donated."""
+        config = self.config
+        step = make_train_step(
+            self.model,
+            self.objective.loss,
+            self.optimizer,
+            make_schedule(config),
+            seed=config.seed,
+            accumulation_steps=config.accumulation_steps,
+            grad_clip_norm=config.optimizer.grad_clip_norm,
+            ema_decay=config.ema_decay,
+        )
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        return self.in_mesh(jitted)
+
+    @cached_property
+    def eval_step(self) -> Callable:
+        """Jitted (params, batch) -> metrics as (total, weight) pairs."""
+        return self.in_mesh(jax.jit(make_eval_step(self.model, self.objective.loss)))
+
+    def device_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
+        """The batches of steps `start_step`, `start_step` + 1, … on the devices."""
+        data = self.config.data
+        batches = make_iterator(
+            self.train_batches, start_step, num_workers=data.num_workers, prefetch=data.prefetch
+        )
+        for batch in batches:
+            yield self.put_batch(batch)
+
+    def put_batch(self, batch: Mapping[str, np.ndarray], batch_size: int = 0) -> dict[str, jax.Array]:
+        return meshes.put_batch(self.mesh, batch, batch_size or self.config.batch_size)
+
+    def update_plateau(self, state: TrainState, value: float) -> TrainState:
+        """Lowers the learning rate's scale if the held-out loss has stopped falling."""
+        update = self.in_mesh(jax.jit(self.plateau.update))
+        return state.replace(plateau=update(state.plateau, jnp.float32(value)))
+
+    def evaluate(self, params: PyTree) -> dict[str, float]:
+        """Metrics over the fixed held-out set: of all text together, and as `source/metric` for each source."""
+        results: dict[str, float] = {}
+        pooled = MetricSums()
+        for name, batches in self.eval_batches.items():
+            sums, pending = MetricSums(), None
+            for index in range(len(batches)):
+                metrics = self.eval_step(params, self.put_batch(batches[index], batches.batch_size))
+                if pending is not None:  # one step late: never wait for the step just launched
+                    sums.add(pending)
+                pending = metrics
+            if pending is not None:
+                sums.add(pending)
+            pooled.merge(sums)
+            if len(self.eval_batches) > 1:
+                means = with_perplexity(sums.means())
+                results |= {f"{name}/{key}": value for key, value in means.items()}
+        return with_perplexity(pooled.means()) | results
+
+    @property
+    def step_flops(self) -> float:
+        """Analytic model FLOPs of one train step (forward and backward, no recomputation)."""
+        config = self.config
+        return train_step_flops(
+            self.model.config,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            num_predictions=self.objective.num_predictions(config.seq_len),
+            causal=config.family == "gpt",
+        )
+
+    @cached_property
+    def peak(self) -> tuple[float, str]:
+        return peak_flops(list(self.mesh.devices.flat), self.model.config.dtype)
+
+    @property
+    def num_params(self) -> int:
+        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.state_shape.params))
+
+
+def dummy_batch(objective: Any, seq_len: int) -> dict[str, jax.Array]:
+    """One row of the shapes that the objective makes: what parameters are initialised with."""
+    empty = {
+        "tokens": np.zeros(1, np.int32),
+        "segment_ids": np.ones(1, np.int32),
+        "positions": np.zeros(1, np.int32),
+        "sentence_starts": np.zeros(1, bool),
+    }
+    if objective.window(seq_len).pair:
+        empty = {**empty, "other": dict(empty)}
+    row = objective.corrupt(np.random.default_rng(0), empty, seq_len)
+    return {key: jnp.asarray(value)[None] for key, value in row.items()}
+
+
+def make_schedule(config: ConfigDict) -> Callable:
+    schedule = config.optimizer.schedule.to_dict()
+    return optimizers.make_schedule(
+        schedule.pop("name"),
+        learning_rate=config.optimizer.learning_rate,
+        num_train_steps=config.num_train_steps,
+        **schedule,
+    )
+
+
+def make_optimizer(config: ConfigDict, boxed: PyTree) -> tuple[Any, Any]:
+    """(direction of the update, reduce-on-plateau or None), from `config.optimizer`."""
+    options = config.optimizer.to_dict()
+    for handled_elsewhere in ("learning_rate", "schedule", "grad_clip_norm"):
+        options.pop(handled_elsewhere)
+    plateau = optimizers.Plateau(**options.pop("plateau")) if "plateau" in options else None
+    axes = meshes.logical_axes(boxed)
+    return optimizers.make_optimizer(options.pop("name"), axes=axes, **options), plateau
+
+
+def make_run(config: ConfigDict, workdir: str | Path, *, mesh: jax.sharding.Mesh | None = None) -> Run:
+    """Builds every part of the run that `config` describes; text is tokenized and stored if it is not yet.
+
+    Raises:
+      ValueError: with what to change, if fields do not fit one another, the tokenizer or the mesh.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    mesh = mesh or meshes.make_mesh(**config.mesh)
+    tokenizer = make_tokenizer(config, workdir)
+    check_config(config, tokenizer)
+    stores = make_stores(config, tokenizer, workdir)
+    model, objective = make_model(config, mesh), make_objective(config, tokenizer)
+
+    train = {name: TokenStore(path, "train") for name, path in stores.items()}
+    weights = mixture_weights(config.data.weights, list(train), [s.num_tokens for s in train.values()])
+    train_batches = TrainBatches(
+        train,
+        weights,
+        objective,
+        config.seq_len,
+        config.batch_size,
+        config.seed,
+        rows=meshes.local_rows(mesh, config.batch_size),
+        num_steps=config.num_train_steps,
+    )
+    eval_batches = {
+        name: EvalBatches(
+            TokenStore(path, "validation"),
+            objective,
+            config.seq_len,
+            config.eval.batch_size,
+            config.seed,
+            max_batches=config.eval.num_batches,
+            rows=meshes.local_rows(mesh, config.eval.batch_size),
+        )
+        for name, path in stores.items()
+    }
+    boxed = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), dummy_batch(objective, config.seq_len))
+    )["params"]
+    optimizer, plateau = make_optimizer(config, boxed)
+    return Run(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        model=model,
+        objective=objective,
+        train_batches=train_batches,
+        eval_batches=eval_batches,
+        optimizer=optimizer,
+        plateau=plateau,
+        boxed=boxed,
+        data_fingerprint={name: store.fingerprint for name, store in train.items()},
+    )
+
+
+def check_config(config: ConfigDict, tokenizer: Any) -> None:
+    """Raises one ValueError with every field that does not fit another."""
+    problems = []
+    if config.model.vocab_size < tokenizer.vocab_size:
+        problems.append(
+            f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's "
+            f"{tokenizer.vocab_size} ids: set --config.model.vocab_size={tokenizer.vocab_size} or more"
+        )
+    if config.model.position == "learned" and config.seq_len > config.model.max_len:
+        problems.append(
+            f"seq_len {config.seq_len} is longer than model.max_len {config.model.max_len}, the number of "
+            "learned positions"
+        )
+    if config.batch_size % config.accumulation_steps:
+        problems.append(
+            f"batch_size {config.batch_size} is not divisible by accumulation_steps "
+            f"{config.accumulation_steps}"
+        )
+    if problems:
+        raise ValueError("this config cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def initial_state(run: Run) -> TrainState:
+    """The state that a new run starts from: random, or `init_from` another run's checkpoint.
+
+    `init='params'` or 'ema' takes those arrays and starts at step 0; `init='state'` goes on from the
+    other run's step with its optimizer state, e.g. to fork the cooldown of a WSD run.
+    """
+    config = run.config
+    if not config.init_from:
+        return run.init_state()
+    path, _, step = config.init_from.partition("@")
+    source = find_step(path, int(step) if step else None)
+    if config.init in ("params", "ema"):
+        return run.init_state(load_item(source, run.state_shape.params, config.init))
+    if config.init == "state":
+        return restore_state(source, run.state_shape)
+    raise ValueError(f"init {config.init!r} must be 'params', 'ema' or 'state'")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model with what is needed to use it."""
+
+    config: ConfigDict
+    tokenizer: Any
+    model: nn.Module
+    params: PyTree
+    step: int
+    item: str  # 'params' or 'ema'
+
+
+def load_checkpoint(path: str | Path, *, step: int | None = None, item: str = "") -> Loaded:
+    """The model of a workdir (or of one of its checkpoint folders) on this machine's devices.
+
+    Args:
+      path: workdir, its `checkpoints` folder, or one step in it.
+      step: which one; default the newest.
+      item: 'params', 'ema', or '' for the averaged parameters where there are some.
+    """
+    step_dir = find_step(path, step)
+    workdir = step_dir.parent.parent
+    config = saved_config(workdir / "config.json")
+    tokenizer = tokenizers.load_tokenizer(workdir / "tokenizer")
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
+    model, objective = make_model(config, mesh), make_objective(config, tokenizer)
+    boxed = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), dummy_batch(objective, config.seq_len))
+    )["params"]
+    shardings = meshes.param_shardings(mesh, boxed)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
+    )
+    item = item or ("ema" if (step_dir / "ema").is_dir() else "params")
+    params = load_item(step_dir, abstract, item)
+    return Loaded(config, tokenizer, model, params, int(step_dir.name), item)

@@ -1,0 +1,182 @@
+"""Orbax checkpoints of a run: `checkpoints/<step>/` with the items params, ema, opt_state and manifest.
+
+`params` (and `ema`) stand alone, so that fine-tuning, evaluation and export read them without knowing
+which optimizer made them. `opt_state` holds every other array of the state. `manifest` is JSON.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
+
+from jaxlm.parallel.mesh import path_names
+from jaxlm.training.state import TrainState
+
+PyTree = Any
+
+
+class Checkpoints:
+    """The checkpoints of one workdir: saved in the background, restored exactly.
+
+    Args:
+      workdir: the run's folder.
+      keep_last: how many of the newest to keep.
+      keep_every: also keep each multiple of this step; 0 keeps none for that reason.
+      best_metric: also keep the best by this evaluation metric; '' keeps none for that reason.
+      best_mode: 'min' or 'max'.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        best_metric: str = "",
+        best_mode: str = "min",
+    ):
+        self.directory = Path(workdir).resolve() / "checkpoints"
+        self.best_metric = best_metric
+        policies = [managers.LatestN(keep_last)]
+        if keep_every:
+            policies.append(managers.EveryNSteps(keep_every))
+        if best_metric:
+            if best_mode not in ("min", "max"):
+                raise ValueError(f"checkpoint.best_mode {best_mode!r} must be 'min' or 'max'")
+            sign = -1.0 if best_mode == "min" else 1.0
+            value = lambda metrics: sign * metrics[best_metric]  # noqa: E731
+            policies.append(managers.BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=managers.AnyPreservationPolicy(policies),
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(
+        self, step: int, state: TrainState, manifest: dict, metrics: dict[str, float] | None
+    ) -> None:
+        """Starts to save; returns when the arrays are copied off the devices.
+
+        `metrics` are those of the evaluation at this very step (None: the step does not compete for best).
+        """
+        competes = bool(self.best_metric) and metrics is not None
+        if competes and self.best_metric not in metrics:
+            raise ValueError(
+                f"checkpoint.best_metric {self.best_metric!r} is not among the evaluation metrics "
+                f"{sorted(metrics)}"
+            )
+        items = {name: ocp.args.StandardSave(tree) for name, tree in split_state(state).items()}
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(**items, manifest=ocp.args.JsonSave(manifest)),
+            metrics={self.best_metric: metrics[self.best_metric]} if competes else None,
+        )
+        if not saved:
+            raise RuntimeError(
+                f"Orbax refused to save step {step} into {self.directory}, where the newest step is "
+                f"{self.latest_step()}: two runs may be writing to one workdir"
+            )
+
+    def wait(self) -> None:
+        """Blocks until what was saved is on disk; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def split_state(state: TrainState) -> dict[str, PyTree]:
+    """The array items of a checkpoint: params, ema if there is one, and opt_state with all the rest."""
+    rest = {
+        "step": state.step,
+        "opt_state": state.opt_state,
+        "plateau": state.plateau,
+        "skipped": state.skipped,
+    }
+    if state.frozen is not None:
+        rest["frozen"] = state.frozen
+    items = {"params": state.params, "opt_state": rest}
+    if state.ema is not None:
+        items["ema"] = state.ema
+    return items
+
+
+def restore_state(step_dir: Path, abstract_state: TrainState) -> TrainState:
+    """The whole state of one checkpoint, placed by the shardings of `abstract_state`.
+
+    Raises:
+      ValueError: a repair list, if the stored names, shapes or dtypes are others.
+    """
+    items = split_state(abstract_state)
+    _refuse_mismatches(step_dir, items)
+    loaded = {
+        name: ocp.StandardCheckpointer().restore(step_dir / name, tree)
+        for name, tree in items.items()
+    }
+    rest = loaded["opt_state"]
+    return abstract_state.replace(params=loaded["params"], ema=loaded.get("ema"), **rest)
+
+
+def load_item(step_dir: Path, abstract_tree: PyTree, item: str = "params") -> PyTree:
+    """One item of a checkpoint, with exactly the names, shapes and dtypes of `abstract_tree`.
+
+    Raises:
+      ValueError: a repair list, if the stored arrays are others.
+    """
+    _refuse_mismatches(step_dir, {item: abstract_tree})
+    return ocp.StandardCheckpointer().restore(step_dir / item, abstract_tree)
+
+
+def read_manifest(step_dir: Path) -> dict:
+    """What the run wrote about itself when it saved this checkpoint."""
+    return json.loads((step_dir / "manifest" / "metadata").read_text(encoding="utf-8"))
+
+
+def _refuse_mismatches(step_dir: Path, items: dict[str, PyTree]) -> None:
+    # Orbax casts dtypes in silence, so they are compared here, too.
+    problems = [
+        line for name, tree in items.items() for line in mismatches(step_dir / name, tree)
+    ]
+    if problems:
+        raise ValueError(f"{step_dir} does not fit this model and optimizer:\n" + "\n".join(problems))
+
+
+def mismatches(item: Path, wanted_tree: PyTree) -> list[str]:
+    """Where the arrays stored in `item` differ from `wanted_tree` in name, shape or dtype: a line each."""
+    if not item.is_dir():
+        return [f"  {item.name}: not in the checkpoint"]
+    describe = lambda x: f"{np.dtype(x.dtype).name}{list(x.shape)}"  # noqa: E731
+    stored_tree = ocp.StandardCheckpointer().metadata(item).item_metadata
+    stored, wanted = (
+        {"/".join(path_names(p)): describe(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (stored_tree, wanted_tree)
+    )
+    return [
+        f"  {item.name}/{name}: stored {stored.get(name, 'nothing')}, "
+        f"expected {wanted.get(name, 'nothing')}"
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name)
+    ]
+
+
+def find_step(path: str | Path, step: int | None = None) -> Path:
+    """The folder of one checkpoint: `path` is a workdir, its checkpoints folder, or the step itself."""
+    path = Path(path)
+    if (path / "params").is_dir():
+        return path.resolve()
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "params").is_dir())
+    wanted = step if step is not None else (steps[-1] if steps else None)
+    if wanted not in steps:
+        raise FileNotFoundError(
+            f"no checkpoint {'' if step is None else f'of step {step} '}in {path}: found steps {steps}"
+        )
+    return (folder / str(wanted)).resolve()

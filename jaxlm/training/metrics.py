@@ -1,0 +1,129 @@
+"""Metrics as (total, weight) pairs: summed over steps and devices, divided once, written to files."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+# Of these the last value says more than the mean over the steps between two log lines.
+LAST = ("learning_rate", "param_norm")
+
+
+class MetricSums:
+    """Running sums of (total, weight) pairs by name."""
+
+    def __init__(self, sums: Mapping[str, Iterable[float]] | None = None):
+        self.sums = {name: list(map(float, pair)) for name, pair in (sums or {}).items()}
+
+    def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
+        for name, (total, weight) in jax.device_get(dict(metrics)).items():
+            old_total, old_weight = self.sums.get(name, (0.0, 0.0)) if name not in LAST else (0.0, 0.0)
+            self.sums[name] = [old_total + float(total), old_weight + float(weight)]
+
+    def means(self) -> dict[str, float]:
+        """name -> total / weight; a metric without any weight is left out rather than called 0."""
+        return {name: total / weight for name, (total, weight) in self.sums.items() if weight}
+
+    def merge(self, other: "MetricSums") -> None:
+        for name, (total, weight) in other.sums.items():
+            mine = self.sums.setdefault(name, [0.0, 0.0])
+            mine[0] += total
+            mine[1] += weight
+
+
+def with_perplexity(means: dict[str, float]) -> dict[str, float]:
+    """Adds `perplexity` = exp(mean nats per token); infinite past float range instead of an error."""
+    if "nll" not in means:
+        return means
+    return means | {"perplexity": math.exp(means["nll"]) if means["nll"] < 700 else math.inf}
+
+
+class MetricWriter:
+    """Appends to `metrics.jsonl`, TensorBoard and, if asked, Weights & Biases.
+
+    On opening, lines after `start_step` are dropped: they belong to steps that a resumed run does again.
+    Only process 0 writes.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        start_step: int = 0,
+        tensorboard: bool = True,
+        wandb: bool = False,
+        config: Mapping | None = None,
+    ):
+        self.is_writer = jax.process_index() == 0
+        self.path = Path(workdir) / "metrics.jsonl"
+        self._tensorboard = self._wandb = None
+        if not self.is_writer:
+            return
+        drop_after(self.path, start_step)
+        self._file = open(self.path, "a", encoding="utf-8")
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(workdir), purge_step=start_step + 1)
+        if wandb:
+            self._wandb = _start_wandb(workdir, config)
+
+    def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl; numbers also go to the other writers as `split/name`."""
+        if not self.is_writer:
+            return
+        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._file.flush()
+        numbers = {f"{split}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+        if self._tensorboard:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        if self.is_writer and self._tensorboard:
+            self._tensorboard.add_text(name, text, step)
+
+    def close(self) -> None:
+        if not self.is_writer:
+            return
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def drop_after(path: str | Path, step: int) -> None:
+    """Removes the lines of a JSON-lines file whose `step` is larger, and a line cut off by a kill; atomically."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            continue
+        if json.loads(line)["step"] <= step:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_metrics(workdir: str | Path) -> list[dict]:
+    """All lines of a run's metrics.jsonl."""
+    path = Path(workdir) / "metrics.jsonl"
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _start_wandb(workdir, config):
+    try:
+        import wandb
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError("log.wandb=True needs `pip install wandb`") from e
+    return wandb.init(dir=str(workdir), config=dict(config or {}), resume="allow")

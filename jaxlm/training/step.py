@@ -1,0 +1,133 @@
+"""The train step: one pure function of (state, batch), for every model, objective and optimizer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm.training.optimizers import clip_by_global_norm, ema_update
+from jaxlm.training.state import TrainState
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def make_train_step(
+    model,
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable,
+    *,
+    seed: int,
+    accumulation_steps: int = 1,
+    grad_clip_norm: float = 0.0,
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A function (state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    The loss of a batch is the sum of its totals over the sum of its weights, so it does not depend on
+    how rows are spread over devices or micro-batches. A step whose loss or gradient is not finite leaves
+    everything but `step` and `skipped` as it was.
+
+    Args:
+      model: a Linen module, `apply({'params': p}, batch, deterministic, rngs) -> outputs`.
+      loss: (outputs, batch) -> ((total, weight), metrics).
+      optimizer: gives the direction of the update; the learning rate is applied here.
+      schedule: step -> learning rate.
+      seed: of the dropout keys, which are `fold_in(seed, step)`.
+      accumulation_steps: micro-batches per step; must divide the batch's rows.
+      grad_clip_norm: largest global gradient norm; 0 does not clip.
+      ema_decay: decay of the averaged parameters; 0 keeps none.
+
+    Returns:
+      metrics of the step: name -> (total, weight), to be summed over steps and divided once.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def total_loss(params, batch, key):
+            variables = {"params": params}
+            outputs = model.apply(variables, batch, deterministic=False, rngs={"dropout": key})
+            (total, weight), metrics = loss(outputs, batch)
+            return total, (weight, metrics)
+
+        grads, weight, metrics = _sum_gradients(
+            total_loss, state.params, batch, key, accumulation_steps
+        )
+        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-9), grads)
+        grads, grad_norm = clip_by_global_norm(grads, grad_clip_norm)
+
+        learning_rate = schedule(state.step)
+        if state.plateau is not None:
+            learning_rate = learning_rate * state.plateau.scale
+        directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda d: -learning_rate * d, directions)
+        params = optax.apply_updates(state.params, updates)
+        ema = ema_update(state.ema, params, ema_decay, state.step) if ema_decay else state.ema
+
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"][0])
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+        new_state = state.replace(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            ema=keep(ema, state.ema),
+            skipped=state.skipped + (1 - finite.astype(jnp.int32)),
+        )
+        scalars = {
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "param_norm": optax.global_norm(state.params),
+            "skipped": 1.0 - finite,
+        }
+        metrics |= {name: (jnp.float32(value), jnp.float32(1)) for name, value in scalars.items()}
+        return new_state, metrics
+
+    return train_step
+
+
+def _sum_gradients(total_loss, params, batch, key, accumulation_steps):
+    """Gradient of the summed loss, the summed weight and the summed metrics over all micro-batches."""
+    value_and_grad = jax.value_and_grad(total_loss, has_aux=True)
+    if accumulation_steps == 1:
+        (_, (weight, metrics)), grads = value_and_grad(params, batch, key)
+        return grads, weight, metrics
+
+    def split(x):
+        # (B//A, A) then swap, not (A, B//A): each device keeps its own rows and nothing is moved.
+        rows = x.shape[0]
+        if rows % accumulation_steps:
+            raise ValueError(
+                f"batch_size {rows} is not divisible by accumulation_steps {accumulation_steps}"
+            )
+        parts = x.reshape(rows // accumulation_steps, accumulation_steps, *x.shape[1:])
+        return parts.swapaxes(0, 1)
+
+    micro_batches = jax.tree.map(split, dict(batch))
+    keys = jax.random.split(key, accumulation_steps)
+
+    def accumulate(sums, inputs):
+        (_, (weight, metrics)), grads = value_and_grad(params, *inputs)
+        return jax.tree.map(jnp.add, sums, (grads, weight, metrics)), None
+
+    first = jax.tree.map(lambda x: x[0], (micro_batches, keys))
+    shapes = jax.eval_shape(lambda b, k: value_and_grad(params, b, k), *first)
+    (_, (weight, metrics)), grads = shapes
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, weight, metrics))
+    sums, _ = jax.lax.scan(accumulate, zeros, (micro_batches, keys))
+    return sums
+
+
+def make_eval_step(model, loss: Callable) -> Callable[[PyTree, Batch], Metrics]:
+    """A function (params, batch) -> metrics, without dropout; to be jitted."""
+
+    def eval_step(params: PyTree, batch: Batch) -> Metrics:
+        outputs = model.apply({"params": params}, batch, deterministic=True)
+        _, metrics = loss(outputs, batch)
+        return metrics
+
+    return eval_step

@@ -1,0 +1,52 @@
+"""How fast the hardware could go: the peak that a model FLOPs utilisation divides by."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Dense matmul peaks per chip in FLOP/s, from the vendors' data sheets: (bfloat16, float32 or TF32).
+PEAKS = {
+    "TPU v4": (275e12, None),
+    "TPU v5 lite": (197e12, None),
+    "TPU v5e": (197e12, None),
+    "TPU v5": (459e12, None),
+    "TPU v5p": (459e12, None),
+    "TPU v6 lite": (918e12, None),
+    "TPU v6e": (918e12, None),
+    "NVIDIA A100": (312e12, 156e12),
+    "NVIDIA H100": (989e12, 495e12),
+    "NVIDIA H200": (989e12, 495e12),
+}
+
+
+def peak_flops(devices, dtype: str) -> tuple[float, str]:
+    """Peak FLOP/s of all `devices` together, and the words that say which peak that is.
+
+    Known accelerators: the data sheet's figure (bfloat16 where there is no figure for `dtype`). A CPU, and
+    a device not in the table: the best of a few measured `dtype` matmuls, since no data sheet says it.
+    Simulated CPU devices share one set of cores, so the measured figure is not multiplied by their number.
+    """
+    kind = devices[0].device_kind
+    names = [name for name in PEAKS if kind.startswith(name)]
+    if names:
+        bfloat16, single = PEAKS[max(names, key=len)]
+        peak = single if dtype == "float32" and single else bfloat16
+        return peak * len(devices), f"data sheet, {len(devices)} x {kind}"
+    peak = measured_matmul_flops(dtype)
+    count = 1 if devices[0].platform == "cpu" else len(devices)
+    return peak * count, f"measured {dtype} matmul on {kind}"
+
+
+def measured_matmul_flops(dtype: str, size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of the fastest of `repeats` square matmuls on one device."""
+    device = jax.local_devices()[0]
+    x = jax.device_put(jnp.ones((size, size), dtype), device)
+    multiply = jax.jit(lambda x: x @ x)
+    multiply(x).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        multiply(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
