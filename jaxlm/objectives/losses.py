@@ -1,0 +1,226 @@
+"""Cross-entropy over a large vocabulary, without ever holding the logits of all positions."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# float32 logits that one device may hold at a time (256 MB). Below it there is a single chunk.
+LOGITS_PER_DEVICE = 2**26
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+class _Options(NamedTuple):
+    softcap: float
+    z_loss: float
+    label_smoothing: float
+    length: int  # positions of the last label axis in a chunk
+
+
+def cross_entropy(
+    hidden_XD: jax.Array,
+    unembed_VD: jax.Array,
+    labels_X: jax.Array,
+    weights_X: jax.Array,
+    *,
+    bias_V: jax.Array | None = None,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    chunk_tokens: int = 0,
+) -> tuple[Pair, dict[str, Pair]]:
+    """Weighted cross-entropy of softmax(softcap(hidden . unembed + bias)), in chunks.
+
+    The gradient of a softmax needs nothing from above but a scale, so the forward pass computes it
+    chunk by chunk: three matmuls in all, nothing is computed twice, and only one chunk of logits
+    is alive. X stands for any label shape, (B, T) or (B, M); chunks run along its last axis, so a
+    sharded batch axis stays as it is. Matmuls run in the dtype of `hidden_XD` and accumulate in
+    float32; logits, softmax and sums are float32.
+
+    Per position, with logits z, label y, and q = (1 - s) onehot(y) + s / V:
+        loss = -sum_v q_v log_softmax(z)_v + z_loss * logsumexp(z)^2
+    (label smoothing s: Szegedy et al. 2016, section 7; z-loss: PaLM, section 5.)
+
+    Args:
+      labels_X: int ids below V, also where the weight is 0.
+      weights_X: float; positions with weight 0 count for nothing.
+      softcap: logits become softcap * tanh(logits / softcap); 0 = off.
+      chunk_tokens: positions per chunk over all devices; 0 picks LOGITS_PER_DEVICE worth of them.
+
+    Returns:
+      ((total, weight), metrics): scalar float32 sums. metrics are such pairs too and carry no
+      gradient: `nll` in nats, without smoothing or z-loss, and `accuracy` (tied maxima share it).
+    """
+    weights_X = weights_X.astype(jnp.float32)
+    length = _chunk_length(labels_X.shape, unembed_VD.shape[0], chunk_tokens)
+    options = _Options(softcap, z_loss, label_smoothing, length)
+    total, nll, correct = _sums(options, hidden_XD, unembed_VD, bias_V, labels_X, weights_X)
+    weight = weights_X.sum()
+    nll, correct, count = jax.lax.stop_gradient((nll, correct, weight))
+    return (total, weight), {"nll": (nll, count), "accuracy": (correct, count)}
+
+
+def plain_cross_entropy(
+    hidden_XD: jax.Array,
+    unembed_VD: jax.Array,
+    labels_X: jax.Array,
+    weights_X: jax.Array,
+    *,
+    bias_V: jax.Array | None = None,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[Pair, dict[str, Pair]]:
+    """The definition of `cross_entropy`, with all logits at once: for tests and benchmarks."""
+    logits_XV = jnp.einsum(
+        "...d,vd->...v", hidden_XD, unembed_VD, preferred_element_type=jnp.float32
+    )
+    logits_XV = logits_XV if bias_V is None else logits_XV + _row(bias_V, logits_XV.ndim)
+    logits_XV = softcap * jnp.tanh(logits_XV / softcap) if softcap else logits_XV
+    log_probs_XV = jax.nn.log_softmax(logits_XV)
+    nll_X = loss_X = -jnp.take_along_axis(log_probs_XV, labels_X[..., None], axis=-1)[..., 0]
+    if label_smoothing:
+        loss_X = (1 - label_smoothing) * nll_X - label_smoothing * log_probs_XV.mean(-1)
+    if z_loss:
+        loss_X = loss_X + z_loss * jax.nn.logsumexp(logits_XV, axis=-1) ** 2
+    correct_X = logits_XV.argmax(-1) == labels_X
+    weight = weights_X.sum()
+    return ((loss_X * weights_X).sum(), weight), {
+        "nll": ((nll_X * weights_X).sum(), weight),
+        "accuracy": ((correct_X * weights_X).sum(), weight),
+    }
+
+
+def _chunk_length(shape: tuple[int, ...], vocab_size: int, chunk_tokens: int) -> int:
+    """How much of the last label axis makes a chunk; chunks as equal as they can be."""
+    devices = max(1, jax.sharding.get_abstract_mesh().size)
+    chunk_tokens = chunk_tokens or LOGITS_PER_DEVICE * devices // vocab_size
+    rows = max(1, math.prod(shape[:-1]))
+    chunks = -(-shape[-1] // max(1, chunk_tokens // rows))
+    return -(-shape[-1] // max(1, chunks))
+
+
+def _row(x_V: jax.Array, ndim: int) -> jax.Array:
+    return x_V.astype(jnp.float32).reshape((1,) * (ndim - 1) + (-1,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(options, hidden_XD, unembed_VD, bias_V, labels_X, weights_X):
+    """(total, nll, correct), summed over X; without a gradient this is one matmul per chunk."""
+    compute_VD = unembed_VD.astype(hidden_XD.dtype)
+
+    def chunk(hidden_XD, labels_X, weights_X):
+        logits_XV = _logits(options, hidden_XD, compute_VD, bias_V)
+        parts, _ = _losses(options, logits_XV, labels_X)
+        return tuple((part_X * weights_X).sum() for part_X in parts), ()
+
+    return _over_chunks(chunk, options.length, hidden_XD, labels_X, weights_X)[0]
+
+
+def _sums_and_gradients(options, hidden_XD, unembed_VD, bias_V, labels_X, weights_X):
+    """`_sums`, and as residuals the gradients of the total."""
+    compute_VD = unembed_VD.astype(hidden_XD.dtype)
+
+    def chunk(hidden_XD, labels_X, weights_X):
+        logits_XV = _logits(options, hidden_XD, compute_VD, bias_V)
+        parts, lse_X = _losses(options, logits_XV, labels_X)
+        sums = tuple((part_X * weights_X).sum() for part_X in parts)
+        grad_XV = _logits_gradient(options, logits_XV, lse_X, labels_X, weights_X)
+        grad_V = None if bias_V is None else grad_XV.sum(tuple(range(labels_X.ndim)))
+        grad_XV = grad_XV.astype(hidden_XD.dtype)
+        grad_XD = _matmul("...v,vd->...d", grad_XV, compute_VD).astype(hidden_XD.dtype)
+        grad_VD = _matmul("...v,...d->vd", grad_XV, hidden_XD)
+        return (sums, grad_VD, grad_V), (grad_XD, parts[0])
+
+    (sums, grad_VD, grad_V), (grad_XD, loss_X) = _over_chunks(
+        chunk, options.length, hidden_XD, labels_X, weights_X
+    )
+    grad_V = None if bias_V is None else grad_V.astype(bias_V.dtype)
+    return sums, (grad_XD, grad_VD.astype(unembed_VD.dtype), grad_V, loss_X)
+
+
+def _scale_gradients(options, residuals, cotangents):
+    """The chain rule's last step: gradients of the total times its cotangent."""
+    grad_XD, grad_VD, grad_V, loss_X = residuals
+    scaled = jax.tree.map(
+        lambda grad: (grad * cotangents[0]).astype(grad.dtype), (grad_XD, grad_VD, grad_V, loss_X)
+    )
+    return *scaled[:3], None, scaled[3]
+
+
+_sums.defvjp(_sums_and_gradients, _scale_gradients)
+
+
+def _matmul(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+def _logits(options, hidden_XD, unembed_VD, bias_V):
+    logits_XV = _matmul("...d,vd->...v", hidden_XD, unembed_VD)
+    if bias_V is not None:
+        logits_XV += _row(bias_V, logits_XV.ndim)
+    return options.softcap * jnp.tanh(logits_XV / options.softcap) if options.softcap else logits_XV
+
+
+def _losses(options, logits_XV, labels_X):
+    """((loss, nll, correct), logsumexp) of each position, float32."""
+    max_X = logits_XV.max(-1)
+    lse_X = max_X + jnp.log(jnp.exp(logits_XV - max_X[..., None]).sum(-1))
+    label_X = jnp.take_along_axis(logits_XV, labels_X[..., None], axis=-1)[..., 0]
+    nll_X = loss_X = lse_X - label_X
+    if options.label_smoothing:
+        smooth_X = lse_X - logits_XV.mean(-1)
+        loss_X = (1 - options.label_smoothing) * nll_X + options.label_smoothing * smooth_X
+    if options.z_loss:
+        loss_X = loss_X + options.z_loss * lse_X**2
+    tied_X = (logits_XV == max_X[..., None]).sum(-1)  # cheaper than argmax on every backend
+    correct_X = jnp.where(label_X == max_X, 1.0 / tied_X, 0.0)
+    return (loss_X, nll_X, correct_X), lse_X
+
+
+def _logits_gradient(options, logits_XV, lse_X, labels_X, weights_X):
+    """d(sum of weights * loss) / d(logits before softcap), float32."""
+    vocab_size = logits_XV.shape[-1]
+    ids_XV = jax.lax.broadcasted_iota(labels_X.dtype, logits_XV.shape, logits_XV.ndim - 1)
+    scale_X = 1 + 2 * options.z_loss * lse_X
+    target_XV = jnp.where(ids_XV == labels_X[..., None], 1 - options.label_smoothing, 0.0)
+    target_XV += options.label_smoothing / vocab_size
+    grad_XV = scale_X[..., None] * jnp.exp(logits_XV - lse_X[..., None]) - target_XV
+    if options.softcap:
+        grad_XV *= 1 - (logits_XV / options.softcap) ** 2
+    return grad_XV * weights_X[..., None]
+
+
+def _over_chunks(chunk, length, hidden_XD, labels_X, weights_X):
+    """chunk(...) -> (sums, per position) over the last axis of X: sums added up, the rest joined.
+
+    The end is padded with weight-0 positions. One chunk makes no loop.
+    """
+    axis, total = labels_X.ndim - 1, labels_X.shape[-1]
+    chunks = -(-total // length)
+    if chunks <= 1:
+        return chunk(hidden_XD, labels_X, weights_X)
+
+    def split(x):
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, chunks * length - total)
+        x = jnp.pad(x, pad).reshape(*x.shape[:axis], chunks, length, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, axis)
+        x = x.reshape(*x.shape[:axis], chunks * length, *x.shape[axis + 2 :])
+        return jax.lax.slice_in_dim(x, 0, total, axis=axis)
+
+    def step(sums, inputs):
+        more, per_position = chunk(*inputs)
+        return jax.tree.map(jnp.add, sums, more), per_position
+
+    inputs = jax.tree.map(split, (hidden_XD, labels_X, weights_X))
+    shapes, _ = jax.eval_shape(chunk, *jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    sums, per_position = jax.lax.scan(step, zeros, inputs)
+    return sums, jax.tree.map(join, per_position)
