@@ -1,0 +1,100 @@
+"""Pictures of runs, from metrics.jsonl alone."""
+
+import json
+
+import pytest
+from matplotlib.image import imread
+
+from jaxlm.training import plots
+from tools import plot_run
+
+
+def write_run(workdir, losses=(5.0, 4.0, 3.0), extra=()):
+    workdir.mkdir(parents=True)
+    lines = [
+        {
+            "step": 10 * (i + 1),
+            "split": "train",
+            "loss": loss,
+            "tokens_per_second": 1000.0 + i,
+            "mfu": 0.5,
+            "input_wait": 0.01,
+        }
+        for i, loss in enumerate(losses)
+    ]
+    lines += [{"step": 30, "split": "eval", "params": "raw", "loss": losses[-1] + 0.1}, *extra]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return workdir
+
+
+def ink(path):
+    """How many pixels are not white."""
+    return int((imread(path)[..., :3].min(axis=-1) < 0.9).sum())
+
+
+def test_a_run_gives_two_pictures_with_something_in_them(tmp_path, capsys):
+    workdir = write_run(tmp_path / "run")
+    assert plot_run.main([str(workdir)]) == 0
+    pictures = [workdir / "plots" / name for name in ("loss.png", "throughput.png")]
+    assert capsys.readouterr().out.split() == [str(p) for p in pictures]
+    assert all(ink(p) > 2000 for p in pictures)
+
+
+def test_train_and_held_out_are_two_curves_each_in_its_own_place(tmp_path):
+    figure = plots.draw_loss({"a": plots.read_metrics(write_run(tmp_path / "a"))})
+    train, held_out = figure.axes[0].lines
+    assert list(train.get_xdata()) == [10, 20, 30] and list(train.get_ydata()) == [5, 4, 3]
+    assert list(held_out.get_xdata()) == [30] and list(held_out.get_ydata()) == [3.1]
+    assert "best 3.100" in held_out.get_label()
+
+
+def test_several_runs_share_a_picture(tmp_path):
+    workdirs = [write_run(tmp_path / name / "run") for name in ("a", "b")]
+    assert plot_run.main([*map(str, workdirs), f"--output={tmp_path / 'both'}"]) == 0
+    figure = plots.draw_throughput(
+        {name: plots.read_metrics(w) for name, w in zip("ab", workdirs, strict=True)}
+    )
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2, 2]
+    assert (tmp_path / "both" / "loss.png").is_file()
+
+
+def test_runs_are_named_by_the_shortest_ends_that_differ(tmp_path):
+    assert plots.run_names([tmp_path / "x" / "run", tmp_path / "y" / "run"]) == ["x/run", "y/run"]
+    assert plots.run_names([tmp_path / "x", tmp_path / "y"]) == ["x", "y"]
+    assert len(set(plots.run_names([tmp_path / "x", tmp_path / "x"]))) == 2
+
+
+def test_a_nan_leaves_a_gap_and_not_an_error(tmp_path):
+    extra = [
+        {"step": 40, "split": "train", "loss": float("nan")},
+        {"step": 50, "split": "eval", "loss": float("inf")},
+        {"step": 60, "split": "eval", "accuracy": 1.0},
+    ]
+    workdir = write_run(tmp_path / "run", extra=extra)
+    assert plot_run.main([str(workdir)]) == 0
+    assert plots.series(plots.read_metrics(workdir), "eval", "loss") == ([30], [3.1])
+
+
+def test_a_run_of_only_evaluations_is_drawn(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "metrics.jsonl").write_text('{"step": 1, "split": "eval", "loss": 2.0}\n')
+    assert plot_run.main([str(workdir)]) == 0
+
+
+def test_a_run_that_has_not_logged_gives_no_picture(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert plots.plot_run(tmp_path) == []
+    assert plot_run.main([str(tmp_path)]) == 1
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
+    assert plot_run.main([str(tmp_path / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["tokens_per_second", "mfu", "input_wait"])
+def test_a_curve_shows_its_own_metric(tmp_path, key):
+    lines = plots.read_metrics(write_run(tmp_path / "run"))
+    wanted = [line[key] for line in lines if line["split"] == "train"]
+    assert plots.series(lines, "train", key)[1] == wanted

@@ -1,0 +1,35 @@
+"""Draws loss.png and throughput.png: `python tools/plot_run.py W` or, of several runs in one picture,
+`python tools/plot_run.py W1 W2 --output=DIR`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxlm.training.plots import plot_runs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workdirs", nargs="+", metavar="W", help="workdir of a run")
+    parser.add_argument(
+        "--output", help="folder for the pictures; default W/plots of the first run"
+    )
+    args = parser.parse_args(argv)
+    missing = [w for w in args.workdirs if not (Path(w) / "metrics.jsonl").is_file()]
+    if missing:
+        print(
+            f"found: no metrics.jsonl in {', '.join(missing)}\n"
+            "expected: the workdirs of runs that have logged at least one step\n"
+            "change: name the --workdir of a jaxlm.pretrain run",
+            file=sys.stderr,
+        )
+        return 2
+    written = plot_runs(args.workdirs, args.output or Path(args.workdirs[0]) / "plots")
+    for path in written:
+        print(path)
+    return 0 if written else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
