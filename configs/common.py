@@ -1,0 +1,199 @@
+"""Field groups that every pretraining config is made of, and the argument after its colon.
+
+A config holds decisions only: nothing derived, nothing optional, and in the optimizer's group only what that optimizer
+and its schedule read. Leaves are int, float, str, bool or tuple.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# What each optimizer reads besides learning_rate, schedule and grad_clip_norm.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1),
+    "adafactor": dict(decay_rate=0.8, clipping_threshold=1.0, weight_decay=0.0),
+    "lion": dict(b1=0.9, b2=0.99, weight_decay=1.0),
+    "lamb": dict(b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.01),
+    "muon": dict(
+        momentum=0.95,
+        nesterov=True,
+        ns_steps=5,
+        weight_decay=0.1,
+        adam_learning_rate_ratio=0.1,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+    ),
+    "sgd": dict(momentum=0.9, nesterov=True, weight_decay=0.0),
+}
+
+# What each schedule reads besides learning_rate and num_train_steps.
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "constant": dict(warmup_steps=0),
+    "linear": dict(warmup_steps=0, final_ratio=0.0),
+    "cosine": dict(warmup_steps=0, final_ratio=0.1),
+    "inverse_sqrt": dict(warmup_steps=1000),
+    "wsd": dict(warmup_steps=0, final_ratio=0.0, cooldown_fraction=0.2, shape="linear"),
+}
+
+
+def parse_arg(arg: str, variants: Iterable[str], **choices: Any) -> dict[str, Any]:
+    """Reads 'variant,key=value,…' into a dict with `variant` and every key of `choices`.
+
+    choices: for each key a tuple of the allowed strings, the first being the default, or a plain default (str, int,
+    float, bool) whose type the value takes.
+    Raises ValueError that lists everything unknown, and what is known.
+    """
+    known = tuple(variants)
+    first, *rest = [part.strip() for part in arg.split(",")] if arg else [""]
+    if "=" in first:
+        first, rest = "", [first, *rest]
+    values: dict[str, Any] = {
+        key: choice[0] if isinstance(choice, tuple) else choice for key, choice in choices.items()
+    }
+    problems = []
+    variant = first or known[0]
+    if variant not in known:
+        problems.append(f"unknown variant {variant!r}; known: {', '.join(known)}")
+    for part in filter(None, rest):
+        key, equals, text = part.partition("=")
+        if key not in choices or not equals:
+            problems.append(f"unknown {part!r}; write key=value with a key of {', '.join(choices)}")
+            continue
+        try:
+            values[key] = parse_value(text, choices[key])
+        except ValueError as error:
+            problems.append(f"{key}={text}: {error}")
+    if problems:
+        raise ValueError(f"config argument {arg!r}:\n  " + "\n  ".join(problems))
+    return {"variant": variant, **values}
+
+
+def parse_value(text: str, choice: Any) -> Any:
+    if isinstance(choice, tuple):
+        if text not in choice:
+            raise ValueError(f"use one of {', '.join(repr(c) for c in choice)}")
+        return text
+    if isinstance(choice, bool):
+        if text.lower() not in ("true", "false"):
+            raise ValueError("use true or false")
+        return text.lower() == "true"
+    return type(choice)(text)
+
+
+def make_optimizer(
+    name: str, learning_rate: float, schedule: str, *, grad_clip_norm: float = 1.0, **fields: Any
+) -> ConfigDict:
+    """The optimizer's group: its own fields and its schedule's, overridden by `fields` where they are read.
+
+    schedule: a key of SCHEDULES, or 'plateau': constant after warm-up, times a factor that falls whenever the held-out
+    loss has not.
+    """
+    plateau = schedule == "plateau"
+    schedule = "constant" if plateau else schedule
+    known_schedule = {k: fields.get(k, v) for k, v in SCHEDULES[schedule].items()}
+    group = ConfigDict(
+        dict(
+            name=name,
+            learning_rate=learning_rate,
+            **{k: fields.get(k, v) for k, v in OPTIMIZERS[name].items()},
+            grad_clip_norm=grad_clip_norm,
+            schedule=dict(name=schedule, **known_schedule),
+        )
+    )
+    if plateau:
+        group.plateau = ConfigDict(dict(factor=0.5, patience=3, rtol=1e-3, min_scale=0.01))
+    return group
+
+
+def base() -> ConfigDict:
+    """Every field that all pretraining configs share, with the values of a small run on one machine."""
+    return ConfigDict(
+        dict(
+            family="gpt",
+            seed=0,
+            # the amount of training
+            batch_size=16,
+            seq_len=256,
+            num_train_steps=1000,
+            accumulation_steps=1,
+            # how often
+            log_every_steps=10,
+            eval_every_steps=200,
+            checkpoint_every_steps=200,
+            # where from: another run's workdir[@step]; init: 'params', 'ema' or 'state'
+            init_from="",
+            init="params",
+            # 'auto': bfloat16 on TPU and GPU, float32 on CPU
+            dtype="auto",
+            param_dtype="float32",
+            model=dict(),
+            objective=dict(name="causal"),
+            tokenizer=dict(kind="byte_bpe", vocab_size=2048, num_sentinels=0, path=""),
+            data=dict(
+                # names, files, globs, or prepared stores; 'name=path' names a source
+                sources=("stdlib",),
+                # () = by size; ('0:0.7,0.3', '1000:0.2,0.8') = from step 0 and from step 1000
+                weights=(),
+                split="hash",
+                validation_fraction=0.05,
+                text_field="text",
+                num_workers=0,
+                prefetch=2,
+            ),
+            optimizer=dict(),
+            ema_decay=0.0,
+            # num_batches 0 = the whole held-out set
+            eval=dict(batch_size=16, num_batches=0, prompts=(), sample_tokens=64),
+            checkpoint=dict(keep_last=2, keep_every=0, best_metric="", best_mode="min"),
+            # execution: changes speed and memory, never the result
+            mesh=dict(data=-1, fsdp=1, tensor=1),
+            remat="none",
+            unroll=1,
+            attention_kernel="xla",
+            log=dict(progress=True, tensorboard=True, wandb=False),
+        )
+    )
+
+
+def make_model(**fields: Any) -> ConfigDict:
+    """The model's group: GPT-2's options unless `fields` says otherwise. Heads default to 64 wide, the MLP to 4 D."""
+    emb_dim, num_heads = fields["emb_dim"], fields["num_heads"]
+    model = dict(
+        vocab_size=50257,
+        emb_dim=emb_dim,
+        num_layers=12,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=emb_dim // num_heads,
+        mlp_dim=4 * emb_dim,
+        max_len=1024,
+        norm="layer_norm",
+        norm_eps=1e-5,
+        norm_bias=True,
+        norm_position="pre",
+        position="learned",
+        rope_theta=10000.0,
+        rope_scaling=(),
+        activation="gelu_tanh",
+        qk_norm=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        tie_embeddings=True,
+        num_token_types=0,
+        dropout_rate=0.0,
+        attention_dropout_rate=0.0,
+        attention_softcap=0.0,
+        final_softcap=0.0,
+        zero_init_out=False,
+        init_std=0.02,
+    )
+    unknown = sorted(set(fields) - set(model))
+    if unknown:
+        raise ValueError(f"unknown model fields {unknown}; known: {', '.join(model)}")
+    return ConfigDict(model | fields)
+
+
+NO_BIAS = dict(norm_bias=False, qkv_bias=False, out_bias=False, mlp_bias=False)
