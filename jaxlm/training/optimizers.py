@@ -1,0 +1,271 @@
+"""Optimizers that act per layer, on parameters whose layers are stacked on a leading axis.
+
+Each gives the *direction* of an update, an `optax.GradientTransformation` without a learning rate: the train
+step applies `-learning_rate * direction`. What a parameter is (a matrix, a bias, stacked or not) is read from
+the names of its logical axes, never from its number of dimensions, to which stacking adds one.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from jaxlm.training.schedules import (
+    SCHEDULES,
+    Plateau,
+    Schedule,
+    make_schedule,
+    option_problems,
+)
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "Plateau",
+    "Schedule",
+    "clip_by_global_norm",
+    "ema_update",
+    "make_optimizer",
+    "make_schedule",
+]
+
+PyTree = Any
+Axes = tuple[str | None, ...]  # the logical axes of one parameter, e.g. ('layers', 'embed', 'mlp')
+
+# --- what a parameter is, by the names of its axes --------------------------------------------------------------------
+
+
+def is_axes(x: Any) -> bool:
+    return isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
+
+
+def is_stacked(axes: Axes) -> bool:
+    return axes[:1] == ("layers",)
+
+
+def is_decayed(axes: Axes) -> bool:
+    """Whether weight decay acts: on matrices and embeddings, which all have an 'embed' axis and another one.
+
+    Biases and norm scales have no 'embed' axis ('norm', 'mlp', 'heads' and 'head_dim' instead).
+    """
+    return "embed" in axes and len([name for name in axes if name != "layers"]) > 1
+
+
+def muon_dimensions(axes: Axes) -> contrib.MuonDimensionNumbers | None:
+    """Which axes of a hidden layer's matrix are its rows and its columns; None for all other parameters.
+
+    (layers, embed, heads, head_dim) -> 1, (2, 3);  (layers, heads, head_dim, embed) -> (1, 2), 3;
+    all remaining axes are batches of matrices.
+    """
+    if "embed" not in axes or not {"heads", "kv", "mlp"} & set(axes):
+        return None
+    embed = (axes.index("embed"),)
+    inner = tuple(i for i, name in enumerate(axes) if name in ("heads", "kv", "head_dim", "mlp"))
+    rows, columns = (embed, inner) if embed < inner else (inner, embed)
+    return contrib.MuonDimensionNumbers(rows, columns)
+
+
+def map_axes(function: Callable, axes: PyTree, *trees: PyTree) -> PyTree:
+    """`function(axes, *leaves)` of each parameter; leaves of `trees` may be whole subtrees."""
+    return jax.tree.map(function, axes, *trees, is_leaf=is_axes)
+
+
+# --- per layer --------------------------------------------------------------------------------------------------------
+
+
+def per_layer(
+    transform: optax.GradientTransformation, axes: PyTree
+) -> optax.GradientTransformation:
+    """`transform` applied to each parameter alone, and to each layer of a stacked one.
+
+    For transformations that look at one parameter at a time, such as trust ratios and factored moments.
+    The state is the transformation's own, each array of it a tree like the parameters.
+    """
+    outer = jax.tree.structure(axes, is_leaf=is_axes)
+
+    def each(function, *trees):
+        def apply(axes, *leaves):
+            return (jax.vmap(function) if is_stacked(axes) else function)(*leaves)
+
+        return map_axes(apply, axes, *trees)
+
+    def init(params):
+        return _turn_out(outer, each(transform.init, params))
+
+    def update(updates, state, params=None):
+        states = _turn_in(outer, state)
+        pairs = outer.flatten_up_to(each(transform.update, updates, states, params))
+        updates, states = (outer.unflatten(part) for part in zip(*pairs, strict=True))
+        return updates, _turn_out(outer, states)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _turn_out(outer, states: PyTree) -> PyTree:
+    """A tree (of structure `outer`) of states -> a state of such trees."""
+    return jax.tree.map(lambda *leaves: outer.unflatten(leaves), *outer.flatten_up_to(states))
+
+
+def _turn_in(outer, state: PyTree) -> PyTree:
+    """A state of trees -> a tree of states."""
+    is_outer = lambda x: jax.tree.structure(x) == outer  # noqa: E731
+    trees, inner = jax.tree.flatten(state, is_leaf=is_outer)
+    leaves = (
+        zip(*map(outer.flatten_up_to, trees), strict=True) if trees else [()] * outer.num_leaves
+    )
+    return outer.unflatten(inner.unflatten(each) for each in leaves)
+
+
+# --- the optimizers ---------------------------------------------------------------------------------------------------
+
+
+def _decay(axes: PyTree, weight_decay: float) -> optax.GradientTransformation:
+    """Decoupled weight decay (arXiv:1711.05101): adds weight_decay * parameter to the direction."""
+    return optax.add_decayed_weights(weight_decay, map_axes(is_decayed, axes))
+
+
+def _sgd(axes: PyTree, *, momentum: float) -> optax.GradientTransformation:
+    return optax.trace(decay=momentum)
+
+
+def _adamw(axes: PyTree, *, b1: float, b2: float, eps: float, weight_decay: float):
+    """arXiv:1711.05101, algorithm 2."""
+    return optax.chain(optax.scale_by_adam(b1, b2, eps), _decay(axes, weight_decay))
+
+
+def _lion(axes: PyTree, *, b1: float, b2: float, weight_decay: float):
+    """arXiv:2302.06675, algorithm 2."""
+    return optax.chain(optax.scale_by_lion(b1, b2), _decay(axes, weight_decay))
+
+
+def _lamb(axes: PyTree, *, b1: float, b2: float, eps: float, weight_decay: float):
+    """arXiv:1904.00962, algorithm 2: a trust ratio |parameter| / |direction| for each layer's parameter."""
+    return optax.chain(
+        optax.scale_by_adam(b1, b2, eps),
+        _decay(axes, weight_decay),
+        per_layer(optax.scale_by_trust_ratio(), axes),
+    )
+
+
+def _adafactor(axes: PyTree):
+    """arXiv:1804.04235, algorithm 4: factored second moments, updates clipped and relative to the parameter's size."""
+    one = optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+    )
+    return per_layer(one, axes)
+
+
+def _muon(
+    axes: PyTree,
+    *,
+    momentum: float,
+    nesterov: bool,
+    ns_steps: int,
+    weight_decay: float,
+    adam_learning_rate_ratio: float,
+    b1: float,
+    b2: float,
+    eps: float,
+):
+    """Muon (kellerjordan.github.io/posts/muon) on the matrices of the layers, AdamW on everything else.
+
+    The direction of a matrix is its momentum made orthogonal by `ns_steps` Newton-Schulz steps, times
+    sqrt(max(1, columns / rows)). AdamW's learning rate is `adam_learning_rate_ratio` times Muon's.
+    """
+    dimensions = map_axes(lambda a: muon_dimensions(a) or optax.MaskedNode(), axes)
+    labels = map_axes(lambda a: "muon" if muon_dimensions(a) else "adam", axes)
+    matrices = optax.chain(
+        contrib.scale_by_muon(
+            ns_steps=ns_steps,
+            beta=momentum,
+            eps=eps,
+            nesterov=nesterov,
+            weight_dimension_numbers=dimensions,
+        ),
+        _scale_by_shape(dimensions),
+    )
+    direction = optax.partition(
+        {"muon": matrices, "adam": optax.scale_by_adam(b1, b2, eps)}, labels
+    )
+    ratio = map_axes(lambda a: 1.0 if muon_dimensions(a) else adam_learning_rate_ratio, axes)
+    scale = optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, ratio))
+    return optax.chain(direction, _decay(axes, weight_decay), scale)
+
+
+def _scale_by_shape(dimensions: PyTree) -> optax.GradientTransformation:
+    """Multiplies each matrix by sqrt(max(1, columns / rows)), so that wide and tall ones move alike."""
+
+    def scale(update, numbers):
+        rows, columns = (math.prod(update.shape[i] for i in part) for part in numbers)
+        return update * math.sqrt(max(1.0, columns / rows))
+
+    return optax.stateless(lambda updates, params: jax.tree.map(scale, updates, dimensions))
+
+
+# The keyword-only arguments of each are the fields that its config group has.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "lamb": _lamb,
+    "muon": _muon,
+    "sgd": _sgd,
+}
+
+
+def make_optimizer(name: str, *, axes: PyTree, **hyper) -> optax.GradientTransformation:
+    """The direction of the update by the optimizer `name`; the caller multiplies it by -learning_rate.
+
+    Stacked and unstacked parameters get equal updates. Weight decay acts on matrices and embeddings only.
+
+    Args:
+      name: a key of OPTIMIZERS.
+      axes: for each parameter the tuple of its logical axes' names; 'layers' first means stacked layers.
+      **hyper: exactly the hyperparameters that the optimizer takes, e.g. b1, b2, eps, weight_decay.
+
+    Raises:
+      ValueError: listing missing and unknown hyperparameters, or the known optimizers.
+    """
+    problems = option_problems("optimizer", name, OPTIMIZERS, hyper)
+    if problems:
+        raise ValueError(f"optimizer {name!r}:\n" + "\n".join(f"  - {p}" for p in problems))
+    return OPTIMIZERS[name](axes, **hyper)
+
+
+# --- around the optimizer ---------------------------------------------------------------------------------------------
+
+
+def clip_by_global_norm(grads: PyTree, max_norm: float) -> tuple[PyTree, jax.Array]:
+    """Scales `grads` down to the global norm `max_norm` if theirs is larger (arXiv:1211.5063, algorithm 1).
+
+    max_norm 0 does not clip. Returns (grads in their own dtypes, their norm before, float32).
+    """
+    norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    if not max_norm:
+        return grads, norm
+    scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
+    return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), norm
+
+
+def ema_update(
+    ema: PyTree, params: PyTree, decay: float, step: jax.typing.ArrayLike, *, warmup: bool = True
+) -> PyTree:
+    """The moving average decay * ema + (1 - decay) * params, computed in float32, after step `step` (from 0).
+
+    With `warmup` the decay is at most (1 + step) / (10 + step), so that the random parameters of the start are
+    soon forgotten however long the average is.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    decay = jnp.minimum(decay, (1 + step) / (10 + step)) if warmup else jnp.float32(decay)
+
+    def average(old, new):
+        old_32, new_32 = old.astype(jnp.float32), new.astype(jnp.float32)
+        return (old_32 + (1 - decay) * (new_32 - old_32)).astype(old.dtype)
+
+    return jax.tree.map(average, ema, params)
