@@ -1,0 +1,185 @@
+"""Looks into a checkpoint: `python tools/inspect_checkpoint.py PATH`, or compares two: `--diff A B`.
+
+PATH is a run's workdir, its checkpoints folder, or one step in it; of several steps the newest is read.
+Neither the config nor the code of the model is needed.
+
+Without --diff it prints every array's name, shape, dtype and norm, and the number of parameters; the
+exit code is 1 if an array has a NaN or an infinity. With --diff the exit code is 0 only if every array
+of the two newest steps is bitwise equal; what is not is listed.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from jaxlm.training.checkpoints import find_step
+
+ITEM_ORDER = ("params", "ema", "opt_state")
+
+
+class Arrays:
+    """The arrays of one checkpoint step by name, read one at a time."""
+
+    def __init__(self, path: str | Path, step: int | None = None):
+        self.step_dir = find_step(path, step)
+        self._trees: dict[str, Any] = {}
+        self.about: dict[str, jax.ShapeDtypeStruct] = {}
+        for item in self.items():
+            tree = ocp.PyTreeCheckpointer().metadata(self.step_dir / item).item_metadata.tree
+            self._trees[item] = tree
+            for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                # Scalars that are no arrays, and empty nodes, have no shape.
+                if getattr(leaf, "shape", None) is not None:
+                    name = "/".join([item, *(_key(k) for k in keys)])
+                    self.about[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    def items(self) -> list[str]:
+        """The folders of this step that hold arrays."""
+        found = [p.parent.name for p in self.step_dir.glob("*/_METADATA")]
+        return sorted(found, key=lambda n: (ITEM_ORDER.index(n) if n in ITEM_ORDER else 9, n))
+
+    def read(self, name: str) -> np.ndarray:
+        """One array in host memory, whatever devices it was saved from."""
+        item, _, inner = name.partition("/")
+
+        def pick(keys, leaf):
+            wanted = "/".join(map(_key, keys)) == inner
+            return leaf if wanted else ocp.PLACEHOLDER
+
+        tree = jax.tree_util.tree_map_with_path(pick, self._trees[item])
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        restored = ocp.PyTreeCheckpointer().restore(
+            self.step_dir / item,
+            args=ocp.args.PyTreeRestore(
+                item=tree, restore_args=jax.tree.map(lambda _: as_numpy, tree)
+            ),
+        )
+        (array,) = (x for x in jax.tree.leaves(restored) if x is not ocp.PLACEHOLDER)
+        return np.asarray(array)
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+        return ((name, self.read(name)) for name in self.about)
+
+
+def _key(key: Any) -> str:
+    """A path entry's bare name, for dict keys, attributes and indices alike."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def sum_of_squares(array: np.ndarray) -> float:
+    """In float64, a part at a time, so that a large array is not copied whole."""
+    flat, part = array.reshape(-1), 1 << 22
+    pieces = (flat[i : i + part].astype(np.float64) for i in range(0, flat.size, part))
+    return float(sum(np.dot(x, x) for x in pieces))
+
+
+def non_finite(array: np.ndarray) -> int:
+    """How many elements are NaN or infinite."""
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return 0
+    return int(array.size - np.count_nonzero(np.isfinite(array)))
+
+
+def describe(path: str | Path, step: int | None = None) -> tuple[str, int]:
+    """(the printed report, how many elements are NaN or infinite)."""
+    arrays = Arrays(path, step)
+    lines, bad_total = [f"checkpoint {arrays.step_dir}"], 0
+    width = max((len(name) for name in arrays.about), default=0)
+    for item in arrays.items():
+        names = [name for name in arrays.about if name.startswith(item + "/")]
+        size = sum(arrays.about[n].size for n in names)
+        nbytes = sum(arrays.about[n].size * arrays.about[n].dtype.itemsize for n in names)
+        what = "parameters" if item in ("params", "ema") else "elements"
+        lines += ["", f"{item}: {size:,} {what} in {len(names)} arrays, {nbytes / 1e6:,.1f} MB"]
+        squares = 0.0
+        for name in names:
+            array = arrays.read(name)
+            square, bad = sum_of_squares(array), non_finite(array)
+            squares, bad_total = squares + square, bad_total + bad
+            warning = f"   {bad:,} NaN or infinite" if bad else ""
+            lines.append(
+                f"  {name:<{width}}  {array.dtype!s:<9} {array.shape!s:<20} "
+                f"norm {square**0.5:.6g}{warning}"
+            )
+        lines.append(f"  norm of {item}: {squares**0.5:.6g}")
+    lines += ["", f"NaN or infinite elements: {bad_total:,}"]
+    return "\n".join(lines), bad_total
+
+
+def differences(a: str | Path, b: str | Path) -> list[str]:
+    """A line for each array of the newest steps of `a` and `b` that is not bitwise equal.
+
+    Bits decide: a NaN equals the same NaN, 0.0 does not equal -0.0.
+    """
+    first, second = Arrays(a), Arrays(b)
+    lines = []
+    for name in sorted(first.about.keys() | second.about.keys()):
+        if name not in first.about or name not in second.about:
+            lines.append(f"{name}: only in {a if name in first.about else b}")
+            continue
+        old, new = first.about[name], second.about[name]
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            lines.append(f"{name}: {old.dtype}{old.shape} in {a}, {new.dtype}{new.shape} in {b}")
+            continue
+        x, y = first.read(name), second.read(name)
+        unequal = _unequal(x, y)
+        if unequal.any():
+            gap = np.abs(x.astype(np.float64) - y.astype(np.float64)).max()
+            lines.append(
+                f"{name}: {np.count_nonzero(unequal):,} of {x.size:,} elements differ, by {gap:.3g} at most"
+            )
+    return lines
+
+
+def _unequal(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(size,) bool: where the bytes of two arrays of one shape and dtype differ."""
+    as_bytes = [
+        np.ascontiguousarray(a).reshape(-1).view(np.uint8).reshape(a.size, a.itemsize)
+        for a in (x, y)
+    ]
+    return (as_bytes[0] != as_bytes[1]).any(axis=1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH")
+    parser.add_argument("--diff", action="store_true", help="compare two checkpoints bit by bit")
+    parser.add_argument(
+        "--step", type=int, help="which step, instead of the newest (not with --diff)"
+    )
+    args = parser.parse_args(argv)
+    if len(args.paths) != 1 + args.diff or (args.diff and args.step is not None):
+        parser.error("expected: one PATH, or --diff A B without --step")
+    jax.config.update("jax_platforms", "cpu")  # leave the accelerator to the run that has it
+    logging.set_verbosity(logging.ERROR)
+    try:
+        if not args.diff:
+            text, bad = describe(args.paths[0], args.step)
+            print(text)
+            return int(bad > 0)
+        lines = differences(*args.paths)
+    except FileNotFoundError as error:
+        print(f"found: {error}", file=sys.stderr)
+        return 2
+    for line in lines:
+        print(line)
+    steps = " and ".join(str(find_step(path)) for path in args.paths)
+    print(f"{len(lines)} arrays differ" if lines else "bitwise equal", f"({steps})")
+    return int(bool(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
