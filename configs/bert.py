@@ -18,7 +18,7 @@ roberta_base, large  Liu et al. 2019, arXiv:1907.11692, table 9: 500,000 steps o
 
 from ml_collections import ConfigDict
 
-from configs.common import OPTIMIZERS, SCHEDULES, base, make_model, make_optimizer, parse_arg
+from configs.common import OPTIMIZERS, SCHEDULES, base, choose_optimizer, make_model, parse_arg
 
 # name: (layers, width, heads)
 BERT = {
@@ -63,10 +63,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         recipe = make_roberta(config, *ROBERTA[variant])
     if variant == "tiny":
         recipe = make_tiny(config)
-    for choice, field in (("optimizer", "name"), ("schedule", "schedule")):
-        if chosen[choice]:
-            recipe[field] = chosen[choice]
-    config.optimizer = make_optimizer(**recipe)
+    config.optimizer = choose_optimizer(recipe, chosen["optimizer"], chosen["schedule"])
     return config
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 # What each optimizer reads besides learning_rate, schedule and grad_clip_norm.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1),
-    "adafactor": dict(decay_rate=0.8, clipping_threshold=1.0, weight_decay=0.0),
+    "adafactor": dict(),
     "lion": dict(b1=0.9, b2=0.99, weight_decay=1.0),
     "lamb": dict(b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.01),
     "muon": dict(
@@ -25,7 +25,17 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         b2=0.95,
         eps=1e-8,
     ),
-    "sgd": dict(momentum=0.9, nesterov=True, weight_decay=0.0),
+    "sgd": dict(momentum=0.9),
+}
+
+# A first guess of an optimizer's learning rate, in units of AdamW's: what `optimizer=` changes a recipe's rate by.
+RELATIVE_RATES = {
+    "adamw": 1.0,
+    "adafactor": 10.0,
+    "lion": 0.2,
+    "lamb": 5.0,
+    "muon": 10.0,
+    "sgd": 100.0,
 }
 
 # What each schedule reads besides learning_rate and num_train_steps.
@@ -34,7 +44,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "linear": dict(warmup_steps=0, final_ratio=0.0),
     "cosine": dict(warmup_steps=0, final_ratio=0.1),
     "inverse_sqrt": dict(warmup_steps=1000),
-    "wsd": dict(warmup_steps=0, final_ratio=0.0, cooldown_fraction=0.2, shape="linear"),
+    "wsd": dict(warmup_steps=0, final_ratio=0.0, cooldown_fraction=0.2, cooldown_shape="linear"),
 }
 
 
@@ -105,6 +115,20 @@ def make_optimizer(
     if plateau:
         group.plateau = ConfigDict(dict(factor=0.5, patience=3, rtol=1e-3, min_scale=0.01))
     return group
+
+
+def choose_optimizer(recipe: dict[str, Any], optimizer: str, schedule: str) -> ConfigDict:
+    """The optimizer's group of a recipe (arguments of `make_optimizer`), with another optimizer or schedule if named.
+
+    Another optimizer has its own defaults, and a learning rate scaled by RELATIVE_RATES.
+    """
+    recipe = dict(recipe)
+    if optimizer and optimizer != recipe["name"]:
+        own = OPTIMIZERS[recipe["name"]]
+        ratio = RELATIVE_RATES[optimizer] / RELATIVE_RATES[recipe["name"]]
+        recipe = {key: value for key, value in recipe.items() if key not in own}
+        recipe.update(name=optimizer, learning_rate=recipe["learning_rate"] * ratio)
+    return make_optimizer(**recipe | ({"schedule": schedule} if schedule else {}))
 
 
 def base() -> ConfigDict:

@@ -31,7 +31,6 @@ from configs.common import (
     SCHEDULES,
     base,
     make_model,
-    make_optimizer,
     parse_arg,
 )
 
@@ -102,10 +101,7 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         recipe = make_llama3(config, *LLAMA3[variant])
     else:
         recipe = make_qwen3(config, *QWEN3[variant])
-    for choice, field in (("optimizer", "name"), ("schedule", "schedule")):
-        if chosen[choice]:
-            recipe[field] = chosen[choice]
-    config.optimizer = make_optimizer(**recipe)
+    config.optimizer = choose_optimizer(recipe, chosen["optimizer"], chosen["schedule"])
     return config
 
 

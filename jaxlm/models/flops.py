@@ -1,0 +1,58 @@
+"""Model FLOPs of a train step, counted from the sizes.
+
+XLA's own count cannot serve: it counts the body of a loop once, and a kernel not at all. Counted are matmuls, the
+attention scores among them, at 2 FLOPs for each multiply-add; elementwise work is about 1% and left out, and so is
+recomputation (remat). The backward pass has two matmuls for each one of the forward pass.
+"""
+
+from __future__ import annotations
+
+from jaxlm.models.config import TransformerConfig
+
+
+def layer_flops(config: TransformerConfig, seq_len: int, *, causal_half: bool = False) -> float:
+    """Forward FLOPs of one layer for one token.
+
+    Scores and their sum over values are counted at all `seq_len` places, as the reference attention computes them;
+    with causal_half at the average (seq_len + 1) / 2 of them, which is what a causal kernel needs.
+    """
+    c = config
+    span = (seq_len + 1) / 2 if causal_half else seq_len
+    projections = 2 * c.emb_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    attention = 2 * 2 * span * c.num_heads * c.head_dim
+    mlp = 2 * c.emb_dim * c.mlp_dim * (3 if c.is_gated else 2)
+    return projections + attention + mlp
+
+
+def forward_flops(
+    config: TransformerConfig,
+    batch_size: int,
+    seq_len: int,
+    num_predictions: int,
+    causal: bool,
+    *,
+    causal_half: bool = False,
+) -> float:
+    """Forward FLOPs of a batch: all layers at `seq_len` places a row, the head at `num_predictions` of them.
+
+    causal=False is an encoder: its head has one more matmul of D x D before the vocabulary's.
+    """
+    c = config
+    layers = seq_len * c.num_layers * layer_flops(c, seq_len, causal_half=causal and causal_half)
+    head = 2 * c.emb_dim * c.vocab_size + (0 if causal else 2 * c.emb_dim**2)
+    return float(batch_size * (layers + num_predictions * head))
+
+
+def train_step_flops(
+    config: TransformerConfig,
+    batch_size: int,
+    seq_len: int,
+    num_predictions: int,
+    causal: bool,
+    *,
+    causal_half: bool = False,
+) -> float:
+    """Model FLOPs of one train step, forward and backward; see `forward_flops`. The optimizer is not counted."""
+    return 3.0 * forward_flops(
+        config, batch_size, seq_len, num_predictions, causal, causal_half=causal_half
+    )
