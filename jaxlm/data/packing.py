@@ -1,0 +1,122 @@
+"""Examples of a token store by index arithmetic: nothing is packed ahead, nothing is stored."""
+
+from typing import Any
+
+import numpy as np
+
+
+class Examples:
+    """Windows over the tokens of a store; example i is a function of i alone.
+
+        tokens        . . [eos] [bos]  a   b  [eos] [bos]  c ...
+        segment_ids   1 1   1     2    2   2    2     3    3       documents count from 1
+        positions     0 1   2     0    1   2    3     0    1       from each document's first token
+
+    Example i reads tokens [i * stride, i * stride + length), less at the end of the store: the
+    short tail is an example, too, so every token after the first `length - stride` is read as a
+    new one exactly once. With `within_document` the same holds inside each document, and an
+    example has one segment; this keeps one int64 per document in memory.
+
+    store: a TokenStore. length, stride: raw tokens, 0 < stride <= length.
+    """
+
+    def __init__(self, store: Any, length: int, stride: int, within_document: bool = False):
+        if not 0 < stride <= length:
+            raise ValueError(
+                f"found length {length} and stride {stride}; expected 0 < stride <= length; "
+                "change seq_len, which an objective turns into both"
+            )
+        self.store, self.length, self.stride = store, length, stride
+        self.within_document = within_document
+        self._ends: np.ndarray | None = None  # examples up to the end of each document
+
+    def __len__(self) -> int:
+        if self.within_document:
+            ends = self._example_ends()
+            return int(ends[-1]) if len(ends) else 0
+        return int(self._count(self.store.num_tokens))
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        """tokens, segment_ids, positions: int32 (n,); sentence_starts: bool (n,); n <= length."""
+        start, stop = self.span(i)
+        tokens = self.store.tokens(start, stop)
+        new_document = np.zeros(len(tokens), bool)
+        new_document[self.store.documents_in(start, stop).astype(np.int64) - start] = True
+        new_document[0] = True
+        sentence_starts = np.zeros(len(tokens), bool)
+        sentence_starts[self.store.sentence_starts(start, stop).astype(np.int64) - start] = True
+        segment_ids = np.cumsum(new_document, dtype=np.int32)
+        first = np.flatnonzero(new_document).astype(np.int32)
+        positions = np.arange(len(tokens), dtype=np.int32) - first[segment_ids - 1]
+        return {
+            "tokens": tokens,
+            "segment_ids": segment_ids,
+            "positions": positions,
+            "sentence_starts": sentence_starts,
+        }
+
+    def span(self, i: int) -> tuple[int, int]:
+        """Tokens [start, stop) of the store that example i reads."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"found example {i}; expected 0 <= i < {len(self)}")
+        begin, end, first = 0, self.store.num_tokens, 0
+        if self.within_document:
+            document = self._document(i)
+            begin, end = self.store.document_span(document)
+            first = self._first_of(document)
+        start = int(begin) + (i - first) * self.stride
+        return start, min(start + self.length, int(end))
+
+    def same_document(self, i: int) -> tuple[int, int]:
+        """Examples [first, last) that come from the document of example i (within_document)."""
+        document = self._document(i)
+        return self._first_of(document), int(self._example_ends()[document])
+
+    def _count(self, num_tokens):
+        return np.maximum(0, -(-(num_tokens - (self.length - self.stride)) // self.stride))
+
+    def _document(self, i: int) -> int:
+        return int(np.searchsorted(self._example_ends(), i, side="right"))
+
+    def _first_of(self, document: int) -> int:
+        return int(self._example_ends()[document - 1]) if document else 0
+
+    def _example_ends(self) -> np.ndarray:
+        if self._ends is None:
+            starts = np.asarray(self.store.document_starts()).astype(np.int64)
+            sizes = np.diff(np.append(starts, self.store.num_tokens))
+            self._ends = np.cumsum(self._count(sizes))
+        return self._ends
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_ends": None}  # cheaper to count again than to send
+
+
+def permute(index: int, size: int, key: int) -> int:
+    """Where a permutation of range(size), chosen by `key`, puts `index`; in O(1) time and memory.
+
+    A Feistel network over the next even number of bits is a bijection whatever its round function;
+    walking on from values >= size (at most 3 of 4) makes it one of range(size).
+
+    index: 0 <= index < size. key: 64 bits. Source: Black and Rogaway 2002, "Ciphers with
+    arbitrary finite domains", methods 2 and 3.
+    """
+    if not 0 <= index < size:
+        raise IndexError(f"found index {index}; expected 0 <= index < {size}")
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(6):
+            left, right = right, left ^ (_mix(right ^ _mix(key + turn)) & mask)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+def _mix(x: int) -> int:
+    """A 64-bit integer hash: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ x >> 31
