@@ -30,6 +30,7 @@ from configs.common import (
     OPTIMIZERS,
     SCHEDULES,
     base,
+    choose_optimizer,
     make_model,
     parse_arg,
 )
