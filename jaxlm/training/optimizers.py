@@ -246,7 +246,8 @@ def clip_by_global_norm(grads: PyTree, max_norm: float) -> tuple[PyTree, jax.Arr
 
     max_norm 0 does not clip. Returns (grads in their own dtypes, their norm before, float32).
     """
-    norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
+    norm = jnp.sqrt(sum(squares))
     if not max_norm:
         return grads, norm
     scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
