@@ -1,5 +1,12 @@
 """Self-supervised objectives: each one's corruption (numpy, host) beside its loss (device)."""
 
 from jaxlm.objectives.causal import CausalLM
+from jaxlm.objectives.mlm import MaskedLM
+from jaxlm.objectives.pairs import NextSentence, SentenceOrder
 
-OBJECTIVES = {"causal": CausalLM}
+OBJECTIVES = {
+    "causal": CausalLM,
+    "mlm": MaskedLM,
+    "mlm_nsp": NextSentence,
+    "mlm_sop": SentenceOrder,
+}
