@@ -54,36 +54,40 @@ class Masking:
 
         With whole_word as many as whole words fill of that number: no unchosen word would fit, too.
         """
-        maskable = ~tables.special[tokens]
-        budget = round(self.rate * int(maskable.sum()))
-        where = np.flatnonzero(maskable)
+        where = (~tables.special[tokens]).nonzero()[0]
+        budget = round(self.rate * len(where))
         if self.max_ngram == 1 and not self.whole_word:
             return np.sort(rng.permutation(where)[:budget])
 
         # A unit is what is hidden whole: a token, or a word. It ends at specials and at documents.
-        starts_run = np.ones(len(where), bool)
-        starts_run[1:] = (np.diff(where) > 1) | (np.diff(segment_ids[where]) != 0)
-        starts = starts_run | tables.word_start[tokens[where]] if self.whole_word else starts_run
-        starts = starts if self.whole_word else np.ones(len(where), bool)
-        unit = np.cumsum(starts) - 1
-        sizes = np.bincount(unit)
-        ngram = self._ngrams(rng, starts_run[starts])
+        segments = segment_ids[where]
+        starts = np.ones(len(where), bool)  # where a run of maskable tokens of one document starts
+        starts[1:] = (where[1:] != where[:-1] + 1) | (segments[1:] != segments[:-1])
+        if self.whole_word:
+            starts_unit = starts | tables.word_start[tokens[where]]
+            unit = starts_unit.cumsum() - 1
+            sizes, starts = np.bincount(unit), starts[starts_unit]
+        else:
+            unit, sizes = np.arange(len(where)), np.ones(len(where), np.int64)
 
         # n-grams come in random order, the units of each from left to right.
-        order = np.argsort(rng.random(len(sizes))[ngram], kind="stable")
+        ngram = self._ngrams(rng, starts)
+        order = rng.random(len(sizes))[ngram].argsort(kind="stable")
         chosen = np.zeros(len(sizes), bool)
         chosen[order[_fill(sizes[order], budget)]] = True
         return where[chosen[unit]]
 
     def _ngrams(self, rng: np.random.Generator, starts_run: np.ndarray) -> np.ndarray:
         """The n-gram of each unit: a random partition, cut anew where a run of units starts."""
+        if self.max_ngram == 1:
+            return np.arange(len(starts_run))
         n = np.arange(1, self.max_ngram + 1)
-        share = (1 - self.ngram_decay) ** n if self.ngram_decay else 1 / n
-        lengths = rng.choice(n, len(starts_run), p=share / share.sum())
-        ends = np.cumsum(lengths)
+        share = np.cumsum((1 - self.ngram_decay) ** n if self.ngram_decay else 1 / n)
+        draws = rng.random(len(starts_run)) * share[-1]
+        ends = (np.searchsorted(share, draws, side="right") + 1).cumsum()
         starts = starts_run.copy()
-        starts[ends[ends < len(starts)]] = True
-        return np.cumsum(starts) - 1
+        starts[ends[: np.searchsorted(ends, len(starts))]] = True
+        return starts.cumsum() - 1
 
     def replace(
         self, rng: np.random.Generator, tokens: np.ndarray, chosen: np.ndarray, tables: TokenTables
@@ -104,12 +108,12 @@ def _fill(sizes: np.ndarray, budget: int) -> np.ndarray:
     Each turn takes the longest prefix that fits and drops all that is too large for the rest.
     """
     taken = [np.empty(0, np.int64)]
-    waiting = np.arange(len(sizes))
-    while True:
+    waiting = (sizes <= budget).nonzero()[0]
+    while len(waiting):
+        total = sizes[waiting].cumsum()
+        fits = int(total.searchsorted(budget, side="right"))
+        taken.append(waiting[:fits])
+        budget -= int(total[fits - 1])
+        waiting = waiting[fits:]
         waiting = waiting[sizes[waiting] <= budget]
-        fits = np.cumsum(sizes[waiting]) <= budget
-        if not fits.any():
-            return np.concatenate(taken)
-        taken.append(waiting[fits])
-        budget -= int(sizes[taken[-1]].sum())
-        waiting = waiting[~fits]
+    return np.concatenate(taken)

@@ -75,14 +75,13 @@ class MaskedLM:
         tokens, num_slots = tokens.astype(np.int32), self.num_predictions(seq_len)
         chosen = self.masking.choose(rng, tokens, segment_ids, self.tables)
         index = np.arange(len(tokens), dtype=np.int32)
-        first = np.flatnonzero(np.diff(segment_ids, prepend=-1))
-        new = np.zeros(len(tokens), np.int32)
-        new[first] = first
+        first = np.zeros(len(tokens), np.int32)  # of each document, at its first token
+        first[1:] = index[1:] * (segment_ids[1:] != segment_ids[:-1])
         replaced = self.masking.replace(rng, tokens, chosen, self.tables)
         return {
             "tokens": padded(replaced, seq_len, self.tables.pad_id),
             "segment_ids": padded(segment_ids.astype(np.int32), seq_len),
-            "positions": padded(index - np.maximum.accumulate(new), seq_len),
+            "positions": padded(index - np.maximum.accumulate(first), seq_len),
             "masked_positions": padded(chosen.astype(np.int32), num_slots),
             "labels": padded(tokens[chosen], num_slots),
             "weights": padded(np.ones(len(chosen), np.float32), num_slots),
