@@ -68,7 +68,9 @@ def read_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
     else:
         module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         if module_spec is None or module_spec.loader is None or not Path(path).is_file():
-            raise FileNotFoundError(f"no config file {path}: expected configs/NAME.py:ARGUMENT or W/config.json")
+            raise FileNotFoundError(
+                f"no config file {path}: expected configs/NAME.py:ARGUMENT or W/config.json"
+            )
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
         config = module.get_config(arg) if arg else module.get_config()
@@ -160,7 +162,9 @@ def named_sources(sources: tuple[str, ...]) -> list[tuple[str, str]]:
             name, path = Path(source).name.split(".")[0].replace("*", "all") or "text", source
         named.append((name, path))
     if len({name for name, _ in named}) != len(named):
-        raise ValueError(f"data.sources has two sources of one name: {named}; write them as 'name=path'")
+        raise ValueError(
+            f"data.sources has two sources of one name: {named}; write them as 'name=path'"
+        )
     return named
 
 
@@ -193,7 +197,9 @@ def make_stores(config: ConfigDict, tokenizer: Any, workdir: Path) -> dict[str, 
     return stores
 
 
-def mixture_weights(weights: tuple[str, ...], names: list[str], sizes: list[int]) -> dict[int, dict[str, float]]:
+def mixture_weights(
+    weights: tuple[str, ...], names: list[str], sizes: list[int]
+) -> dict[int, dict[str, float]]:
     """('0:0.7,0.3', '1000:0.2,0.8') -> {step: {source: weight}}; () is in proportion to the sizes."""
     if not weights:
         return {0: dict(zip(names, map(float, sizes), strict=True))}
@@ -202,7 +208,9 @@ def mixture_weights(weights: tuple[str, ...], names: list[str], sizes: list[int]
         step, _, values = entry.rpartition(":")
         shares = [float(v) for v in values.split(",")]
         if len(shares) != len(names):
-            raise ValueError(f"data.weights {entry!r} has {len(shares)} weights for the sources {names}")
+            raise ValueError(
+                f"data.weights {entry!r} has {len(shares)} weights for the sources {names}"
+            )
         schedule[int(step or 0)] = dict(zip(names, shares, strict=True))
     return schedule
 
@@ -245,9 +253,9 @@ class Run:
     def in_mesh(self, function: Callable) -> Callable:
         """`function`, traced and run with the mesh and the axis rules in force."""
 
-        def run(*args):
+        def run(*args, **kwargs):
             with jax.set_mesh(self.mesh), nn.logical_axis_rules(meshes.RULES):
-                return function(*args)
+                return function(*args, **kwargs)
 
         return run
 
@@ -314,7 +322,9 @@ class Run:
         for batch in batches:
             yield self.put_batch(batch)
 
-    def put_batch(self, batch: Mapping[str, np.ndarray], batch_size: int = 0) -> dict[str, jax.Array]:
+    def put_batch(
+        self, batch: Mapping[str, np.ndarray], batch_size: int = 0
+    ) -> dict[str, jax.Array]:
         return meshes.put_batch(self.mesh, batch, batch_size or self.config.batch_size)
 
     def update_plateau(self, state: TrainState, value: float) -> TrainState:
@@ -396,7 +406,9 @@ def make_optimizer(config: ConfigDict, boxed: PyTree) -> tuple[Any, Any]:
     return optimizers.make_optimizer(options.pop("name"), axes=axes, **options), plateau
 
 
-def make_run(config: ConfigDict, workdir: str | Path, *, mesh: jax.sharding.Mesh | None = None) -> Run:
+def make_run(
+    config: ConfigDict, workdir: str | Path, *, mesh: jax.sharding.Mesh | None = None
+) -> Run:
     """Builds every part of the run that `config` describes; text is tokenized and stored if it is not yet.
 
     Raises:
@@ -411,7 +423,9 @@ def make_run(config: ConfigDict, workdir: str | Path, *, mesh: jax.sharding.Mesh
     model, objective = make_model(config, mesh), make_objective(config, tokenizer)
 
     train = {name: TokenStore(path, "train") for name, path in stores.items()}
-    weights = mixture_weights(config.data.weights, list(train), [s.num_tokens for s in train.values()])
+    weights = mixture_weights(
+        config.data.weights, list(train), [s.num_tokens for s in train.values()]
+    )
     train_batches = TrainBatches(
         train,
         weights,
@@ -525,7 +539,9 @@ def load_checkpoint(path: str | Path, *, step: int | None = None, item: str = ""
     )["params"]
     shardings = meshes.param_shardings(mesh, boxed)
     abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), shardings
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        nn.meta.unbox(boxed),
+        shardings,
     )
     item = item or ("ema" if (step_dir / "ema").is_dir() else "params")
     params = load_item(step_dir, abstract, item)

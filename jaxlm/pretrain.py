@@ -23,13 +23,17 @@ from jaxlm.training.metrics import MetricSums, MetricWriter, drop_after
 from jaxlm.training.plots import plot_run
 
 _CONFIG = define_config_flag()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: everything it makes lies there.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: everything it makes lies there."
+)
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Resume although fields that define the run have changed."
 )
 
 
-def pretrain(config: ConfigDict, workdir: Path, *, allow_config_change: bool = False) -> dict[str, float]:
+def pretrain(
+    config: ConfigDict, workdir: Path, *, allow_config_change: bool = False
+) -> dict[str, float]:
     """Trains to `config.num_train_steps` and returns the last held-out metrics."""
     workdir.mkdir(parents=True, exist_ok=True)
     accept_config(config, workdir, allow_config_change)
@@ -132,7 +136,9 @@ def write_environment(workdir: Path, run: build.Run, peak_says: str) -> None:
     """environment.json: what one needs to know to run this again."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
     )
     content = {
         "python": platform.python_version(),
@@ -144,7 +150,9 @@ def write_environment(workdir: Path, run: build.Run, peak_says: str) -> None:
         "dtype": run.model.config.dtype,
         "mfu_peak": peak_says,
     }
-    (workdir / "environment.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (workdir / "environment.json").write_text(
+        json.dumps(content, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def main(argv):

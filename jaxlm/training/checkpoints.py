@@ -41,20 +41,28 @@ class Checkpoints:
     ):
         self.directory = Path(workdir).resolve() / "checkpoints"
         self.best_metric = best_metric
-        policies = [managers.LatestN(keep_last)]
+        policies: list[Any] = [managers.LatestN(keep_last)]
+        options = {"enable_async_checkpointing": True}
         if keep_every:
             policies.append(managers.EveryNSteps(keep_every))
         if best_metric:
             if best_mode not in ("min", "max"):
                 raise ValueError(f"checkpoint.best_mode {best_mode!r} must be 'min' or 'max'")
-            sign = -1.0 if best_mode == "min" else 1.0
-            value = lambda metrics: sign * metrics[best_metric]  # noqa: E731
-            policies.append(managers.BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False))
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=managers.AnyPreservationPolicy(policies),
-            enable_async_checkpointing=True,
+            value = lambda metrics: metrics[best_metric]  # noqa: E731
+            policies.append(
+                managers.BestN(
+                    get_metric_fn=value,
+                    n=1,
+                    reverse=best_mode == "min",
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+            # Without best_fn a reopened manager does not read the metrics back and drops the best.
+            options |= {"best_fn": value, "best_mode": best_mode}
+        options["preservation_policy"] = managers.AnyPreservationPolicy(policies)
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=ocp.CheckpointManagerOptions(**options)
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -142,11 +150,11 @@ def read_manifest(step_dir: Path) -> dict:
 
 def _refuse_mismatches(step_dir: Path, items: dict[str, PyTree]) -> None:
     # Orbax casts dtypes in silence, so they are compared here, too.
-    problems = [
-        line for name, tree in items.items() for line in mismatches(step_dir / name, tree)
-    ]
+    problems = [line for name, tree in items.items() for line in mismatches(step_dir / name, tree)]
     if problems:
-        raise ValueError(f"{step_dir} does not fit this model and optimizer:\n" + "\n".join(problems))
+        raise ValueError(
+            f"{step_dir} does not fit this model and optimizer:\n" + "\n".join(problems)
+        )
 
 
 def mismatches(item: Path, wanted_tree: PyTree) -> list[str]:
@@ -173,7 +181,9 @@ def find_step(path: str | Path, step: int | None = None) -> Path:
     if (path / "params").is_dir():
         return path.resolve()
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "params").is_dir())
+    steps = sorted(
+        int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "params").is_dir()
+    )
     wanted = step if step is not None else (steps[-1] if steps else None)
     if wanted not in steps:
         raise FileNotFoundError(

@@ -101,7 +101,9 @@ def fit(
     """
     step = int(state.step)
     reader = _Reader(window or MetricSums(), intervals, work, writer, describe, num_train_steps)
-    bar = tqdm(total=num_train_steps, initial=step, unit="step", disable=not progress, mininterval=0.5)
+    bar = tqdm(
+        total=num_train_steps, initial=step, unit="step", disable=not progress, mininterval=0.5
+    )
     reader.bar = bar
     batch = next(batches) if step < num_train_steps else None
     reader.clock.restart()

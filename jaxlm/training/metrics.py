@@ -20,7 +20,9 @@ class MetricSums:
 
     def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
         for name, (total, weight) in jax.device_get(dict(metrics)).items():
-            old_total, old_weight = self.sums.get(name, (0.0, 0.0)) if name not in LAST else (0.0, 0.0)
+            old_total, old_weight = (
+                self.sums.get(name, (0.0, 0.0)) if name not in LAST else (0.0, 0.0)
+            )
             self.sums[name] = [old_total + float(total), old_weight + float(weight)]
 
     def means(self) -> dict[str, float]:
@@ -62,6 +64,7 @@ class MetricWriter:
         self._tensorboard = self._wandb = None
         if not self.is_writer:
             return
+        Path(workdir).mkdir(parents=True, exist_ok=True)
         drop_after(self.path, start_step)
         self._file = open(self.path, "a", encoding="utf-8")
         if tensorboard:

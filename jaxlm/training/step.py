@@ -81,7 +81,7 @@ def make_train_step(
         scalars = {
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
-            "param_norm": optax.global_norm(state.params),
+            "param_norm": optax.tree.norm(state.params),
             "skipped": 1.0 - finite,
         }
         metrics |= {name: (jnp.float32(value), jnp.float32(1)) for name, value in scalars.items()}

@@ -55,12 +55,14 @@ def mean_of_row_means(outputs, batch):
 
 
 def documents(seed):
-    """Eight documents that fill four rows two by two; some tokens have no weight."""
+    """Eight documents of a noisy rule that fill four rows two by two; some tokens have no weight."""
     rng = np.random.default_rng(seed)
     for _ in range(4):
         cut = int(rng.integers(4, LENGTH - 4))
         for size in (cut, LENGTH - cut):
-            tokens = rng.integers(0, CONFIG.vocab_size, size + 1).astype(np.int32)
+            tokens = np.zeros(size + 1, np.int32)
+            for i in range(1, size + 1):
+                tokens[i] = (3 * tokens[i - 1] + rng.integers(1, 4)) % CONFIG.vocab_size
             yield tokens[:-1], tokens[1:], (rng.random(size) < 0.8).astype(np.float32)
 
 
@@ -98,7 +100,8 @@ def train(*, batch=padded, mesh=(1, 1, 1), accumulation_steps=1, loss=loss, step
     model = GPT(dataclasses.replace(CONFIG, **changes))
     dummy = {k: jnp.asarray(v[:1]) for k, v in padded(0).items()}
     boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), dummy))["params"]
-    axes = meshes.logical_axes(boxed)
+    axes, abstract = meshes.logical_axes(boxed), nn.meta.unbox(boxed)
+    param_shardings = meshes.param_shardings(mesh, boxed)
     optimizer = optimizers.make_optimizer("sgd", axes=axes, momentum=0.9)
     schedule = lambda step: jnp.float32(0.05)  # noqa: E731
     step_fn = make_train_step(
@@ -116,9 +119,7 @@ def train(*, batch=padded, mesh=(1, 1, 1), accumulation_steps=1, loss=loss, step
             nn.meta.unbox(model.init(jax.random.key(0), dummy))["params"], optimizer
         )
         shapes = jax.eval_shape(make)
-        shardings = meshes.mirror_shardings(
-            mesh, shapes, nn.meta.unbox(boxed), meshes.param_shardings(mesh, boxed)
-        )
+        shardings = meshes.mirror_shardings(mesh, shapes, abstract, param_shardings)
         state = jax.jit(make, out_shardings=shardings)()
         jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
         for step in range(steps):
@@ -139,7 +140,9 @@ def check_same(**options):
     losses, norms, params = train(**options)
     expected_losses, expected_norms, expected_params = reference()
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
-    np.testing.assert_allclose(norms, expected_norms, rtol=1e-4)  # norms of sums of cancelling terms
+    np.testing.assert_allclose(
+        norms, expected_norms, rtol=1e-4
+    )  # norms of sums of cancelling terms
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -183,7 +186,7 @@ def test_the_law_fails_if_attention_crosses_segments():
 
 
 def test_two_hundred_bfloat16_steps_end_within_one_percent_of_float32():
-    single, _, _ = train(steps=200, batch=lambda step: packed(step % 8))
-    half, _, _ = train(steps=200, batch=lambda step: packed(step % 8), dtype="bfloat16")
-    np.testing.assert_allclose(half[-8:].mean(), single[-8:].mean(), rtol=0.01)
-    assert single[-8:].mean() < 0.9 * single[:8].mean()
+    single, _, _ = train(steps=200, batch=lambda step: packed(step))
+    half, _, _ = train(steps=200, batch=lambda step: packed(step), dtype="bfloat16")
+    np.testing.assert_allclose(half[-50:].mean(), single[-50:].mean(), rtol=0.01)
+    assert single[-50:].mean() < 0.6 * single[:8].mean()

@@ -6,7 +6,13 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from jaxlm.training.metrics import MetricSums, MetricWriter, drop_after, read_metrics, with_perplexity
+from jaxlm.training.metrics import (
+    MetricSums,
+    MetricWriter,
+    drop_after,
+    read_metrics,
+    with_perplexity,
+)
 
 
 def pair(total, weight):
@@ -69,7 +75,11 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path):
     resumed = MetricWriter(tmp_path, start_step=20, tensorboard=False)
     resumed.write(30, "train", {"loss": -1.0})
     resumed.close()
-    assert [(m["step"], m["loss"]) for m in read_metrics(tmp_path)] == [(10, 10), (20, 20), (30, -1)]
+    assert [(m["step"], m["loss"]) for m in read_metrics(tmp_path)] == [
+        (10, 10),
+        (20, 20),
+        (30, -1),
+    ]
 
 
 def test_dropping_lines_of_a_missing_file_does_nothing(tmp_path):

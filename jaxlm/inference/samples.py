@@ -1,0 +1,109 @@
+"""What a model makes of fixed prompts while it trains: continuations, or the likeliest words under a mask."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.inference import decode
+
+MASK = "[MASK]"  # how a prompt's text writes the tokenizer's mask token
+
+
+def encode_prompt(tokenizer: Any, text: str) -> np.ndarray:
+    """bos, then the text's ids, with the mask id wherever the text says [MASK]."""
+    ids = [np.array([tokenizer.bos_id], np.int32)]
+    for index, part in enumerate(text.split(MASK)):
+        if index:
+            ids.append(np.array([tokenizer.mask_id], np.int32))
+        ids.append(np.asarray(tokenizer.encode(part), np.int32))
+    return np.concatenate(ids)
+
+
+def continue_prompts(
+    model: Any,
+    params: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    max_len: int,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> list[str]:
+    """The continuation of each prompt by a decoder. A prompt that leaves no room keeps its last tokens."""
+    room = max_len - min(max_new_tokens, max_len // 2)
+    ids = [encode_prompt(tokenizer, prompt)[-room:] for prompt in prompts]
+    new = decode.generate(
+        decode.make_apply_logits(model),
+        params,
+        ids,
+        max_new_tokens=max_new_tokens,
+        max_len=max_len,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        eos_id=tokenizer.eos_id,
+    )
+    return [tokenizer.decode(row) for row in new]
+
+
+def fill_prompts(
+    model: Any, params: Any, tokenizer: Any, prompts: Sequence[str], *, max_len: int, top_k: int = 5
+) -> list[str]:
+    """For each prompt with [MASK], the likeliest tokens in its places: 'the 0.31, a 0.12 | …'."""
+    end = np.array([tokenizer.eos_id], np.int32)
+    ids = [np.concatenate([encode_prompt(tokenizer, p)[: max_len - 1], end]) for p in prompts]
+    rows = decode.fill_mask(
+        decode.make_apply_logits(model),
+        params,
+        ids,
+        mask_id=tokenizer.mask_id,
+        max_len=max_len,
+        top_k=top_k,
+    )
+    describe = lambda place: ", ".join(  # noqa: E731
+        f"{tokenizer.token(int(i))} {p:.2f}" for i, p in zip(*place, strict=True)
+    )
+    return [" | ".join(map(describe, places)) for places in rows]
+
+
+def make_sampler(run: Any, writer: Any):
+    """A callback (state, step) for `fit` that writes samples to `samples.jsonl` and TensorBoard.
+
+    Averaged parameters are used where the run keeps them, as in its evaluation.
+    """
+    config, path = run.config, Path(run.workdir) / "samples.jsonl"
+    prompts = list(config.eval.prompts)
+
+    def sample(state, step: int) -> None:
+        if not prompts:
+            return
+        params = state.params if state.ema is None else state.ema
+        if config.family == "bert":
+            texts = run.in_mesh(fill_prompts)(
+                run.model, params, run.tokenizer, prompts, max_len=config.seq_len
+            )
+        else:
+            texts = run.in_mesh(continue_prompts)(
+                run.model,
+                params,
+                run.tokenizer,
+                prompts,
+                max_new_tokens=config.eval.sample_tokens,
+                max_len=config.seq_len,
+                seed=config.seed,
+            )
+        if not writer.is_writer:
+            return
+        with open(path, "a", encoding="utf-8") as lines:
+            for prompt, text in zip(prompts, texts, strict=True):
+                record = {"step": step, "prompt": prompt, "text": text}
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+        joined = "\n\n".join(f"**{p}** {t}" for p, t in zip(prompts, texts, strict=True))
+        writer.write_text(step, "samples", joined)
+
+    return sample

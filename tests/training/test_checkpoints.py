@@ -1,0 +1,143 @@
+"""What is saved comes back bit by bit, where it belongs, or not at all."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.parallel import mesh as meshes
+from jaxlm.training.checkpoints import (
+    Checkpoints,
+    find_step,
+    load_item,
+    read_manifest,
+    restore_state,
+)
+from jaxlm.training.state import new_state
+
+OPTIMIZER = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1))
+
+
+def make_state(step=0, *, ema=False, width=4):
+    keys = jax.random.split(jax.random.key(step), 2)
+    params = {
+        "w": jax.random.normal(keys[0], (8, width)),
+        "b": jax.random.normal(keys[1], (width,)),
+    }
+    return new_state(params, OPTIMIZER, ema=ema).replace(step=jnp.int32(step))
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def save(tmp_path, steps, metrics=lambda step: None, **options):
+    checkpoints = Checkpoints(tmp_path, **options)
+    for step in steps:
+        checkpoints.save(step, make_state(step, ema=True), {"step": step}, metrics(step))
+    checkpoints.wait()
+    checkpoints.close()
+
+
+def kept_steps(tmp_path):
+    return sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def assert_equal_trees(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_state_comes_back_bit_by_bit(tmp_path):
+    save(tmp_path, [5])
+    state = make_state(5, ema=True)
+    assert_equal_trees(restore_state(find_step(tmp_path), abstract(state)), state)
+    assert read_manifest(find_step(tmp_path)) == {"step": 5}
+
+
+def test_parameters_restore_alone_and_onto_a_mesh(tmp_path):
+    save(tmp_path, [5])
+    mesh = meshes.make_mesh(fsdp=4, tensor=2, data=1)
+    sharding = jax.sharding.NamedSharding(mesh, P("fsdp"))
+    wanted = {
+        "w": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding),
+        "b": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=sharding),
+    }
+    params = load_item(find_step(tmp_path, 5), wanted)
+    assert params["w"].sharding == sharding
+    assert_equal_trees(params, make_state(5).params)
+
+
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        (dict(keep_last=2), [30, 40]),
+        (dict(keep_last=1, keep_every=20), [20, 40]),
+        (dict(keep_last=1, best_metric="loss"), [20, 40]),
+        (dict(keep_last=1, best_metric="loss", best_mode="max"), [10, 40]),
+    ],
+)
+def test_the_right_checkpoints_are_kept(tmp_path, options, kept):
+    losses = {10: 4.0, 20: 1.0, 30: 3.0}
+    save(
+        tmp_path,
+        [10, 20, 30, 40],
+        lambda s: {"loss": losses[s]} if s in losses else None,
+        **options,
+    )
+    assert kept_steps(tmp_path) == kept
+
+
+def test_the_best_stays_after_reopening(tmp_path):
+    losses = {10: 1.0, 20: 2.0}
+    for step in (10, 20):
+        save(tmp_path, [step], lambda s: {"loss": losses[s]}, keep_last=1, best_metric="loss")
+    save(tmp_path, [30], lambda s: {"loss": 3.0}, keep_last=1, best_metric="loss")
+    assert kept_steps(tmp_path) == [10, 30]
+
+
+def test_an_unknown_best_metric_names_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="'f1' is not among.*'loss'"):
+        save(tmp_path, [1], lambda s: {"loss": 0.0}, best_metric="f1")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda s: s.replace(params=s.params | {"extra": s.params["b"]}),
+            "params/extra: stored nothing",
+        ),
+        (
+            lambda s: s.replace(params={"w": s.params["w"]}),
+            r"params/b: stored float32\[4\], expected nothing",
+        ),
+        (
+            lambda s: s.replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), s.params)),
+            r"params/b: stored float32\[4\], expected bfloat16\[4\]",
+        ),
+        (
+            lambda s: make_state(5, ema=True, width=6),
+            r"stored float32\[8, 4\], expected float32\[8, 6\]",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_refused_with_a_list(tmp_path, change, message):
+    save(tmp_path, [5])
+    with pytest.raises(ValueError, match=message):
+        restore_state(find_step(tmp_path), abstract(change(make_state(5, ema=True))))
+
+
+def test_a_missing_step_lists_those_there_are(tmp_path):
+    save(tmp_path, [5])
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7 .*found steps \[5\]"):
+        find_step(tmp_path, 7)
+
+
+def test_saving_a_step_again_is_an_error_and_not_silence(tmp_path):
+    save(tmp_path, [5])
+    with pytest.raises((RuntimeError, ValueError)):
+        save(tmp_path, [5])
