@@ -69,7 +69,7 @@ note() {
 step() {
   local name="$1" began=$SECONDS
   shift
-  say "" "== $name"
+  heading "$name"
   if "$@"; then
     steps_passed=$((steps_passed + 1))
     note "ok      $name ($((SECONDS - began)) s)"
@@ -83,11 +83,11 @@ step() {
 tests() {
   local name="$1" venv="$2" began=$SECONDS status=0
   shift 2
-  say "" "== $name"
+  heading "$name"
   "$venv/bin/python" -m pytest -q --junitxml="$results/$name.xml" "$@" || status=$?
   case "$status" in
     0) note "ok      $name ($((SECONDS - began)) s)" ;;
-    5) note "lane has no tests yet: $name" ;;
+    5) note "no tests in it yet: $name" ;;
     *)
       note "FAILED  $name ($((SECONDS - began)) s)"
       # A pytest that broke before it could write a report is counted here.
@@ -137,13 +137,13 @@ for name in $LANES; do
     lane "$name" no
   elif has "$smoke" "$name"; then
     lane "$name" yes
-    note "lane run in part: --$name (its smoke tests only)"
+    note "lane not run in full: --$name (only its smoke tests)"
   else
     note "lane not run: --$name"
   fi
 done
 
-say "" "== summary$summary"
+heading "summary$summary"
 # The last line counts tests, with format, lint and types as one test each.
 "$bin/python" - "$results" "$steps_passed" "$steps_failed" <<'EOF'
 import pathlib

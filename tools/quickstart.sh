@@ -62,19 +62,23 @@ install_once .venv requirements requirements.txt -- -r requirements.txt ||
   die "could not install requirements.txt"
 python=.venv/bin/python
 
-say "" "== 1 of 3: pretraining configs/gpt.py:tiny in $workdir (what is there already is reused)"
+heading "1 of 3: pretraining configs/gpt.py:tiny in $workdir (what is there already is reused)"
 "$python" -m jaxlm.pretrain "$@" --workdir="$workdir"
 
-say "" "== 2 of 3: held-out text"
+heading "2 of 3: held-out text"
 "$python" -m jaxlm.evaluate --checkpoint="$workdir" --compressors
 
-say "" "== 3 of 3: what the model writes"
+heading "3 of 3: what the model writes"
 prompt="def "
 [ -z "$text" ] || prompt="The "
 "$python" -m jaxlm.generate --checkpoint="$workdir" --prompt="$prompt"
 
-say "" "curves:  $workdir/plots/loss.png  $workdir/plots/throughput.png" \
-  "" "Three things to do next:" \
-  "  $python -m jaxlm.generate --checkpoint=$workdir --prompt='import numpy'" \
-  "  $python -m jaxlm.pretrain --config=configs/bert.py:tiny --workdir=runs/bert" \
-  "  bash tools/quickstart.sh --text A_FOLDER_OF_YOUR_TEXT"
+cat <<EOF
+
+curves:  $workdir/plots/loss.png  $workdir/plots/throughput.png
+
+Three things to do next:
+  $python -m jaxlm.generate --checkpoint=$workdir --prompt='import numpy'
+  $python -m jaxlm.pretrain --config=configs/bert.py:tiny --workdir=runs/bert
+  bash tools/quickstart.sh --text A_FOLDER_OF_YOUR_TEXT
+EOF

@@ -3,6 +3,8 @@
 
 say() { printf '%s\n' "$*"; }
 
+heading() { printf '\n== %s\n' "$*"; }
+
 die() {
   printf '%s\n' "$*" >&2
   exit 1
