@@ -34,7 +34,7 @@ class Examples:
         if self.within_document:
             ends = self._example_ends()
             return int(ends[-1]) if len(ends) else 0
-        return int(self._count(self.store.num_tokens))
+        return self._count(self.store.num_tokens)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         """tokens, segment_ids, positions: int32 (n,); sentence_starts: bool (n,); n <= length."""
@@ -72,8 +72,8 @@ class Examples:
         document = self._document(i)
         return self._first_of(document), int(self._example_ends()[document])
 
-    def _count(self, num_tokens):
-        return np.maximum(0, -(-(num_tokens - (self.length - self.stride)) // self.stride))
+    def _count(self, num_tokens: int) -> int:
+        return max(0, -(-(num_tokens - (self.length - self.stride)) // self.stride))
 
     def _document(self, i: int) -> int:
         return int(np.searchsorted(self._example_ends(), i, side="right"))
@@ -82,10 +82,16 @@ class Examples:
         return int(self._example_ends()[document - 1]) if document else 0
 
     def _example_ends(self) -> np.ndarray:
+        """Running sum of `_count` over the documents, int64; in place, as there may be millions."""
         if self._ends is None:
-            starts = np.asarray(self.store.document_starts()).astype(np.int64)
-            sizes = np.diff(np.append(starts, self.store.num_tokens))
-            self._ends = np.cumsum(self._count(sizes))
+            starts = self.store.document_starts()
+            ends = np.empty(len(starts), np.int64)
+            np.subtract(starts[1:], starts[:-1], out=ends[:-1], casting="unsafe")
+            ends[-1:] = self.store.num_tokens - starts[-1:].astype(np.int64)
+            ends += 2 * self.stride - 1 - self.length  # _count, rounded up
+            ends //= self.stride
+            np.maximum(ends, 0, out=ends)
+            self._ends = np.cumsum(ends, out=ends)
         return self._ends
 
     def __getstate__(self) -> dict:
