@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.layers import (
+    add_bias,
     along_last,
     apply_softcap,
     constrain,
@@ -92,7 +93,7 @@ class Attention(nn.Module):
         if c.qkv_bias:
             zeros, axes = nn.initializers.zeros, (axis, "head_dim")
             bias = make_param(self, f"{name}_bias", zeros, shape[1:], axes, c.param_dtype)
-            y = y + along_last(bias.astype(c.dtype), y)
+            y = add_bias(y, bias)
         return y
 
     def normalise(self, name: str, x_BTNH: jax.Array) -> jax.Array:
@@ -131,7 +132,7 @@ class Attention(nn.Module):
         if c.out_bias:
             zeros = nn.initializers.zeros
             bias = make_param(self, "out_bias", zeros, (c.emb_dim,), ("norm",), c.param_dtype)
-            y = y + along_last(bias.astype(c.dtype), y)
+            y = add_bias(y, bias)
         return y
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlm.models.config import TransformerConfig
-from jaxlm.models.layers import ACTIVATIONS, along_last, make_param
+from jaxlm.models.layers import ACTIVATIONS, add_bias, make_param
 from jaxlm.models.transformer import make_norm
 
 
@@ -30,7 +30,7 @@ class Dense(nn.Module):
         kernel = make_param(self, "kernel", init, shape, ("embed", None), c.param_dtype)
         bias = make_param(self, "bias", zeros, shape[1:], ("norm",), c.param_dtype)
         y = jnp.einsum("BMD,DC->BMC", x, kernel.astype(c.dtype))
-        return y + along_last(bias.astype(c.dtype), y)
+        return add_bias(y, bias)
 
 
 class MLMHead(nn.Module):
@@ -49,5 +49,5 @@ class MLMHead(nn.Module):
             self, "vocab_bias", zeros, (c.vocab_size,), ("vocab",), c.param_dtype
         )
         x = jnp.einsum("BMD,DE->BME", x_BMD, dense.astype(c.dtype))
-        x = ACTIVATIONS[c.activation](x + along_last(bias.astype(c.dtype), x))
+        x = ACTIVATIONS[c.activation](add_bias(x, bias))
         return make_norm(c, "norm")(x), vocab_bias

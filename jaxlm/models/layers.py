@@ -86,6 +86,11 @@ def along_last(v: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.expand_dims(v, tuple(range(x.ndim - v.ndim)))
 
 
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias over the last axes, added in float32, so that the bias's gradient is a sum in float32."""
+    return (x.astype(jnp.float32) + along_last(bias.astype(jnp.float32), x)).astype(x.dtype)
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes a share `rate` of `x` and scales up the rest; without a key it is the identity."""
     if key is None or rate == 0.0:

@@ -19,7 +19,7 @@ from jaxlm.models.config import TransformerConfig
 from jaxlm.models.layers import (
     ACTIVATIONS,
     Norm,
-    along_last,
+    add_bias,
     attention_mask,
     constrain,
     dropout,
@@ -114,7 +114,7 @@ class MLP(nn.Module):
             axis = "mlp" if axes[1] == "mlp" else "norm"
             zeros = nn.initializers.zeros
             bias = make_param(self, f"{name}_bias", zeros, (size,), (axis,), c.param_dtype)
-            y = y + along_last(bias.astype(c.dtype), y)
+            y = add_bias(y, bias)
         return checkpoint_name(y, "mlp_out" if name == "down" else name)
 
 

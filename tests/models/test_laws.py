@@ -1,0 +1,324 @@
+"""What holds for every model, whatever its options: each law is a check that a wrong model fails."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.models import transformer
+from tests.models.tiny import (
+    CLASSIC,
+    MODERN,
+    get_loss,
+    init_params,
+    is_close,
+    make_batch,
+    make_bert,
+    make_gpt,
+)
+
+OPTIONS = {"classic": CLASSIC, "modern": MODERN}
+
+
+def influence(model, batch):
+    """(T, T) of the first row: how strongly output t depends on the token at s, by gradient.
+
+    Each position holds a token of its own, so that a row of the embedding table stands for a place.
+    """
+    length = batch["tokens"].shape[1]
+    batch = {**batch, "tokens": jnp.tile(jnp.arange(length, dtype=jnp.int32), (1, 1))}
+    batch = {k: v[:1] for k, v in batch.items()}
+    params = init_params(model, batch)
+
+    def output_sizes(table):
+        changed = {**params, "embed": {**params["embed"], "embedding": table}}
+        return jnp.sum(model.apply({"params": changed}, batch).hidden[0] ** 3, axis=-1)
+
+    jacobian_TVD = jax.jit(jax.jacrev(output_sizes))(params["embed"]["embedding"])
+    return np.abs(np.asarray(jacobian_TVD)).sum(-1)[:, :length]
+
+
+def check_causality(model):
+    matrix = influence(model, {"tokens": jnp.zeros((1, 12), jnp.int32)})
+    sees = np.tril(np.ones(matrix.shape, bool))
+    assert (matrix[sees] > 0).all(), "a position does not see its own past"
+    assert (matrix[~sees] == 0).all(), "a position sees its future"
+
+
+def check_segments(model, causal):
+    batch = make_batch()
+    segments = np.asarray(batch["segment_ids"][0])
+    sees = segments[:, None] == segments[None, :]
+    sees = np.tril(sees) if causal else sees
+    matrix = influence(model, batch)
+    assert (matrix[sees] > 0).all(), "a position does not see its own segment"
+    assert (matrix[~sees] == 0).all(), "a position sees another segment"
+
+
+class Ignoring:
+    """A wrong model: it does not read one key of the batch."""
+
+    def __init__(self, model, key):
+        self.model, self.key = model, key
+
+    def init(self, rng, batch):
+        return self.model.init(rng, batch)
+
+    def apply(self, variables, batch, **kwargs):
+        return self.model.apply(
+            variables, {k: v for k, v in batch.items() if k != self.key}, **kwargs
+        )
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_decoder_never_sees_the_future(options):
+    check_causality(make_gpt(tie_embeddings=False, **OPTIONS[options]))
+
+
+def test_the_causality_check_fails_for_an_encoder_and_for_a_mask_that_is_off_by_one(monkeypatch):
+    with pytest.raises(AssertionError, match="future"):
+        check_causality(make_bert(tie_embeddings=False))
+    off_by_one = lambda ids, causal: jnp.tril(jnp.ones((1, ids.shape[1], ids.shape[1]), bool), 1)  # noqa: E731
+    monkeypatch.setattr(transformer, "attention_mask", off_by_one)
+    with pytest.raises(AssertionError, match="future"):
+        check_causality(make_gpt(tie_embeddings=False))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("options", OPTIONS)
+def test_attention_never_crosses_a_segment(options):
+    check_segments(make_gpt(tie_embeddings=False, **OPTIONS[options]), causal=True)
+    check_segments(make_bert(tie_embeddings=False, **OPTIONS[options]), causal=False)
+
+
+def test_the_segment_check_fails_for_a_model_that_ignores_segments():
+    with pytest.raises(AssertionError, match="another segment"):
+        check_segments(Ignoring(make_gpt(tie_embeddings=False), "segment_ids"), causal=True)
+
+
+def check_packing(model):
+    """Two documents in one row give what they give in two rows, and padding changes nothing."""
+    rng = np.random.default_rng(3)
+    first, second = (rng.integers(0, 32, n).astype(np.int32) for n in (7, 4))
+    row = {
+        "tokens": np.concatenate([first, second, np.zeros(3, np.int32)]),
+        "segment_ids": np.repeat(np.array([1, 2, 0], np.int32), (7, 4, 3)),
+        "positions": np.concatenate([np.arange(7), np.arange(4), np.arange(3)]).astype(np.int32),
+    }
+    packed = {k: jnp.asarray(v)[None] for k, v in row.items()}
+    params = init_params(model, packed)
+    hidden = model.apply({"params": params}, packed).hidden[0]
+    for ids, start in ((first, 0), (second, 7)):
+        alone = {"tokens": jnp.asarray(ids)[None]}
+        expected = model.apply({"params": params}, alone).hidden[0]
+        assert is_close(hidden[start : start + len(ids)], expected), "packing changed the result"
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("make_model", [make_gpt, make_bert])
+def test_packing_and_padding_do_not_change_the_result(make_model, options):
+    check_packing(make_model(**OPTIONS[options]))
+
+
+@pytest.mark.parametrize("key", ["segment_ids", "positions"])
+def test_the_packing_check_fails_for_a_model_that_ignores(key):
+    with pytest.raises(AssertionError, match="packing changed"):
+        check_packing(Ignoring(make_gpt(), key))
+
+
+def check_same_loss_and_gradient(model, other, change_params=lambda p: p):
+    batch = make_batch()
+    params = init_params(model, batch)
+    value_and_grad = lambda m: jax.jit(jax.value_and_grad(lambda p: get_loss(m, p, batch)))  # noqa: E731
+    loss, grads = value_and_grad(model)(params)
+    other_loss, other_grads = value_and_grad(other)(change_params(params))
+    assert is_close(loss, other_loss), "the loss differs"
+    assert is_close(grads, other_grads), "the gradient differs"
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("remat", ["none", "attention", "dots", "full"])
+@pytest.mark.parametrize("unroll", [1, 2, 0])
+def test_unrolling_and_rematerialising_change_neither_loss_nor_gradient(remat, unroll):
+    check_same_loss_and_gradient(make_gpt(**MODERN), make_gpt(**MODERN, remat=remat, unroll=unroll))
+
+
+def test_the_same_loss_check_fails_for_layers_in_another_order():
+    reverse = lambda p: {**p, "layers": jax.tree.map(lambda x: x[::-1], p["layers"])}  # noqa: E731
+    with pytest.raises(AssertionError, match="differs"):
+        check_same_loss_and_gradient(make_gpt(), make_gpt(unroll=0), reverse)
+
+
+@pytest.mark.parametrize("remat", ["attention", "dots", "full"])
+def test_rematerialising_really_computes_again(remat):
+    batch = make_batch()
+    plain, other = make_gpt(unroll=0), make_gpt(unroll=0, remat=remat)
+    params = init_params(plain, batch)
+
+    def count_matmuls(model):
+        grad = jax.grad(lambda p: get_loss(model, p, batch))
+        text = jax.jit(grad).lower(params).as_text()
+        return text.count("dot_general")
+
+    more = count_matmuls(other) - count_matmuls(plain)
+    layers = plain.config.num_layers
+    # attention: the scores; dots: the scores, too; full: all seven matmuls but the last, whose result nobody needs
+    assert more >= layers, f"{more} more matmuls in {layers} layers"
+
+
+def test_parameters_do_not_depend_on_how_the_layers_run():
+    batch = make_batch()
+    init = lambda m: jax.jit(m.init)(jax.random.key(0), batch)  # noqa: E731
+    looped = init(make_gpt())
+    for fields in (dict(unroll=0), dict(unroll=2, remat="full"), dict(dtype="bfloat16")):
+        assert jax.tree.all(
+            jax.tree.map(lambda a, b: bool((a == b).all()), looped, init(make_gpt(**fields)))
+        )
+
+
+def test_every_layer_is_initialised_differently():
+    params = jax.jit(make_gpt().init)(jax.random.key(0), make_batch())["params"]
+    query = params["layers"]["attention"]["query"].value
+    assert not np.allclose(query[0], query[1])
+    assert np.std(query) == pytest.approx(0.3, rel=0.1)
+    out = params["layers"]["attention"]["out"].value
+    assert np.std(out) == pytest.approx(0.3 / np.sqrt(6), rel=0.1)
+
+
+def test_zero_initialised_outputs_make_every_block_the_identity():
+    batch = make_batch()
+    model = make_gpt(zero_init_out=True, position="none")
+    params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
+    hidden = model.apply({"params": params}, batch).hidden
+    x = params["embed"]["embedding"].value[batch["tokens"]]
+    x = x - x.mean(-1, keepdims=True)
+    assert is_close(hidden, x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5))
+
+
+def check_gathering(gather_shift):
+    """The head at gathered positions gives what the head everywhere gives there."""
+    model, batch = make_bert(**CLASSIC), make_batch()
+    positions = jnp.array([[3, 0, 7], [11, 2, 0]])
+    params = init_params(model, batch)
+    everywhere = model.apply({"params": params}, batch).hidden
+    gathered = model.apply({"params": params}, {**batch, "masked_positions": positions}).hidden
+    rows = jnp.arange(2)[:, None]
+    assert is_close(gathered, everywhere[rows, positions + gather_shift]), "other positions"
+
+
+def test_masked_positions_are_gathered_before_the_head():
+    check_gathering(0)
+
+
+def test_the_gathering_check_fails_when_off_by_one():
+    with pytest.raises(AssertionError, match="other positions"):
+        check_gathering(1)
+
+
+def test_the_pair_head_reads_the_given_positions():
+    model, batch = make_bert(num_pair_classes=2), make_batch()
+    params = init_params(model, batch)
+    first = model.apply({"params": params}, batch).pair_logits
+    assert first.shape == (2, 1, 2) and first.dtype == jnp.float32
+    both = model.apply(
+        {"params": params}, {**batch, "example_positions": jnp.array([[0, 5], [0, 3]])}
+    ).pair_logits
+    assert is_close(both[:, :1], first) and not np.allclose(both[:, 1:], first)
+
+
+def test_token_types_matter_and_default_to_zero():
+    model, batch = make_bert(num_token_types=2), make_batch()
+    params = init_params(model, batch)
+    run = lambda b: model.apply({"params": params}, b).hidden  # noqa: E731
+    zeros = jnp.zeros_like(batch["tokens"])
+    assert is_close(run(batch), run({**batch, "token_types": zeros}))
+    assert not np.allclose(run(batch), run({**batch, "token_types": zeros + 1}))
+
+
+def test_a_token_outside_the_vocabulary_gives_nan():
+    model, batch = make_gpt(), make_batch()
+    params = init_params(model, batch)
+    batch = {**batch, "tokens": batch["tokens"].at[1, 0].set(32)}
+    hidden = model.apply({"params": params}, batch).hidden
+    assert np.isnan(hidden[1]).all() and np.isfinite(hidden[0]).all()
+
+
+OPTION_VALUES = [
+    dict(norm="layer_norm"),
+    dict(norm="rms_norm"),
+    dict(norm_bias=True),
+    dict(norm_position="post"),
+    dict(position="sinusoidal"),
+    dict(position="rotary"),
+    dict(position="rotary", rope_scaling=(8.0, 1.0, 4.0, 8.0)),
+    dict(position="rotary", rope_theta=100.0),
+    dict(position="none"),
+    dict(activation="gelu"),
+    dict(activation="relu"),
+    dict(activation="relu2"),
+    dict(activation="swiglu"),
+    dict(activation="geglu"),
+    dict(qk_norm=True),
+    dict(qkv_bias=True),
+    dict(out_bias=True),
+    dict(mlp_bias=True),
+    dict(tie_embeddings=False),
+    dict(num_token_types=2),
+    dict(attention_softcap=2.0),
+    dict(final_softcap=2.0),
+    dict(num_kv_heads=4),
+    dict(num_kv_heads=1),
+    dict(norm_eps=0.1),
+    dict(head_dim=6),
+    dict(dtype="bfloat16"),
+    dict(param_dtype="bfloat16"),
+    dict(dropout_rate=0.5),
+    dict(attention_dropout_rate=0.5),
+]
+
+
+@pytest.mark.parametrize("fields", OPTION_VALUES, ids=lambda f: ",".join(f"{k}={f[k]}" for k in f))
+def test_every_option_runs_and_changes_something(fields):
+    batch = {**make_batch(), "token_types": jnp.ones((2, 12), jnp.int32)}
+    rngs = dict(deterministic=False, rngs={"dropout": jax.random.key(2)})
+
+    def run(model):
+        params = init_params(model, batch)
+        loss, grads = jax.jit(jax.value_and_grad(lambda p: get_loss(model, p, batch, **rngs)))(
+            params
+        )
+        assert np.isfinite(loss)
+        assert all(
+            np.isfinite(g).all() and np.any(np.asarray(g, np.float32) != 0)
+            for g in jax.tree.leaves(grads)
+        ), "a parameter without gradient"
+        return loss, jax.tree.structure(params)
+
+    loss, tree = run(make_gpt(**fields))
+    default_loss, default_tree = run(make_gpt())
+    same = loss == default_loss and tree == default_tree
+    assert same == all(getattr(make_gpt().config, k) == v for k, v in fields.items())
+
+
+def test_a_config_lists_all_that_is_wrong_with_it():
+    wrong = dict(norm="batch_norm", num_heads=5, dropout_rate=1.0, unroll=9, rope_scaling=(1.0,))
+    with pytest.raises(ValueError) as error:
+        dataclasses.replace(make_gpt().config, **wrong)
+    for part in (
+        "batch_norm",
+        "layer_norm",
+        "num_heads=5",
+        "dropout_rate",
+        "unroll",
+        "rope_scaling",
+    ):
+        assert part in str(error.value)
+
+
+def test_an_unknown_attention_kernel_lists_the_known_ones():
+    with pytest.raises(ValueError, match="use one of.*xla"):
+        make_gpt(attention_kernel="flash").init(jax.random.key(0), make_batch())

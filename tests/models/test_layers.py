@@ -1,0 +1,260 @@
+"""The parts alone, against formulas written in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from jaxlm.models import attention, layers
+from tests.models.tiny import equations, get_loss, init_params, make_batch, make_bert, make_gpt
+
+
+def numpy_attention(query, key, value, mask, softcap=0.0):
+    """One head at a time, in float64."""
+    batch, length, heads, head_dim = query.shape
+    out = np.zeros((batch, length, heads, head_dim))
+    for b in range(batch):
+        for n in range(heads):
+            k = n // (heads // key.shape[2])
+            scores = query[b, :, n] @ key[b, :, k].T / np.sqrt(head_dim)
+            scores = softcap * np.tanh(scores / softcap) if softcap else scores
+            scores = np.where(mask[b], scores, -np.inf)
+            out[b, :, n] = scipy.special.softmax(scores, axis=-1) @ value[b, :, k]
+    return out
+
+
+def check_attention(attend, num_kv_heads, softcap=0.0):
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(2, 6, 4, 8)).astype(np.float32) * 3
+    key, value = (rng.normal(size=(2, 6, num_kv_heads, 8)).astype(np.float32) for _ in range(2))
+    mask = rng.random((2, 6, 6)) < 0.5
+    mask |= np.eye(6, dtype=bool)[None]
+    found = attend(query, key, value, mask, softcap=softcap)
+    np.testing.assert_allclose(
+        found, numpy_attention(query, key, value, mask, softcap), atol=2e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_attention_is_the_formula(num_kv_heads, softcap):
+    check_attention(attention.attend_xla, num_kv_heads, softcap)
+
+
+def test_the_attention_check_fails_for_interleaved_heads_and_for_unscaled_scores():
+    def interleaved(query, *rest, **kwargs):
+        order = np.array([0, 2, 1, 3])
+        return attention.attend_xla(query[:, :, order], *rest, **kwargs)[:, :, order]
+
+    unscaled = lambda query, *rest, **kw: attention.attend_xla(query * 8**0.5, *rest, **kw)  # noqa: E731
+    for wrong in (interleaved, unscaled):
+        with pytest.raises(AssertionError):
+            check_attention(wrong, num_kv_heads=2)
+
+
+def test_the_mask_is_the_drawing():
+    found = layers.attention_mask(jnp.array([[1, 1, 2, 2, 0]]), causal=True)
+    drawing = [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
+    np.testing.assert_array_equal(found[0], np.array(drawing, bool))
+
+
+def check_rotation(rotate):
+    """A score depends on the distance of two positions only, and lengths are kept (arXiv:2104.09864, eq. 11)."""
+    rng = np.random.default_rng(0)
+    query, key = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+    at = lambda p: layers.rotary_table(jnp.array([[p]]), 8, 10000.0)  # noqa: E731
+    score = lambda i, j: jnp.sum(rotate(query, at(i)) * rotate(key, at(j)))  # noqa: E731
+    assert score(5, 2) == pytest.approx(float(score(103, 100)), abs=1e-4)
+    assert abs(score(5, 2) - score(5, 3)) > 1e-3
+    assert jnp.linalg.norm(rotate(query, at(9))) == pytest.approx(float(jnp.linalg.norm(query)))
+
+
+def test_rotary_scores_depend_on_the_distance_only():
+    check_rotation(layers.rotate)
+
+
+def test_the_rotation_check_fails_for_a_wrong_sign():
+    def wrong(x, table):
+        first, second = jnp.split(x, 2, axis=-1)
+        cos, sin = (t[:, :, None, :] for t in table)
+        return jnp.concatenate([first * cos + second * sin, second * cos + first * sin], axis=-1)
+
+    with pytest.raises(AssertionError):
+        check_rotation(wrong)
+
+
+def test_scaled_rotary_frequencies_keep_the_fast_and_stretch_the_slow():
+    plain = layers.rotary_frequencies(128, 500000.0)
+    scaled = layers.rotary_frequencies(128, 500000.0, (8.0, 1.0, 4.0, 8192.0))
+    np.testing.assert_allclose(scaled[:20], plain[:20], rtol=1e-6)
+    np.testing.assert_allclose(scaled[-20:], plain[-20:] / 8, rtol=1e-6)
+    assert np.all(np.diff(np.asarray(scaled)) < 0)
+
+
+def test_norms_are_the_formulas():
+    x = np.random.default_rng(0).normal(2.0, 3.0, (2, 3, 16)).astype(np.float32)
+
+    def run(kind, bias):
+        norm = layers.Norm(kind, 1e-5, bias, "float32", "float32")
+        return norm.apply(jax.tree.map(jnp.asarray, norm.init(jax.random.key(0), x)), x)
+
+    centred = x - x.mean(-1, keepdims=True)
+    expected = centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(run("layer_norm", True), expected, atol=1e-5)
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(run("rms_norm", False), expected, atol=1e-5)
+
+
+def test_activations_are_the_formulas():
+    x = np.linspace(-4, 4, 41, dtype=np.float32)
+    sigmoid = 1 / (1 + np.exp(-x))
+    tanh_gelu = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    expected = {
+        "gelu": x * scipy.special.ndtr(x),
+        "gelu_tanh": tanh_gelu,
+        "relu": np.maximum(x, 0),
+        "relu2": np.maximum(x, 0) ** 2,
+        "swiglu": x * sigmoid,
+        "geglu": tanh_gelu,
+    }
+    assert set(expected) == set(layers.ACTIVATIONS)
+    for name, values in expected.items():
+        np.testing.assert_allclose(layers.ACTIVATIONS[name](x), values, atol=1e-5, err_msg=name)
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_mean():
+    x = jnp.ones((400, 100))
+    dropped = layers.dropout(x, 0.25, jax.random.key(0))
+    assert float((dropped == 0).mean()) == pytest.approx(0.25, abs=0.01)
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.02)
+    assert layers.dropout(x, 0.25, None) is x
+
+
+RANDOM = ("random_bits", "threefry2x32", "random_wrap", "random_fold_in")
+
+
+def random_operations(model, **kwargs):
+    batch = make_batch()
+    params = init_params(model, batch)
+    jaxpr = jax.make_jaxpr(lambda p: get_loss(model, p, batch, **kwargs))(params)
+    return [e.primitive.name for e in equations(jaxpr.jaxpr) if e.primitive.name in RANDOM]
+
+
+def test_without_dropout_no_random_operation_is_emitted():
+    training = dict(deterministic=False, rngs={"dropout": jax.random.key(0)})
+    dropping = make_gpt(dropout_rate=0.1, attention_dropout_rate=0.1)
+    assert random_operations(dropping, **training)
+    assert not random_operations(dropping)
+    assert not [n for n in random_operations(make_gpt(), **training) if n == "random_bits"]
+
+
+def test_every_layer_drops_other_values():
+    model = make_gpt(
+        dropout_rate=0.5, emb_dim=64, zero_init_out=False, position="none", num_layers=2
+    )
+    batch = make_batch()
+    params = init_params(model, batch)
+    run = lambda seed: (
+        model.apply(  # noqa: E731
+            {"params": params}, batch, deterministic=False, rngs={"dropout": jax.random.key(seed)}
+        ).hidden
+    )
+    np.testing.assert_array_equal(run(0), run(0))
+    assert not np.allclose(run(0), run(1))
+    both = {**params, "layers": jax.tree.map(lambda x: jnp.stack([x[0], x[0]]), params["layers"])}
+    jaxpr = jax.make_jaxpr(
+        lambda p: (
+            model.apply(
+                {"params": p}, batch, deterministic=False, rngs={"dropout": jax.random.key(0)}
+            ).hidden
+        )
+    )(both)
+    scans = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "scan"]
+    assert any("key<fry>[2]" in str(v.aval) for e in scans for v in e.invars), (
+        "the layers share one key"
+    )
+
+
+# --- float32 where it matters -----------------------------------------------------------------------------------------
+
+SENSITIVE = ("exp", "log", "rsqrt", "sqrt", "sin", "cos", "reduce_sum", "reduce_max", "cumsum")
+
+
+def check_float32(model, batch):
+    """No sensitive operation of the forward or the backward pass reads anything but float32."""
+    params = init_params(model, batch)
+    grad = jax.make_jaxpr(jax.grad(lambda p: get_loss(model, p, batch)))(params)
+    low = [
+        f"{e.primitive.name} of {e.invars[0].aval.str_short()}"
+        for e in equations(grad.jaxpr)
+        if e.primitive.name in SENSITIVE
+        and jnp.issubdtype(e.invars[0].aval.dtype, jnp.floating)
+        and e.invars[0].aval.dtype != jnp.float32
+    ]
+    assert not low, f"not in float32: {low}"
+    matmuls = [e for e in equations(grad.jaxpr) if e.primitive.name == "dot_general"]
+    inputs = [e.invars[0].aval.dtype for e in matmuls]
+    assert sum(d == jnp.bfloat16 for d in inputs) > len(inputs) / 2, "the matmuls are not bfloat16"
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_under_bfloat16_softmax_norms_angles_and_sums_stay_float32(remat):
+    common = dict(dtype="bfloat16", norm_bias=True, qkv_bias=True, out_bias=True, mlp_bias=True)
+    check_float32(
+        make_gpt(**common, position="rotary", qk_norm=True, attention_softcap=5.0, remat=remat),
+        make_batch(),
+    )
+    check_float32(make_bert(num_token_types=2, **common), make_batch())
+
+
+def test_the_float32_check_fails_for_a_softmax_in_bfloat16(monkeypatch):
+    def wrong(query, key, value, mask, rng, **_):
+        kv = jnp.repeat(key, 2, axis=2), jnp.repeat(value, 2, axis=2)
+        scores = jnp.einsum("BTNH,BSNH->BNTS", query, kv[0])
+        return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores), kv[1])
+
+    monkeypatch.setitem(attention.ATTENTION_KERNELS, "xla", wrong)
+    with pytest.raises(AssertionError, match="not in float32"):
+        check_float32(make_gpt(dtype="bfloat16"), make_batch())
+
+
+def test_bfloat16_is_near_float32():
+    batch = make_batch()
+    params = init_params(make_gpt(), batch)
+    low = make_gpt(dtype="bfloat16").apply({"params": params}, batch).hidden
+    assert low.dtype == jnp.bfloat16
+    high = make_gpt().apply({"params": params}, batch).hidden
+    assert np.abs(np.asarray(low, np.float32) - high).max() < 0.1
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_logical_axis_raises():
+    with pytest.raises(ValueError, match="unknown logical axis.*btach.*known.*batch"):
+        layers.constrain(jnp.zeros((2, 2)), ("btach", None))
+    with pytest.raises(ValueError, match="2 logical axes"):
+        layers.constrain(jnp.zeros(2), ("batch", None))
+
+
+def test_every_parameter_names_every_axis():
+    for model in (
+        make_gpt(tie_embeddings=False, norm_bias=True, qkv_bias=True, out_bias=True, mlp_bias=True),
+        make_bert(num_pair_classes=2, num_token_types=2),
+    ):
+        boxed = jax.eval_shape(model.init, jax.random.key(0), make_batch())["params"]
+        is_box = lambda x: hasattr(x, "names")  # noqa: E731
+        for path, box in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box):
+            name = jax.tree_util.keystr(path)
+            assert is_box(box), f"{name} has no axes"
+            layers.check_axes(box.names, box.value.ndim)
+            assert ("layers" in box.names) == ("layers" in name), name
+            assert "layers" not in box.names[1:], name
