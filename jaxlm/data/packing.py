@@ -18,16 +18,24 @@ class Examples:
     example has one segment; this keeps one int64 per document in memory.
 
     store: a TokenStore. length, stride: raw tokens, 0 < stride <= length.
+    sentences: examples say where sentences start.
     """
 
-    def __init__(self, store: Any, length: int, stride: int, within_document: bool = False):
+    def __init__(
+        self,
+        store: Any,
+        length: int,
+        stride: int,
+        within_document: bool = False,
+        sentences: bool = True,
+    ):
         if not 0 < stride <= length:
             raise ValueError(
                 f"found length {length} and stride {stride}; expected 0 < stride <= length; "
                 "change seq_len, which an objective turns into both"
             )
         self.store, self.length, self.stride = store, length, stride
-        self.within_document = within_document
+        self.within_document, self.sentences = within_document, sentences
         self._ends: np.ndarray | None = None  # examples up to the end of each document
 
     def __len__(self) -> int:
@@ -37,23 +45,23 @@ class Examples:
         return self._count(self.store.num_tokens)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        """tokens, segment_ids, positions: int32 (n,); sentence_starts: bool (n,); n <= length."""
+        """tokens, segment_ids, positions: int32 (n,), n <= length; sentence_starts: bool (n,), if
+        asked for."""
         start, stop = self.span(i)
-        tokens = self.store.tokens(start, stop)
-        new_document = np.zeros(len(tokens), bool)
-        new_document[self.store.documents_in(start, stop).astype(np.int64) - start] = True
-        new_document[0] = True
-        sentence_starts = np.zeros(len(tokens), bool)
-        sentence_starts[self.store.sentence_starts(start, stop).astype(np.int64) - start] = True
-        segment_ids = np.cumsum(new_document, dtype=np.int32)
-        first = np.flatnonzero(new_document).astype(np.int32)
-        positions = np.arange(len(tokens), dtype=np.int32) - first[segment_ids - 1]
-        return {
-            "tokens": tokens,
-            "segment_ids": segment_ids,
-            "positions": positions,
-            "sentence_starts": sentence_starts,
+        size = stop - start
+        first = np.append(self.store.documents_in(start, stop), stop) - start
+        first = first if first[0] == 0 else np.append(0, first)  # of each document, and the end
+        lengths = np.diff(first)
+        index = np.arange(size, dtype=np.int32)
+        example = {
+            "tokens": self.store.tokens(start, stop),
+            "segment_ids": np.arange(1, len(first), dtype=np.int32).repeat(lengths),
+            "positions": index - first[:-1].astype(np.int32).repeat(lengths),
         }
+        if self.sentences:
+            example["sentence_starts"] = np.zeros(size, bool)
+            example["sentence_starts"][self.store.sentence_starts(start, stop) - start] = True
+        return example
 
     def span(self, i: int) -> tuple[int, int]:
         """Tokens [start, stop) of the store that example i reads."""
@@ -110,11 +118,11 @@ def permute(index: int, size: int, key: int) -> int:
     if not 0 <= index < size:
         raise IndexError(f"found index {index}; expected 0 <= index < {size}")
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
+    mask, key = (1 << half) - 1, _mix(key)
     while True:
         left, right = index >> half, index & mask
-        for turn in range(6):
-            left, right = right, left ^ (_mix(right ^ _mix(key + turn)) & mask)
+        for turn in range(4):
+            left, right = right, left ^ (_mix(key ^ (turn << 48 | right)) & mask)
         index = left << half | right
         if index < size:
             return index

@@ -133,7 +133,9 @@ class Source:
     def __init__(self, name: str, store: Any, window: Any):
         self.name, self.window = name, window
         self.tag = zlib.crc32(name.encode())
-        self.examples = Examples(store, window.length, window.stride, window.within_document)
+        self.examples = Examples(
+            store, window.length, window.stride, window.within_document, window.sentences
+        )
         self.num_examples = len(self.examples)
         if not self.num_examples:
             raise ValueError(

@@ -28,7 +28,8 @@ class NextSentence(MaskedLM):
 
     def window(self, seq_len: int) -> Window:
         """Room is left for [cls] and two [sep]; a window is of one document."""
-        return Window(seq_len - 3, seq_len - 3, within_document=True, pair=True)
+        size = seq_len - 3
+        return Window(size, size, within_document=True, pair=True, sentences=True)
 
     def corrupt(self, rng: np.random.Generator, example: dict, seq_len: int) -> dict:
         """The row of a pair, and its label; see the picture."""

@@ -46,6 +46,8 @@ def padded(values: np.ndarray, length: int, fill: float = 0) -> np.ndarray:
     """`values` (n,) followed by `fill` up to (length,), same dtype. Raises if n > length."""
     if len(values) > length:
         raise ValueError(f"found {len(values)} values; expected at most {length}")
+    if len(values) == length:
+        return values
     out = np.empty(length, values.dtype)
     out[: len(values)] = values
     out[len(values) :] = fill

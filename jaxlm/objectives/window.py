@@ -14,9 +14,11 @@ class Window(NamedTuple):
     stride: raw tokens from the start of one example to the start of the next.
     within_document: an example never reads past the end of its document.
     pair: each example also brings a random example of another document, under the key `other`.
+    sentences: examples say which tokens start a sentence, under the key `sentence_starts`.
     """
 
     length: int
     stride: int
     within_document: bool = False
     pair: bool = False
+    sentences: bool = False

@@ -84,8 +84,8 @@ def test_sentence_order_labels_tell_the_truth(tokenizer, make_example):
 
 
 def test_windows_are_of_one_document_and_pairs_only_where_needed(tokenizer):
-    assert NextSentence(tokenizer=tokenizer).window(T) == (T - 3, T - 3, True, True)
-    assert SentenceOrder(tokenizer=tokenizer).window(T) == (T - 3, T - 3, True, False)
+    assert NextSentence(tokenizer=tokenizer).window(T) == (T - 3, T - 3, True, True, True)
+    assert SentenceOrder(tokenizer=tokenizer).window(T) == (T - 3, T - 3, True, False, True)
 
 
 @pytest.mark.parametrize("make", [NextSentence, SentenceOrder])
