@@ -1,0 +1,599 @@
+"""Text to a token store: tokenized by worker processes, shuffled once, in bounded memory, resumable.
+
+    sources ──spans──▶ pieces ──workers──▶ runs (sorted by key) ──buckets──▶ shards ──rename──▶ STORE
+
+Every document gets a random 64-bit key, a function of (seed, its place in the sources) alone; the store's
+order is the order of the keys. A worker writes a piece's documents sorted by key (a run). Then range after
+range of keys is collected from all runs, sorted in memory and appended to the shards. So the store does not
+depend on the number of workers or on interruptions, and no step holds more than a piece or a bucket.
+
+All is written to `STORE.partial`, which becomes STORE by one rename at the end. A piece that is finished
+there is not done again by the next run with the same sources, tokenizer and options.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from jaxlm.data import sources as text_sources
+from jaxlm.data import token_store
+from jaxlm.data.sources import Bad, Document, Span
+from jaxlm.tokenizers import Tokenizer, load_tokenizer
+
+SPLITS = ("train", "validation")
+RUN_TOKENS = 1 << 22  # a worker writes what it holds when it holds so many
+BUCKET_TOKENS = 1 << 23  # what is sorted in memory at once
+_SHOWN = 10  # how many of the bad inputs an error names
+
+
+def prepare(
+    sources: str | Sequence[str],
+    tokenizer: Tokenizer | str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    split: str = "hash",
+    validation_fraction: float = 0.05,
+    seed: int = 0,
+    num_workers: int = -1,
+    shard_tokens: int = 1 << 24,
+    max_bad_fraction: float = 0.01,
+    text_field: str = "text",
+    piece_bytes: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Makes the token store `output` from text, and returns its manifest; a store that is already there,
+    of the same sources, tokenizer and options, is returned at once.
+
+    sources: 'stdlib', files, folders, globs (`jaxlm.data.sources.find_files`).
+    tokenizer: a tokenizer or its folder.
+    split: 'hash' holds out whole documents, by a hash of their text: equal texts are on one side, whatever
+      the seed. 'tail' holds out the end of every document, from character int(length * (1 - fraction)).
+    validation_fraction: in [0, 1); with 0 there is no split 'validation'.
+    num_workers: processes that tokenize; 0 = in this process, -1 = one per core if there is work for them.
+    shard_tokens: tokens in a shard. piece_bytes: input in a piece; 0 = 4 MiB, more for large inputs.
+    max_bad_fraction: the run stops if more than this share of the documents cannot be used. What cannot is
+      listed with its origin and reason in `output/quarantine.jsonl`.
+
+    Raises:
+      FileNotFoundError: with the list of sources that name no file.
+      FileExistsError: if something else is at `output`: another store (with what differs), or no store.
+      ValueError: for too much bad input (with the list of what was wrong), an empty split, a wrong option.
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = load_tokenizer(tokenizer)
+    _check_options(split, validation_fraction, max_bad_fraction)
+    output = Path(output)
+    work = output.with_name(f"{output.name}.partial")
+    files = _scan(text_sources.find_files(sources), _known_files(output, work), progress)
+    total = sum(file["size"] for file in files)
+    recipe = dict(
+        source_fingerprint=_fingerprint(files),
+        tokenizer_sha256=tokenizer.sha256,
+        split=split,
+        validation_fraction=validation_fraction,
+        seed=seed,
+        text_field=text_field,
+        shard_tokens=shard_tokens,
+        piece_bytes=piece_bytes or min(max(total >> 10, 4 << 20), 64 << 20),
+    )
+    existing = _existing(output, recipe)
+    if existing is not None:
+        shutil.rmtree(work, ignore_errors=True)
+        return existing
+    work.mkdir(parents=True, exist_ok=True)
+    with _lock(work):
+        _start_or_resume(work, recipe, files, tokenizer)
+        spans = [
+            s
+            for f in files
+            for s in text_sources.make_spans(Path(f["path"]), recipe["piece_bytes"])
+        ]
+        pieces = list(_group(spans, recipe["piece_bytes"]))
+        summaries = _tokenize(
+            work, pieces, tokenizer, recipe, num_workers, max_bad_fraction, progress
+        )
+        _check_unchanged(files)
+        counts = _check_summaries(work, summaries, recipe, max_bad_fraction)
+        manifest = _merge(work, summaries, tokenizer, recipe, counts, progress)
+        with contextlib.suppress(FileNotFoundError):
+            output.rmdir()  # an empty folder may stand there
+        os.rename(work / "store", output)
+    shutil.rmtree(work)
+    return manifest
+
+
+# ---------------------------------------------------------------- what there is to do
+
+
+def _check_options(split: str, validation_fraction: float, max_bad_fraction: float) -> None:
+    problems = []
+    if split not in ("hash", "tail"):
+        problems.append(f"split {split!r}: expected 'hash' or 'tail'")
+    if not 0 <= validation_fraction < 1:
+        problems.append(f"validation_fraction {validation_fraction}: expected 0 <= fraction < 1")
+    if not 0 <= max_bad_fraction <= 1:
+        problems.append(f"max_bad_fraction {max_bad_fraction}: expected 0 <= fraction <= 1")
+    if problems:
+        raise ValueError("\n  ".join(["prepare:", *problems]))
+
+
+def _known_files(*folders: Path) -> dict[tuple, str]:
+    """(path, size, time) -> sha256, as an earlier run noted them: such a file is not read again."""
+    known = {}
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            for file in json.loads((folder / "sources.json").read_text(encoding="utf-8")):
+                known[file["path"], file["size"], file["mtime_ns"]] = file["sha256"]
+    return known
+
+
+def _scan(paths: list[Path], known: dict[tuple, str], progress: bool) -> list[dict[str, Any]]:
+    """Path, size, time and sha256 of every file. One that cannot be read gets an empty sha256."""
+    files = []
+    for path in tqdm.tqdm(paths, "reading", unit=" files", disable=not progress, leave=False):
+        stat = path.stat()
+        digest = known.get((str(path), stat.st_size, stat.st_mtime_ns), "")
+        if not digest:
+            with contextlib.suppress(OSError):
+                digest = token_store.sha256_of(path)
+        files.append(
+            dict(path=str(path), size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=digest)
+        )
+    return files
+
+
+def _fingerprint(files: list[dict[str, Any]]) -> str:
+    """Of the files' formats and contents in their order; where they lie does not matter."""
+    contents = [
+        [text_sources.format_of(path), text_sources.compression_of(path), file["sha256"]]
+        for file in files
+        for path in [Path(file["path"])]
+    ]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def _existing(output: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a finished store of the same recipe; None if nothing is there."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    if not (output / "manifest.json").is_file():
+        raise FileExistsError(f"{output} exists and is no token store: choose another output")
+    manifest = token_store.read_manifest(output)
+    found = manifest.get("recipe", {})
+    differences = [
+        f"{name}: found {found.get(name)!r}, asked for {value!r}"
+        for name, value in recipe.items()
+        if found.get(name) != value
+    ]
+    if differences:
+        advice = "choose another output, or delete the store"
+        raise FileExistsError(
+            "\n  ".join([f"{output} is a store of other data ({advice}):", *differences])
+        )
+    return manifest
+
+
+@contextlib.contextmanager
+def _lock(work: Path) -> Iterator[None]:
+    """Only one process writes a store; the lock goes with the process, however it ends."""
+    with open(work / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RuntimeError(f"another process is writing {work}: wait for it") from error
+        yield
+
+
+def _start_or_resume(work: Path, recipe: dict, files: list[dict], tokenizer: Tokenizer) -> None:
+    """Keeps the finished pieces of a run of the same recipe; those of another one are deleted."""
+    plan = work / "plan.json"
+    if not plan.is_file() or json.loads(plan.read_text(encoding="utf-8")) != recipe:
+        for entry in work.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != "lock":
+                entry.unlink()
+    tokenizer.save(work / "tokenizer")
+    _write(work / "sources.json", json.dumps(files))
+    _write(plan, json.dumps(recipe))
+
+
+def _group(spans: Iterable[Span], piece_bytes: int) -> Iterator[list[Span]]:
+    """Neighbouring spans as pieces of about `piece_bytes`; at most 10,000 files in one."""
+    piece: list[Span] = []
+    size = 0
+    for span in spans:
+        if piece and (size + span.num_bytes > piece_bytes or len(piece) == 10_000):
+            yield piece
+            piece, size = [], 0
+        piece.append(span)
+        size += span.num_bytes
+    if piece:
+        yield piece
+
+
+def _check_unchanged(files: list[dict[str, Any]]) -> None:
+    changed = [
+        file["path"]
+        for file in files
+        for stat in [os.stat(file["path"])]
+        if (stat.st_size, stat.st_mtime_ns) != (file["size"], file["mtime_ns"])
+    ]
+    if changed:
+        raise ValueError("\n  ".join(["files changed while they were read; run again:", *changed]))
+
+
+# ---------------------------------------------------------------- pieces: text to sorted runs
+
+
+class _Runs:
+    """Collects the documents of one split of one piece, and writes them sorted by key.
+
+    run-PPPPP-RRR.SPLIT.tokens.npy (n,) and .documents.npy uint64 (4, m): key, start, length, bytes.
+    """
+
+    def __init__(self, work: Path, piece: int, split: str, dtype: np.dtype):
+        self.work, self.piece, self.split, self.dtype = work, piece, split, dtype
+        self.num_runs = self.num_documents = self.num_tokens = 0
+        self._documents: list[tuple[int, np.ndarray, int]] = []
+        self._held = 0
+
+    def add(self, key: int, ids: np.ndarray, num_bytes: int) -> None:
+        self._documents.append((key, ids.astype(self.dtype), num_bytes))
+        self._held += len(ids)
+        if self._held >= RUN_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._documents:
+            return
+        keys, ids, num_bytes = zip(*self._documents, strict=True)
+        keys, lengths = np.array(keys, np.uint64), np.array([len(i) for i in ids], np.uint64)
+        order = np.argsort(keys, kind="stable")
+        lengths = lengths[order]
+        starts = np.cumsum(lengths, dtype=np.uint64) - lengths
+        table = np.stack([keys[order], starts, lengths, np.array(num_bytes, np.uint64)[order]])
+        tokens = np.concatenate([ids[i] for i in order])
+        _save(_run_path(self.work, self.piece, self.num_runs, self.split, "tokens"), tokens)
+        _save(_run_path(self.work, self.piece, self.num_runs, self.split, "documents"), table)
+        self.num_runs += 1
+        self.num_documents += len(ids)
+        self.num_tokens += len(tokens)
+        self._documents, self._held = [], 0
+
+
+def prepare_piece(
+    work: Path, number: int, spans: Sequence[Span], tokenizer: Tokenizer, recipe: dict[str, Any]
+) -> dict[str, Any]:
+    """Tokenizes one piece into runs and returns its summary, which it writes last: the piece is done."""
+    dtype = token_store.token_dtype(tokenizer.vocab_size)
+    runs = {split: _Runs(work, number, split, dtype) for split in SPLITS}
+    documents, bad = 0, Counter[str]()
+    items = (item for span in spans for item in text_sources.read_span(span, recipe["text_field"]))
+    with _replacing(work / f"piece-{number:05d}.bad.jsonl") as quarantine:
+        for place, item in enumerate(items):
+            if isinstance(item, Bad):
+                bad[item.reason] += item.count
+                quarantine.write(json.dumps(dataclasses.asdict(item)) + "\n")
+                continue
+            documents += 1
+            key = _hash(f"{recipe['seed']} {number} {place}".encode(), b"order")
+            for split, text in _split(item, recipe["split"], recipe["validation_fraction"]):
+                runs[split].add(key, tokenizer.encode(text), len(text.encode()))
+    for split in SPLITS:
+        runs[split].flush()
+    counts = ("num_runs", "num_documents", "num_tokens")
+    summary = dict(
+        number=number,
+        documents=documents,
+        bad=bad,
+        splits={split: {name: getattr(r, name) for name in counts} for split, r in runs.items()},
+    )
+    _write(work / f"piece-{number:05d}.json", json.dumps(summary))
+    return summary
+
+
+def _split(document: Document, how: str, fraction: float) -> list[tuple[str, str]]:
+    """(split, text) of the parts of a document; empty parts are left out."""
+    text = document.text
+    if how == "tail":
+        cut = int(len(text) * (1 - fraction))
+        return [part for part in zip(SPLITS, (text[:cut], text[cut:]), strict=True) if part[1]]
+    held_out = _hash(text.encode(), b"split") < fraction * 2**64
+    return [(SPLITS[held_out], text)]
+
+
+def _hash(data: bytes, purpose: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=purpose).digest(), "little")
+
+
+def _tokenize(
+    work: Path,
+    pieces: list[list[Span]],
+    tokenizer: Tokenizer,
+    recipe: dict[str, Any],
+    num_workers: int,
+    max_bad_fraction: float,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """The summaries of all pieces, in their order; those that are done are read, the others made."""
+    done = {}
+    for number in range(len(pieces)):
+        with contextlib.suppress(FileNotFoundError):
+            done[number] = json.loads((work / f"piece-{number:05d}.json").read_bytes())
+    sizes = [sum(span.num_bytes for span in piece) for piece in pieces]
+    missing = [number for number in range(len(pieces)) if number not in done]
+    if num_workers < 0:
+        num_workers = (os.cpu_count() or 1) if len(missing) > 1 else 0
+    bar = tqdm.tqdm(
+        desc="tokenizing",
+        total=sum(sizes),
+        initial=sum(sizes[number] for number in done),
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+    )
+    with bar, contextlib.ExitStack() as stack:
+        if num_workers == 0:
+            made = (prepare_piece(work, n, pieces[n], tokenizer, recipe) for n in missing)
+        else:
+            workers = _Workers(work, min(num_workers, len(missing)))
+            made = stack.enter_context(workers).map((n, pieces[n]) for n in missing)
+        for summary in made:
+            done[summary["number"]] = summary
+            bar.update(sizes[summary["number"]])
+            if bar.n > bar.total / 10:  # a threshold passed early stops the run early
+                _check_bad(work, done.values(), max_bad_fraction)
+    return [done[number] for number in range(len(pieces))]
+
+
+class _Workers:
+    """Processes that run `prepare_piece`: plain `python -m` commands that read pieces as lines of JSON and
+    answer with summaries. So they import neither the caller's main module nor JAX, and end with it."""
+
+    def __init__(self, work: Path, count: int):
+        self.work, self.count = work, count
+
+    def __enter__(self) -> "_Workers":
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+        single = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "jaxlm.data.prepare", str(self.work.resolve())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | single | {"PYTHONPATH": path},
+            )
+            for _ in range(self.count)
+        ]
+        self.free: queue.SimpleQueue = queue.SimpleQueue()
+        for process in self.processes:
+            self.free.put(process)
+        self.threads = concurrent.futures.ThreadPoolExecutor(self.count)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for process in self.processes:
+            process.kill()
+        self.threads.shutdown(cancel_futures=True)
+        for process in self.processes:
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+
+    def map(self, pieces: Iterable[tuple[int, list[Span]]]) -> Iterator[dict[str, Any]]:
+        """The summaries, as they come."""
+        futures = [self.threads.submit(self._run, *piece) for piece in pieces]
+        for future in concurrent.futures.as_completed(futures):
+            yield future.result()
+
+    def _run(self, number: int, spans: list[Span]) -> dict[str, Any]:
+        process = self.free.get()
+        request = [number, [dataclasses.astuple(span) for span in spans]]
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+        answer = process.stdout.readline()
+        if not answer:
+            raise RuntimeError(
+                f"a worker process ended with code {process.wait()} at piece {number} "
+                f"({spans[0].path}, …); its message is above. -9 often means too little memory: use "
+                "fewer workers. The same command goes on with the pieces that are finished."
+            )
+        self.free.put(process)
+        return json.loads(answer)
+
+
+def _work(work: Path) -> None:
+    """A worker's life: it ends when its standard input does, in the middle of a piece, too."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    requests: queue.SimpleQueue = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            requests.put(line)
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    recipe = json.loads((work / "plan.json").read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(work / "tokenizer")
+    while True:
+        number, spans = json.loads(requests.get())
+        summary = prepare_piece(work, number, [Span(*span) for span in spans], tokenizer, recipe)
+        print(json.dumps(summary), file=answers, flush=True)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def _check_bad(work: Path, summaries: Iterable[dict[str, Any]], max_bad_fraction: float) -> None:
+    """Raises ValueError with what was wrong if too much was."""
+    bad, documents, numbers = Counter[str](), 0, []
+    for summary in summaries:
+        bad.update(summary["bad"])
+        documents += summary["documents"]
+        numbers += [summary["number"]] if summary["bad"] else []
+    total = documents + bad.total()
+    if bad.total() <= max_bad_fraction * total:
+        return
+    quarantine = work.resolve() / "quarantine.jsonl"
+    _collect_quarantine(work, sorted(numbers), quarantine)
+    counts = [f"{reason}: {count}" for reason, count in bad.most_common()]
+    with open(quarantine, encoding="utf-8") as file:
+        shown = [json.loads(line) for line in itertools.islice(file, _SHOWN)]
+    examples = [f"{b['origin']}: {b['reason']} {b['detail']}".rstrip() for b in shown]
+    raise ValueError(
+        "\n  ".join(
+            [
+                f"{bad.total()} of {total} documents cannot be used, more than max_bad_fraction="
+                f"{max_bad_fraction} allows:",
+                *counts,
+                f"the first {len(examples)} (all of them so far are in {quarantine}):",
+                *(f"  {example}" for example in examples),
+                "repair or remove them, or allow more with max_bad_fraction",
+            ]
+        )
+    )
+
+
+def _collect_quarantine(work: Path, numbers: Iterable[int], target: Path) -> None:
+    with _replacing(target) as out:
+        for number in numbers:
+            with open(work / f"piece-{number:05d}.bad.jsonl", encoding="utf-8") as file:
+                shutil.copyfileobj(file, out)
+
+
+def _check_summaries(
+    work: Path, summaries: list[dict[str, Any]], recipe: dict[str, Any], max_bad_fraction: float
+) -> dict[str, Any]:
+    """The counts for the manifest. Raises ValueError for too much bad input or an empty split."""
+    _check_bad(work, summaries, max_bad_fraction)
+    documents = sum(summary["documents"] for summary in summaries)
+    bad = sum((Counter(summary["bad"]) for summary in summaries), Counter[str]())
+    for split in SPLITS if recipe["validation_fraction"] else SPLITS[:1]:
+        if not any(summary["splits"][split]["num_documents"] for summary in summaries):
+            raise ValueError(
+                f"the split {split!r} is empty: {documents} documents, split {recipe['split']!r}, "
+                f"validation_fraction {recipe['validation_fraction']}. With few documents use "
+                "split='tail', which holds out the end of each; or change validation_fraction"
+            )
+    return dict(num_documents=documents, bad=dict(sorted(bad.items())))
+
+
+# ---------------------------------------------------------------- runs to shards
+
+
+def _merge(
+    work: Path,
+    summaries: list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    recipe: dict[str, Any],
+    counts: dict[str, Any],
+    progress: bool,
+) -> dict[str, Any]:
+    """Writes `work/store` from the runs, from the start: this part is short."""
+    store = work / "store"
+    shutil.rmtree(store, ignore_errors=True)
+    store.mkdir()
+    entries = {}
+    splits = SPLITS if recipe["validation_fraction"] else SPLITS[:1]
+    total = sum(s["splits"][split]["num_tokens"] for s in summaries for split in splits)
+    bar = tqdm.tqdm(
+        desc="shuffling", total=total, unit=" tokens", unit_scale=True, disable=not progress
+    )
+    with bar:
+        for split in splits:
+            writer = token_store.ShardWriter(store, split, tokenizer, recipe["shard_tokens"])
+            for ids, num_bytes in _in_order_of_keys(work, summaries, split):
+                writer.add(ids, num_bytes)
+                bar.update(len(ids))
+            entries[split] = writer.close()
+    pieces = [summary["number"] for summary in summaries]
+    _collect_quarantine(work, pieces, store / "quarantine.jsonl")
+    shutil.copyfile(work / "sources.json", store / "sources.json")
+    return token_store.finish_store(store, entries, tokenizer, recipe=recipe, source=counts)
+
+
+def _in_order_of_keys(
+    work: Path, summaries: list[dict[str, Any]], split: str
+) -> Iterator[tuple[np.ndarray, int]]:
+    """(ids, bytes) of every document of a split, bucket after bucket."""
+    paths = [
+        [_run_path(work, summary["number"], run, split, part) for part in ("documents", "tokens")]
+        for summary in summaries
+        for run in range(summary["splits"][split]["num_runs"])
+    ]
+    num_tokens = sum(summary["splits"][split]["num_tokens"] for summary in summaries)
+    buckets = num_tokens // BUCKET_TOKENS + 1
+    for bucket in range(buckets):
+        low, high = (2**64 * b // buckets for b in (bucket, bucket + 1))
+        tables, tokens = [], []
+        for documents_path, tokens_path in paths:
+            table = np.load(documents_path, mmap_mode="r", allow_pickle=False)
+            first = np.searchsorted(table[0], np.uint64(low))
+            stop = np.searchsorted(table[0], np.uint64(high - 1), side="right")
+            if first < stop:
+                table = np.array(table[:, first:stop])
+                start, end = int(table[1, 0]), int(table[1, -1] + table[2, -1])
+                held = np.load(tokens_path, mmap_mode="r", allow_pickle=False)[start:end]
+                tables.append(table)
+                tokens.append(np.array(held))
+        if not tables:
+            continue
+        keys, _, lengths, num_bytes = np.concatenate(tables, axis=1)
+        ids = np.concatenate(tokens)
+        del tables, tokens
+        starts = np.cumsum(lengths) - lengths
+        for i in np.argsort(keys, kind="stable"):
+            yield ids[int(starts[i]) : int(starts[i] + lengths[i])], int(num_bytes[i])
+
+
+# ---------------------------------------------------------------- files that appear whole
+
+
+def _run_path(work: Path, piece: int, run: int, split: str, part: str) -> Path:
+    return work / f"run-{piece:05d}-{run:03d}.{split}.{part}.npy"
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Any]:
+    """A text file that appears under its name when it is whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        yield file
+    os.replace(temporary, path)
+
+
+def _write(path: Path, text: str) -> None:
+    with _replacing(path) as file:
+        file.write(text)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]))
