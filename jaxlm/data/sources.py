@@ -26,7 +26,9 @@ from typing import Any, BinaryIO
 MAX_DOCUMENT_BYTES = 4 << 20  # of text files: a book is whole, and a 2 GB file fits no memory
 MAX_LINE_BYTES = 64 << 20
 _CUT_WINDOW = 64 << 10  # where an end of line is looked for, before a cut between two characters
-_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_NOT_LIBRARY = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+)
 _GENERATED = (
     "config-",
     "_sysconfigdata",
@@ -145,7 +147,7 @@ def compression_of(path: Path) -> str:
 
 def _files_of(source: str) -> list[Path]:
     if source == "stdlib":
-        return list(_library_files())
+        return _library_files()
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
@@ -156,22 +158,25 @@ def _files_of(source: str) -> list[Path]:
     return sorted(file for files in nested for file in files if file.is_file())
 
 
-def _files_below(folder: Path) -> list[Path]:
+def _files_below(folder: Path, left_out: frozenset[str] = frozenset()) -> list[Path]:
+    """All files below a folder, sorted; hidden ones and folders of the names `left_out` excepted."""
     found = []
     for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [f for f in folders if not f.startswith(".") and f not in left_out]
         found += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(file for file in found if file.is_file())
 
 
-def _library_files() -> Iterator[Path]:
+def _library_files() -> list[Path]:
     """The standard library's modules, without tests, generated files and empty modules."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        generated = parts[0].startswith(_GENERATED)
-        if not generated and _NOT_LIBRARY.isdisjoint(parts) and path.stat().st_size:
-            yield path
+    return [
+        path
+        for path in _files_below(root, _NOT_LIBRARY)
+        if path.suffix == ".py"
+        and not path.relative_to(root).parts[0].startswith(_GENERATED)
+        and path.stat().st_size
+    ]
 
 
 def _cut_text(path: Path, size: int, span_bytes: int) -> list[Span]:
