@@ -261,7 +261,8 @@ def _read_lines(span: Span, text_field: str) -> Iterator[Document | Bad]:
     remaining = float("inf") if compression_of(path) else span.stop - span.start
     number = span.line
     with _open(path) as stream:
-        stream.seek(span.start)
+        if span.start:
+            stream.seek(span.start)
         while remaining > 0 and (line := stream.readline(MAX_LINE_BYTES)):
             remaining -= len(line)
             origin = f"{span.path}:{number}"
@@ -345,11 +346,6 @@ class _ZstdFile(io.RawIOBase):
 
     def readable(self):
         return True
-
-    def seek(self, position, whence=0):
-        if position or whence:
-            raise io.UnsupportedOperation("seek")
-        return 0
 
     def readinto(self, buffer):
         while not self._ready:
