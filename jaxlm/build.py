@@ -139,8 +139,6 @@ def make_tokenizer(config: ConfigDict, workdir: Path) -> Any:
         tokenizer = tokenizers.load_tokenizer(path)
     elif stores:
         tokenizer = tokenizers.load_tokenizer(Path(stores[0]) / "tokenizer")
-    elif kind == "bytes":
-        tokenizer = tokenizers.make_tokenizer("bytes", num_sentinels=options["num_sentinels"])
     else:
         texts = (
             document.text
@@ -186,6 +184,7 @@ def make_stores(config: ConfigDict, tokenizer: Any, workdir: Path) -> dict[str, 
                 validation_fraction=config.data.validation_fraction,
                 text_field=config.data.text_field,
                 seed=config.seed,
+                progress=config.log.progress,
             )
         manifest = TokenStore(store, "train").manifest
         if manifest["tokenizer_sha256"] != tokenizer.sha256:

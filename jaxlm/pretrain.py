@@ -5,13 +5,14 @@ The same command again goes on from the newest checkpoint. Read `main` from top 
 
 import importlib.metadata
 import json
+import logging
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict
 
 from jaxlm import build
@@ -21,6 +22,8 @@ from jaxlm.training import checkpoints as checkpointing
 from jaxlm.training.loop import Intervals, Work, fit
 from jaxlm.training.metrics import MetricSums, MetricWriter, drop_after
 from jaxlm.training.plots import plot_run
+
+log = logging.getLogger("jaxlm")
 
 _CONFIG = define_config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -47,12 +50,12 @@ def pretrain(
         step_dir = checkpointing.find_step(workdir, latest)
         state = checkpointing.restore_state(step_dir, run.state_shape)
         window = MetricSums(checkpointing.read_manifest(step_dir)["window"])
-        logging.info("resumed from step %d", latest)
+        log.info("resumed from step %d", latest)
     start_step = int(state.step)
 
     peak, peak_says = run.peak
     write_environment(workdir, run, peak_says)
-    logging.info(
+    log.info(
         "%s parameters on %d devices; MFU divides by %.3g FLOP/s (%s)",
         f"{run.num_params:,}",
         run.mesh.size,
@@ -111,7 +114,7 @@ def accept_config(config: ConfigDict, workdir: Path, allow_change: bool) -> None
     if path.exists():
         identity, execution = build.config_changes(build.saved_config(path), config)
         for line in execution:
-            logging.info("config changed since this run began: %s", line)
+            log.info("config changed since this run began: %s", line)
         if identity and not allow_change:
             raise ValueError(
                 f"{workdir} holds a run with another config:\n"
@@ -157,7 +160,7 @@ def write_environment(workdir: Path, run: build.Run, peak_says: str) -> None:
 
 def main(argv):
     del argv
-    logging.set_verbosity(logging.INFO)
+    log.setLevel(logging.INFO)  # ours only: Orbax writes dozens of lines for each checkpoint
     pretrain(_CONFIG.value, Path(_WORKDIR.value), allow_config_change=_ALLOW_CONFIG_CHANGE.value)
 
 

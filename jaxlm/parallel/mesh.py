@@ -165,9 +165,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.array(sorted(rows))
 
 
-def put_batch(
-    mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int
-) -> dict[str, jax.Array]:
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
     """This process's rows as global arrays of `batch_size` rows, sharded over the batch axes."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
