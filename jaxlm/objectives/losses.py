@@ -4,6 +4,7 @@ import functools
 import math
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +19,7 @@ class _Options(NamedTuple):
     z_loss: float
     label_smoothing: float
     length: int  # positions of the last label axis in a chunk
+    shards: int  # of the first label axis; each sums up its own gradient of the vocabulary matrix
 
 
 def cross_entropy(
@@ -56,7 +58,8 @@ def cross_entropy(
     """
     weights_X = weights_X.astype(jnp.float32)
     length = _chunk_length(labels_X.shape, unembed_VD.shape[0], chunk_tokens)
-    options = _Options(softcap, z_loss, label_smoothing, length)
+    shards = _batch_shards(labels_X.shape) if length < labels_X.shape[-1] else 1
+    options = _Options(softcap, z_loss, label_smoothing, length, shards)
     total, nll, correct = _sums(options, hidden_XD, unembed_VD, bias_V, labels_X, weights_X)
     weight = weights_X.sum()
     nll, correct, count = jax.lax.stop_gradient((nll, correct, weight))
@@ -103,6 +106,14 @@ def _chunk_length(shape: tuple[int, ...], vocab_size: int, chunk_tokens: int) ->
     return -(-shape[-1] // max(1, chunks))
 
 
+def _batch_shards(shape: tuple[int, ...]) -> int:
+    """Over how many devices the logical axis `batch` is spread, if it leads X and they divide it."""
+    axes = nn.logical_to_mesh_axes(("batch",))[0] or ()
+    sizes = jax.sharding.get_abstract_mesh().shape
+    shards = math.prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes))
+    return shards if len(shape) > 1 and shape[0] % shards == 0 else 1
+
+
 def _row(x_V: jax.Array, ndim: int) -> jax.Array:
     return x_V.astype(jnp.float32).reshape((1,) * (ndim - 1) + (-1,))
 
@@ -114,10 +125,10 @@ def _sums(options, hidden_XD, unembed_VD, bias_V, labels_X, weights_X):
 
     def chunk(hidden_XD, labels_X, weights_X):
         logits_XV = _logits(options, hidden_XD, compute_VD, bias_V)
-        parts, _ = _losses(options, logits_XV, labels_X)
-        return tuple((part_X * weights_X).sum() for part_X in parts), ()
+        return (), _losses(options, logits_XV, labels_X)[0]
 
-    return _over_chunks(chunk, options.length, hidden_XD, labels_X, weights_X)[0]
+    _, parts = _over_chunks(chunk, options.length, hidden_XD, labels_X, weights_X)
+    return tuple((part_X * weights_X).sum() for part_X in parts)
 
 
 def _sums_and_gradients(options, hidden_XD, unembed_VD, bias_V, labels_X, weights_X):
@@ -127,19 +138,20 @@ def _sums_and_gradients(options, hidden_XD, unembed_VD, bias_V, labels_X, weight
     def chunk(hidden_XD, labels_X, weights_X):
         logits_XV = _logits(options, hidden_XD, compute_VD, bias_V)
         parts, lse_X = _losses(options, logits_XV, labels_X)
-        sums = tuple((part_X * weights_X).sum() for part_X in parts)
         grad_XV = _logits_gradient(options, logits_XV, lse_X, labels_X, weights_X)
-        grad_V = None if bias_V is None else grad_XV.sum(tuple(range(labels_X.ndim)))
+        grad_SV = None if bias_V is None else _per_shard("snv->sv", options.shards, grad_XV)
         grad_XV = grad_XV.astype(hidden_XD.dtype)
         grad_XD = _matmul("...v,vd->...d", grad_XV, compute_VD).astype(hidden_XD.dtype)
-        grad_VD = _matmul("...v,...d->vd", grad_XV, hidden_XD)
-        return (sums, grad_VD, grad_V), (grad_XD, parts[0])
+        grad_SVD = _per_shard("snv,snd->svd", options.shards, grad_XV, hidden_XD)
+        return (grad_SVD, grad_SV), (grad_XD, parts)
 
-    (sums, grad_VD, grad_V), (grad_XD, loss_X) = _over_chunks(
+    (grad_SVD, grad_SV), (grad_XD, parts) = _over_chunks(
         chunk, options.length, hidden_XD, labels_X, weights_X
     )
-    grad_V = None if bias_V is None else grad_V.astype(bias_V.dtype)
-    return sums, (grad_XD, grad_VD.astype(unembed_VD.dtype), grad_V, loss_X)
+    grad_V = None if grad_SV is None else grad_SV.sum(0).astype(bias_V.dtype)
+    grad_VD = grad_SVD.sum(0).astype(unembed_VD.dtype)
+    sums = tuple((part_X * weights_X).sum() for part_X in parts)
+    return sums, (grad_XD, grad_VD, grad_V, parts[0])
 
 
 def _scale_gradients(options, residuals, cotangents):
@@ -156,6 +168,18 @@ _sums.defvjp(_sums_and_gradients, _scale_gradients)
 
 def _matmul(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+def _per_shard(spec: str, shards: int, *arrays_X: jax.Array) -> jax.Array:
+    """An einsum within each shard s of the first axis; n is what is left of X.
+
+    Summed over shards only after the last chunk: otherwise every chunk would wait for an all-reduce
+    as large as the vocabulary matrix.
+    """
+    arrays = [x.reshape(shards, -1, x.shape[-1]) for x in arrays_X]
+    result = jnp.einsum(spec, *arrays, preferred_element_type=jnp.float32)
+    names = ("batch", "vocab", None)[: result.ndim]
+    return nn.with_logical_constraint(result, names) if shards > 1 else result
 
 
 def _logits(options, hidden_XD, unembed_VD, bias_V):
