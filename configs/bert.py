@@ -55,7 +55,16 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config = base()
     config.family = "bert"
     config.objective = dict(
-        name=chosen["objective"], rate=0.15, z_loss=0.0, label_smoothing=0.0, chunk_tokens=0
+        name=chosen["objective"],
+        rate=0.15,
+        mask_share=0.8,
+        random_share=0.1,
+        whole_word=False,
+        max_ngram=1,
+        ngram_decay=0.0,
+        static=False,
+        label_smoothing=0.0,
+        chunk_tokens=0,
     )
     if variant in BERT:
         recipe = make_bert(config, *BERT[variant])
