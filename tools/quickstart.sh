@@ -46,8 +46,8 @@ if [ -n "$text" ]; then
   text="$(from_here "$text")"
   [ -e "$text" ] || die "found: no file or folder $text; expected: text files"
   case "$text" in *"'"*) die "found: a quote in $text; change: rename it" ;; esac
-  [ ! -d "$text" ] || text="${text%/}/**/*"
-  set -- "$@" "--config.data.sources=('text=$text',)"
+  # A part of every file is held out, so that a single file will do.
+  set -- "$@" "--config.data.sources=('text=$text',)" --config.data.split=tail
 fi
 if [ -n "$workdir" ]; then
   workdir="$(from_here "$workdir")"
