@@ -195,6 +195,32 @@ def test_small_problems_make_no_loop_and_large_ones_do():
     assert loops(cross_entropy, (4, 1024))
 
 
+def check_peak_memory(loss):
+    """4,096 tokens x 768 against 128,000 ids: temporaries at least 4x below those of the definition.
+
+    Compiled only; nothing of that size is made.
+    """
+
+    def temporaries(loss):
+        def mean(hidden, unembed, labels, weights):
+            (total, weight), _ = loss(hidden, unembed, labels, weights)
+            return total / weight
+
+        shapes = (4, 1024, 768), (128_000, 768), (4, 1024), (4, 1024)
+        dtypes = jnp.float32, jnp.float32, jnp.int32, jnp.float32
+        arguments = map(jax.ShapeDtypeStruct, shapes, dtypes)
+        step = jax.jit(jax.value_and_grad(mean, (0, 1))).lower(*arguments).compile()
+        return step.memory_analysis().temp_size_in_bytes
+
+    assert 4 * temporaries(loss) <= temporaries(plain_cross_entropy)
+
+
+def test_peak_memory_is_a_quarter_of_the_plain_one_at_most():
+    check_peak_memory(cross_entropy)
+    with pytest.raises(AssertionError):
+        check_peak_memory(functools.partial(cross_entropy, chunk_tokens=2048))
+
+
 def check_float32_inside(loss):
     """With bfloat16 hidden states, whatever has a vocabulary axis is float32, matmul inputs aside."""
     problem = make_problem(dtype=jnp.bfloat16, bias=False)
