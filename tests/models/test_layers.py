@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 
 from jaxlm.models import attention, layers
-from tests.models.tiny import equations, get_loss, init_params, make_batch, make_bert, make_gpt
+from tests.models.tiny import equations, get_loss, init_params, make_batch, make_bert, make_gpt, run
 
 
 def numpy_attention(query, key, value, mask, softcap=0.0):
@@ -162,13 +162,13 @@ def test_every_layer_drops_other_values():
     )
     batch = make_batch()
     params = init_params(model, batch)
-    run = lambda seed: (
-        model.apply(  # noqa: E731
-            {"params": params}, batch, deterministic=False, rngs={"dropout": jax.random.key(seed)}
+    hidden = lambda seed: (
+        run(
+            model, params, batch, deterministic=False, rngs={"dropout": jax.random.key(seed)}
         ).hidden
     )
-    np.testing.assert_array_equal(run(0), run(0))
-    assert not np.allclose(run(0), run(1))
+    np.testing.assert_array_equal(hidden(0), hidden(0))
+    assert not np.allclose(hidden(0), hidden(1))
     both = {**params, "layers": jax.tree.map(lambda x: jnp.stack([x[0], x[0]]), params["layers"])}
     jaxpr = jax.make_jaxpr(
         lambda p: (
@@ -229,9 +229,9 @@ def test_the_float32_check_fails_for_a_softmax_in_bfloat16(monkeypatch):
 def test_bfloat16_is_near_float32():
     batch = make_batch()
     params = init_params(make_gpt(), batch)
-    low = make_gpt(dtype="bfloat16").apply({"params": params}, batch).hidden
+    low = run(make_gpt(dtype="bfloat16"), params, batch).hidden
     assert low.dtype == jnp.bfloat16
-    high = make_gpt().apply({"params": params}, batch).hidden
+    high = run(make_gpt(), params, batch).hidden
     assert np.abs(np.asarray(low, np.float32) - high).max() < 0.1
 
 
