@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jaxlm.training.metrics import read_metrics
 from jaxlm.training.plots import run_names
 

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jaxlm.training.checkpoints import find_step
 
 ITEM_ORDER = ("params", "ema", "opt_state")
