@@ -25,7 +25,7 @@ from jaxlm.models.transformer import TransformerConfig
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.parallel import mesh as meshes
 from jaxlm.training import optimizers
-from jaxlm.training.checkpoints import find_step, load_item, restore_state
+from jaxlm.training.checkpoints import evaluated_item, find_step, load_item, restore_state
 from jaxlm.training.metrics import MetricSums, with_perplexity
 from jaxlm.training.state import TrainState, new_state
 from jaxlm.training.step import make_eval_step, make_train_step
@@ -278,7 +278,7 @@ class Run:
         """A fresh state, sharded from birth; with `params`, those instead of random ones."""
         shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
         if params is not None:
-            return jax.jit(self.in_mesh(self._new_state), out_shardings=shardings)(params)
+            return self.in_mesh(jax.jit(self._new_state, out_shardings=shardings))(params)
 
         def make(seed):
             variables = self.model.init(jax.random.key(seed), self.dummy_batch())
@@ -542,6 +542,6 @@ def load_checkpoint(path: str | Path, *, step: int | None = None, item: str = ""
         nn.meta.unbox(boxed),
         shardings,
     )
-    item = item or ("ema" if (step_dir / "ema").is_dir() else "params")
+    item = item or evaluated_item(step_dir)
     params = load_item(step_dir, abstract, item)
     return Loaded(config, tokenizer, model, params, int(step_dir.name), item)

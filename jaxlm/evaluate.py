@@ -11,6 +11,7 @@ from absl import app, flags
 from jaxlm import build
 from jaxlm.data.token_store import TokenStore
 from jaxlm.flags import require
+from jaxlm.training.checkpoints import evaluated_item, find_step, load_item
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its checkpoints.")
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint of the workdir; default the newest.")
@@ -21,13 +22,15 @@ _COMPRESSORS = flags.DEFINE_bool(
 
 def evaluate(checkpoint: str | Path, step: int | None = None) -> dict:
     """Held-out metrics of the whole validation split, and whose parameters ('raw' or 'ema') they are of."""
-    loaded = build.load_checkpoint(checkpoint, step=step)
-    workdir = build.find_step(checkpoint, step).parent.parent
-    config = loaded.config.copy_and_resolve_references()
+    step_dir = find_step(checkpoint, step)
+    workdir = step_dir.parent.parent
+    config = build.saved_config(workdir / "config.json")
     config.eval.num_batches = 0
     run = build.make_run(config, workdir)
-    metrics = run.evaluate(loaded.params)
-    return {"step": loaded.step, "params": "ema" if loaded.item == "ema" else "raw", **metrics}
+    item = evaluated_item(step_dir)
+    metrics = run.evaluate(load_item(step_dir, run.state_shape.params, item))
+    says = "ema" if item == "ema" else "raw"
+    return {"step": int(step_dir.name), "params": says, **metrics}
 
 
 def held_out_documents(workdir: str | Path) -> Iterator[str]:
@@ -55,7 +58,7 @@ def main(argv):
     metrics = evaluate(_CHECKPOINT.value, _STEP.value)
     print(json.dumps(metrics, indent=2))
     if _COMPRESSORS.value:
-        workdir = build.find_step(_CHECKPOINT.value, _STEP.value).parent.parent
+        workdir = find_step(_CHECKPOINT.value, _STEP.value).parent.parent
         rows = {"this model": metrics["bits_per_byte"]}
         rows |= compressor_bits_per_byte(held_out_documents(workdir))
         print("\nbits per byte on the held-out text (smaller is better)")

@@ -117,6 +117,11 @@ def split_state(state: TrainState) -> dict[str, PyTree]:
     return items
 
 
+def evaluated_item(step_dir: Path) -> str:
+    """The parameters that evaluation and use take: 'ema' where the run averaged them, else 'params'."""
+    return "ema" if (step_dir / "ema").is_dir() else "params"
+
+
 def restore_state(step_dir: Path, abstract_state: TrainState) -> TrainState:
     """The whole state of one checkpoint, placed by the shardings of `abstract_state`.
 
