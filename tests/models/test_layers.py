@@ -162,11 +162,11 @@ def test_every_layer_drops_other_values():
     )
     batch = make_batch()
     params = init_params(model, batch)
-    hidden = lambda seed: (
-        run(
-            model, params, batch, deterministic=False, rngs={"dropout": jax.random.key(seed)}
-        ).hidden
-    )
+
+    def hidden(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return run(model, params, batch, deterministic=False, rngs=rngs).hidden
+
     np.testing.assert_array_equal(hidden(0), hidden(0))
     assert not np.allclose(hidden(0), hidden(1))
     both = {**params, "layers": jax.tree.map(lambda x: jnp.stack([x[0], x[0]]), params["layers"])}

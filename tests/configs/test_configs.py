@@ -1,0 +1,169 @@
+"""Every preset has the published size, only fields that are read, and a documented variant."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import bert, common, gpt
+from jaxlm.models import BERT, GPT, TransformerConfig
+
+# Published counts. GPT-2: the sizes of OpenAI's released checkpoints (their paper's 117M and 345M are wrong, as its
+# repository says). Llama and Qwen: the model.safetensors of the released checkpoints (meta-llama/Llama-3.2-1B,
+# Llama-3.1-8B and -70B, Qwen/Qwen3-0.6B and -8B).
+EXACT = {
+    "gpt2": 124_439_808,
+    "gpt2_medium": 354_823_168,
+    "gpt2_large": 774_030_080,
+    "gpt2_xl": 1_557_611_200,
+    "llama3_1b": 1_235_814_400,
+    "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "qwen3_0_6b": 596_049_920,
+    "qwen3_8b": 8_190_735_360,
+}
+
+# Millions, as rounded in table D.1 of arXiv:2005.14165.
+GPT3 = {
+    "gpt3_125m": 125,
+    "gpt3_350m": 356,
+    "gpt3_760m": 760,
+    "gpt3_1_3b": 1320,
+    "gpt3_2_7b": 2650,
+    "gpt3_6_7b": 6660,
+    "gpt3_13b": 12850,
+    "gpt3_175b": 174600,
+}
+
+# The encoder with its pooler, without the heads: transformers' BertModel and RobertaModel of google/bert_uncased_L-*,
+# bert-base-uncased, bert-large-uncased, roberta-base and roberta-large.
+ENCODERS = {
+    "tiny": 4_385_920,
+    "mini": 11_170_560,
+    "small": 28_763_648,
+    "medium": 41_373_184,
+    "base": 109_482_240,
+    "large": 335_141_888,
+    "roberta_base": 124_645_632,
+    "roberta_large": 355_359_744,
+}
+
+
+def param_shapes(config, **model_fields):
+    options = TransformerConfig(**{**config.model, **model_fields})
+    pair = config.objective.name in ("mlm_nsp", "mlm_sop")
+    model = GPT(options) if config.family == "gpt" else BERT(options, 2 if pair else 0)
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), {"tokens": tokens})["params"]
+
+
+def count(tree) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("variant", EXACT)
+def test_a_decoder_has_its_published_size(variant):
+    assert count(param_shapes(gpt.get_config(variant))) == EXACT[variant]
+
+
+@pytest.mark.parametrize("variant", GPT3)
+def test_a_gpt3_has_its_published_size(variant):
+    millions = count(param_shapes(gpt.get_config(variant))) / 1e6
+    assert millions == pytest.approx(GPT3[variant], rel=0.004)
+
+
+@pytest.mark.parametrize("variant", ENCODERS)
+def test_an_encoder_with_its_pooler_has_its_published_size(variant):
+    config = bert.get_config(f"{variant},objective=mlm_nsp")
+    # RoBERTa's table has two more rows, which it never uses. Our tiny has a vocabulary of its own.
+    roberta = variant.startswith("roberta")
+    fields = dict(max_len=514) if roberta else dict(vocab_size=30522)
+    shapes = param_shapes(config, **fields)
+    assert count(shapes) - count([shapes["mlm_head"], shapes["pair_head"]]) == ENCODERS[variant]
+
+
+def test_the_small_models_have_the_sizes_that_their_docstring_says():
+    assert count(param_shapes(gpt.get_config("tiny"))) == pytest.approx(2.6e6, rel=0.05)
+    for variant in ("nanogpt", "shakespeare"):
+        assert count(param_shapes(gpt.get_config(variant))) == pytest.approx(0.80e6, rel=0.02)
+
+
+VARIANTS = [(gpt, v) for v in gpt.VARIANTS] + [(bert, v) for v in bert.VARIANTS]
+
+
+@pytest.mark.parametrize(("module", "variant"), VARIANTS, ids=lambda v: getattr(v, "__name__", v))
+def test_a_config_is_complete_and_survives_json(module, variant):
+    config = module.get_config(variant)
+    assert variant.split("_")[0] in module.__doc__, "not documented"
+    fields = {f.name for f in dataclasses.fields(TransformerConfig)}
+    execution = {"dtype", "param_dtype", "remat", "unroll", "attention_kernel"}
+    assert set(config.model) == fields - execution
+    flat = jax.tree.leaves(config.to_dict(), is_leaf=lambda x: isinstance(x, tuple))
+    assert all(isinstance(leaf, (int, float, str, bool, tuple)) for leaf in flat)
+    assert all(
+        isinstance(x, (int, float, str)) for leaf in flat if isinstance(leaf, tuple) for x in leaf
+    )
+    assert json.loads(config.to_json())["family"] == config.family
+    assert set(config) == set(common.base())
+    assert config.seq_len <= config.model.max_len
+    assert config.optimizer.schedule.warmup_steps < config.num_train_steps
+    assert config.tokenizer.vocab_size <= config.model.vocab_size
+
+
+@pytest.mark.parametrize("optimizer", common.OPTIMIZERS)
+@pytest.mark.parametrize("schedule", [*common.SCHEDULES, "plateau"])
+def test_an_argument_chooses_optimizer_and_schedule_with_the_fields_they_read(optimizer, schedule):
+    group = gpt.get_config(f"tiny,optimizer={optimizer},schedule={schedule}").optimizer
+    assert group.name == optimizer
+    shared = {"name", "learning_rate", "grad_clip_norm", "schedule"}
+    plateau = {"plateau"} if schedule == "plateau" else set()
+    assert set(group) - shared == set(common.OPTIMIZERS[optimizer]) | plateau
+    name = "constant" if schedule == "plateau" else schedule
+    assert set(group.schedule) - {"name"} == set(common.SCHEDULES[name])
+
+
+def test_the_optimizer_groups_are_what_the_optimizers_take():
+    import inspect
+
+    from jaxlm.training import optimizers, schedules
+
+    def options(function):
+        parameters = inspect.signature(function).parameters.values()
+        return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    assert set(common.OPTIMIZERS) == set(optimizers.OPTIMIZERS)
+    for name, function in optimizers.OPTIMIZERS.items():
+        assert set(common.OPTIMIZERS[name]) == options(function), name
+    assert set(common.SCHEDULES) == set(schedules.SCHEDULES)
+    for name, function in schedules.SCHEDULES.items():
+        assert set(common.SCHEDULES[name]) == options(function) | {"warmup_steps"}, name
+
+
+def test_another_optimizer_scales_the_recipes_learning_rate():
+    own = gpt.get_config("gpt2").optimizer
+    lion = gpt.get_config("gpt2,optimizer=lion").optimizer
+    assert lion.learning_rate == pytest.approx(0.2 * own.learning_rate)
+    assert gpt.get_config("gpt2,optimizer=adamw").optimizer == own
+
+
+def test_a_wrong_argument_lists_all_that_is_wrong_and_what_is_known():
+    with pytest.raises(ValueError) as error:
+        bert.get_config("bose,objectve=mlm,optimizer=adam")
+    for part in ("'bose'", "roberta_large", "'objectve=mlm'", "objective", "'adamw'"):
+        assert part in str(error.value)
+
+
+def test_arguments_take_the_type_of_their_default():
+    found = common.parse_arg("b,x=3,y=0.5,z=false", ("a", "b"), x=1, y=1.0, z=True, w="one")
+    assert found == dict(variant="b", x=3, y=0.5, z=False, w="one")
+    assert common.parse_arg("x=2", ("a",), x=1)["variant"] == "a"
+    with pytest.raises(ValueError, match="z=maybe.*true or false"):
+        common.parse_arg("a,z=maybe", ("a",), z=True)
+
+
+def test_an_unknown_model_field_raises():
+    with pytest.raises(ValueError, match="unknown model fields.*num_head'.*num_heads"):
+        common.make_model(emb_dim=8, num_heads=2, num_head=2)
