@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import socket
+import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -40,8 +41,20 @@ def _compilation_cache_dir() -> Path:
     return home / "jaxlm-tests" / f"xla-{key}"
 
 
+def _forget_old_programs(folder: Path, days: float = 14) -> None:
+    """The cache has no limit of its own, and every change of the code leaves programs behind."""
+    for entry in folder.glob("*"):
+        try:
+            if time.time() - entry.stat().st_mtime > days * 86400:
+                entry.unlink()
+        except FileNotFoundError:  # another session was faster
+            pass
+
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Programs from the cache give the same bits as fresh ones, and a damaged entry is compiled again.
 if os.environ.get("JAXLM_TEST_CACHE", "1") != "0":
+    _forget_old_programs(_compilation_cache_dir())
     jax.config.update("jax_compilation_cache_dir", str(_compilation_cache_dir()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
