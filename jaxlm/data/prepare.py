@@ -11,35 +11,27 @@ All is written to `STORE.partial`, which becomes STORE by one rename at the end.
 there is not done again by the next run with the same sources, tokenizer and options.
 """
 
-import concurrent.futures
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import itertools
 import json
 import os
-import queue
 import shutil
-import subprocess
-import sys
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tqdm
 
 from jaxlm.data import sources as text_sources
-from jaxlm.data import token_store
-from jaxlm.data.sources import Bad, Document, Span
+from jaxlm.data import token_store, workers
+from jaxlm.data.runs import in_order_of_keys, replacing, write_text
+from jaxlm.data.sources import Span
+from jaxlm.data.workers import SPLITS
 from jaxlm.tokenizers import Tokenizer, load_tokenizer
 
-SPLITS = ("train", "validation")
-RUN_TOKENS = 1 << 22  # a worker writes what it holds when it holds so many
-BUCKET_TOKENS = 1 << 23  # what is sorted in memory at once
 _SHOWN = 10  # how many of the bad inputs an error names
 
 
@@ -211,8 +203,8 @@ def _start_or_resume(work: Path, recipe: dict, files: list[dict], tokenizer: Tok
             elif entry.name != "lock":
                 entry.unlink()
     tokenizer.save(work / "tokenizer")
-    _write(work / "sources.json", json.dumps(files))
-    _write(plan, json.dumps(recipe))
+    write_text(work / "sources.json", json.dumps(files))
+    write_text(plan, json.dumps(recipe))
 
 
 def _group(spans: Iterable[Span], piece_bytes: int) -> Iterator[list[Span]]:
@@ -238,90 +230,6 @@ def _check_unchanged(files: list[dict[str, Any]]) -> None:
     ]
     if changed:
         raise ValueError("\n  ".join(["files changed while they were read; run again:", *changed]))
-
-
-# ---------------------------------------------------------------- pieces: text to sorted runs
-
-
-class _Runs:
-    """Collects the documents of one split of one piece, and writes them sorted by key.
-
-    run-PPPPP-RRR.SPLIT.tokens.npy (n,) and .documents.npy uint64 (4, m): key, start, length, bytes.
-    """
-
-    def __init__(self, work: Path, piece: int, split: str, dtype: np.dtype):
-        self.work, self.piece, self.split, self.dtype = work, piece, split, dtype
-        self.num_runs = self.num_documents = self.num_tokens = 0
-        self._documents: list[tuple[int, np.ndarray, int]] = []
-        self._held = 0
-
-    def add(self, key: int, ids: np.ndarray, num_bytes: int) -> None:
-        self._documents.append((key, ids.astype(self.dtype), num_bytes))
-        self._held += len(ids)
-        if self._held >= RUN_TOKENS:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self._documents:
-            return
-        keys, ids, num_bytes = zip(*self._documents, strict=True)
-        keys, lengths = np.array(keys, np.uint64), np.array([len(i) for i in ids], np.uint64)
-        order = np.argsort(keys, kind="stable")
-        lengths = lengths[order]
-        starts = np.cumsum(lengths, dtype=np.uint64) - lengths
-        table = np.stack([keys[order], starts, lengths, np.array(num_bytes, np.uint64)[order]])
-        tokens = np.concatenate([ids[i] for i in order])
-        _save(_run_path(self.work, self.piece, self.num_runs, self.split, "tokens"), tokens)
-        _save(_run_path(self.work, self.piece, self.num_runs, self.split, "documents"), table)
-        self.num_runs += 1
-        self.num_documents += len(ids)
-        self.num_tokens += len(tokens)
-        self._documents, self._held = [], 0
-
-
-def prepare_piece(
-    work: Path, number: int, spans: Sequence[Span], tokenizer: Tokenizer, recipe: dict[str, Any]
-) -> dict[str, Any]:
-    """Tokenizes one piece into runs and returns its summary, which it writes last: the piece is done."""
-    dtype = token_store.token_dtype(tokenizer.vocab_size)
-    runs = {split: _Runs(work, number, split, dtype) for split in SPLITS}
-    documents, bad = 0, Counter[str]()
-    items = (item for span in spans for item in text_sources.read_span(span, recipe["text_field"]))
-    with _replacing(work / f"piece-{number:05d}.bad.jsonl") as quarantine:
-        for place, item in enumerate(items):
-            if isinstance(item, Bad):
-                bad[item.reason] += item.count
-                quarantine.write(json.dumps(dataclasses.asdict(item)) + "\n")
-                continue
-            documents += 1
-            key = _hash(f"{recipe['seed']} {number} {place}".encode(), b"order")
-            for split, text in _split(item, recipe["split"], recipe["validation_fraction"]):
-                runs[split].add(key, tokenizer.encode(text), len(text.encode()))
-    for split in SPLITS:
-        runs[split].flush()
-    counts = ("num_runs", "num_documents", "num_tokens")
-    summary = dict(
-        number=number,
-        documents=documents,
-        bad=bad,
-        splits={split: {name: getattr(r, name) for name in counts} for split, r in runs.items()},
-    )
-    _write(work / f"piece-{number:05d}.json", json.dumps(summary))
-    return summary
-
-
-def _split(document: Document, how: str, fraction: float) -> list[tuple[str, str]]:
-    """(split, text) of the parts of a document; empty parts are left out."""
-    text = document.text
-    if how == "tail":
-        cut = int(len(text) * (1 - fraction))
-        return [part for part in zip(SPLITS, (text[:cut], text[cut:]), strict=True) if part[1]]
-    held_out = _hash(text.encode(), b"split") < fraction * 2**64
-    return [(SPLITS[held_out], text)]
-
-
-def _hash(data: bytes, purpose: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=purpose).digest(), "little")
 
 
 def _tokenize(
@@ -352,94 +260,16 @@ def _tokenize(
     )
     with bar, contextlib.ExitStack() as stack:
         if num_workers == 0:
-            made = (prepare_piece(work, n, pieces[n], tokenizer, recipe) for n in missing)
+            made = (workers.prepare_piece(work, n, pieces[n], tokenizer, recipe) for n in missing)
         else:
-            workers = _Workers(work, min(num_workers, len(missing)))
-            made = stack.enter_context(workers).map((n, pieces[n]) for n in missing)
+            pool = workers.Workers(work, min(num_workers, len(missing)))
+            made = stack.enter_context(pool).map((n, pieces[n]) for n in missing)
         for summary in made:
             done[summary["number"]] = summary
             bar.update(sizes[summary["number"]])
             if bar.n > bar.total / 10:  # a threshold passed early stops the run early
                 _check_bad(work, done.values(), max_bad_fraction)
     return [done[number] for number in range(len(pieces))]
-
-
-class _Workers:
-    """Processes that run `prepare_piece`: plain `python -m` commands that read pieces as lines of JSON and
-    answer with summaries. So they import neither the caller's main module nor JAX, and end with it."""
-
-    def __init__(self, work: Path, count: int):
-        self.work, self.count = work, count
-
-    def __enter__(self) -> "_Workers":
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-        single = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "jaxlm.data.prepare", str(self.work.resolve())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=os.environ | single | {"PYTHONPATH": path},
-            )
-            for _ in range(self.count)
-        ]
-        self.free: queue.SimpleQueue = queue.SimpleQueue()
-        for process in self.processes:
-            self.free.put(process)
-        self.threads = concurrent.futures.ThreadPoolExecutor(self.count)
-        return self
-
-    def __exit__(self, *error) -> None:
-        for process in self.processes:
-            process.kill()
-        self.threads.shutdown(cancel_futures=True)
-        for process in self.processes:
-            process.wait()
-            process.stdin.close()
-            process.stdout.close()
-
-    def map(self, pieces: Iterable[tuple[int, list[Span]]]) -> Iterator[dict[str, Any]]:
-        """The summaries, as they come."""
-        futures = [self.threads.submit(self._run, *piece) for piece in pieces]
-        for future in concurrent.futures.as_completed(futures):
-            yield future.result()
-
-    def _run(self, number: int, spans: list[Span]) -> dict[str, Any]:
-        process = self.free.get()
-        request = [number, [dataclasses.astuple(span) for span in spans]]
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-        answer = process.stdout.readline()
-        if not answer:
-            raise RuntimeError(
-                f"a worker process ended with code {process.wait()} at piece {number} "
-                f"({spans[0].path}, …); its message is above. -9 often means too little memory: use "
-                "fewer workers. The same command goes on with the pieces that are finished."
-            )
-        self.free.put(process)
-        return json.loads(answer)
-
-
-def _work(work: Path) -> None:
-    """A worker's life: it ends when its standard input does, in the middle of a piece, too."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
-    requests: queue.SimpleQueue = queue.SimpleQueue()
-
-    def listen() -> None:
-        for line in sys.stdin:
-            requests.put(line)
-        os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
-    recipe = json.loads((work / "plan.json").read_text(encoding="utf-8"))
-    tokenizer = load_tokenizer(work / "tokenizer")
-    while True:
-        number, spans = json.loads(requests.get())
-        summary = prepare_piece(work, number, [Span(*span) for span in spans], tokenizer, recipe)
-        print(json.dumps(summary), file=answers, flush=True)
 
 
 # ---------------------------------------------------------------- bad input
@@ -476,7 +306,7 @@ def _check_bad(work: Path, summaries: Iterable[dict[str, Any]], max_bad_fraction
 
 
 def _collect_quarantine(work: Path, numbers: Iterable[int], target: Path) -> None:
-    with _replacing(target) as out:
+    with replacing(target) as out:
         for number in numbers:
             with open(work / f"piece-{number:05d}.bad.jsonl", encoding="utf-8") as file:
                 shutil.copyfileobj(file, out)
@@ -523,7 +353,7 @@ def _merge(
     with bar:
         for split in splits:
             writer = token_store.ShardWriter(store, split, tokenizer, recipe["shard_tokens"])
-            for ids, num_bytes in _in_order_of_keys(work, summaries, split):
+            for ids, num_bytes in in_order_of_keys(work, summaries, split):
                 writer.add(ids, num_bytes)
                 bar.update(len(ids))
             entries[split] = writer.close()
@@ -531,69 +361,3 @@ def _merge(
     _collect_quarantine(work, pieces, store / "quarantine.jsonl")
     shutil.copyfile(work / "sources.json", store / "sources.json")
     return token_store.finish_store(store, entries, tokenizer, recipe=recipe, source=counts)
-
-
-def _in_order_of_keys(
-    work: Path, summaries: list[dict[str, Any]], split: str
-) -> Iterator[tuple[np.ndarray, int]]:
-    """(ids, bytes) of every document of a split, bucket after bucket."""
-    paths = [
-        [_run_path(work, summary["number"], run, split, part) for part in ("documents", "tokens")]
-        for summary in summaries
-        for run in range(summary["splits"][split]["num_runs"])
-    ]
-    num_tokens = sum(summary["splits"][split]["num_tokens"] for summary in summaries)
-    buckets = num_tokens // BUCKET_TOKENS + 1
-    for bucket in range(buckets):
-        low, high = (2**64 * b // buckets for b in (bucket, bucket + 1))
-        tables, tokens = [], []
-        for documents_path, tokens_path in paths:
-            table = np.load(documents_path, mmap_mode="r", allow_pickle=False)
-            first = np.searchsorted(table[0], np.uint64(low))
-            stop = np.searchsorted(table[0], np.uint64(high - 1), side="right")
-            if first < stop:
-                table = np.array(table[:, first:stop])
-                start, end = int(table[1, 0]), int(table[1, -1] + table[2, -1])
-                held = np.load(tokens_path, mmap_mode="r", allow_pickle=False)[start:end]
-                tables.append(table)
-                tokens.append(np.array(held))
-        if not tables:
-            continue
-        keys, _, lengths, num_bytes = np.concatenate(tables, axis=1)
-        ids = np.concatenate(tokens)
-        del tables, tokens
-        starts = np.cumsum(lengths) - lengths
-        for i in np.argsort(keys, kind="stable"):
-            yield ids[int(starts[i]) : int(starts[i] + lengths[i])], int(num_bytes[i])
-
-
-# ---------------------------------------------------------------- files that appear whole
-
-
-def _run_path(work: Path, piece: int, run: int, split: str, part: str) -> Path:
-    return work / f"run-{piece:05d}-{run:03d}.{split}.{part}.npy"
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A text file that appears under its name when it is whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        yield file
-    os.replace(temporary, path)
-
-
-def _write(path: Path, text: str) -> None:
-    with _replacing(path) as file:
-        file.write(text)
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, array, allow_pickle=False)
-    os.replace(temporary, path)
-
-
-if __name__ == "__main__":
-    _work(Path(sys.argv[1]))

@@ -206,11 +206,13 @@ def _cut_lines(path: Path, size: int, span_bytes: int) -> list[Span]:
     cuts, position, line, due = [(0, 1)], 0, 1, span_bytes
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
-            end = block.find(b"\n", max(due - position, 0)) + 1
-            if position + len(block) > due and end:
-                cuts.append((position + end, line + block.count(b"\n", 0, end)))
+            counted = 0
+            while end := block.find(b"\n", max(due - position, 0)) + 1:
+                line += block.count(b"\n", counted, end)
+                counted = end
+                cuts.append((position + end, line))
                 due = position + end + span_bytes
-            line += block.count(b"\n")
+            line += block.count(b"\n", counted)
             position += len(block)
     stops = [start for start, _ in cuts[1:]] + [size]
     return [

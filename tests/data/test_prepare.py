@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,14 +13,14 @@ import numpy as np
 import pytest
 
 from jaxlm.data import prepare as preparation
-from jaxlm.data import token_store
+from jaxlm.data import runs, token_store, workers
 from jaxlm.data.prepare import prepare
 from jaxlm.data.token_store import TokenStore
 from jaxlm.tokenizers import make_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = make_tokenizer("bytes", num_sentinels=0)
-OPTIONS = dict(validation_fraction=0.1, piece_bytes=5_000, shard_tokens=20_000, progress=False)
+OPTIONS = dict(validation_fraction=0.1, piece_bytes=10_000, shard_tokens=20_000, progress=False)
 WORDS = "the a cat sat on mat ، 你好 世界 مرحبا and then it was so".split()
 
 
@@ -91,8 +90,8 @@ def test_a_store_that_lost_or_did_not_shuffle_documents_fails(tmp_path):
 def test_workers_runs_and_buckets_do_not_change_a_byte(source, tmp_path, monkeypatch):
     prepare(str(source), TOKENIZER, tmp_path / "one", num_workers=0, **OPTIONS)
     prepare(str(source), TOKENIZER, tmp_path / "two", num_workers=2, **OPTIONS)
-    monkeypatch.setattr(preparation, "RUN_TOKENS", 2_500)
-    monkeypatch.setattr(preparation, "BUCKET_TOKENS", 20_000)
+    monkeypatch.setattr(runs, "RUN_TOKENS", 2_500)
+    monkeypatch.setattr(runs, "BUCKET_TOKENS", 20_000)
     prepare(str(source), TOKENIZER, tmp_path / "small", num_workers=0, **OPTIONS)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two") == files_of(tmp_path / "small")
 
@@ -156,24 +155,39 @@ def test_trained_tokenizers_prepare_in_workers_and_the_store_keeps_them(kind, so
 
 
 KILLED = """
-import json, sys
+import json, os, sys
 from jaxlm.data import prepare as preparation
-from jaxlm.tokenizers import load_tokenizer
-tokenizer = load_tokenizer(sys.argv[2])
-if sys.argv[5] == "merge":
-    preparation.token_store.finish_store = lambda *a, **k: preparation.os.kill(preparation.os.getpid(), 9)
-options = json.loads(sys.argv[4])
-preparation.prepare(sys.argv[1], tokenizer, sys.argv[3], num_workers=2, **options)
+from jaxlm.data.workers import Workers
+
+def die(*arguments, **options):
+    os.kill(os.getpid(), 9)
+
+def die_after(pieces, run=Workers.map):
+    def map(self, requests):
+        for number, summary in enumerate(run(self, requests)):
+            if number == pieces:
+                die()
+            yield summary
+    return map
+
+source, tokenizer, output, options, pieces = sys.argv[1:]
+if pieces == "all":
+    preparation.token_store.finish_store = die
+else:
+    Workers.map = die_after(int(pieces))
+preparation.prepare(source, tokenizer, output, num_workers=2, **json.loads(options))
 """
 
 
-def start(source, tmp_path, where="tokenize"):
+def kill_after(pieces, source, tmp_path):
+    """A run with two workers that gets SIGKILL after so many pieces, or before the store is whole."""
     TOKENIZER.save(tmp_path / "tokenizer")
-    arguments = [source, tmp_path / "tokenizer", tmp_path / "s", json.dumps(OPTIONS), where]
-    return subprocess.Popen(
+    arguments = [source, tmp_path / "tokenizer", tmp_path / "s", json.dumps(OPTIONS), pieces]
+    done = subprocess.run(
         [sys.executable, "-c", KILLED, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
+    assert done.returncode == -signal.SIGKILL
 
 
 def check_resumes(tmp_path, source, resume):
@@ -186,41 +200,23 @@ def check_resumes(tmp_path, source, resume):
         made.append(work / f"piece-{number:05d}.json")
         return prepare_piece(work, number, *rest)
 
-    prepare_piece = preparation.prepare_piece
+    prepare_piece = workers.prepare_piece
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "prepare_piece", counted)
+        patch.setattr(workers, "prepare_piece", counted)
         resume(str(source), TOKENIZER, tmp_path / "s", num_workers=0, **OPTIONS)
     assert not finished & set(made)
     prepare(str(source), TOKENIZER, tmp_path / "unbroken", num_workers=0, **OPTIONS)
     assert files_of(tmp_path / "s") == files_of(tmp_path / "unbroken")
 
 
-def kill_after_some_pieces(source, tmp_path):
-    process = start(source, tmp_path)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if len(list((tmp_path / "s.partial").glob("piece-*.json"))) >= 3:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-@pytest.fixture
-def large_source(tmp_path):
-    file = tmp_path / "large.jsonl"
-    lines = [json.dumps({"text": text}) + "\n" for text in make_texts(6_000)]
-    file.write_text("".join(lines))
-    return file
-
-
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(large_source, tmp_path):
-    kill_after_some_pieces(large_source, tmp_path)
-    check_resumes(tmp_path, large_source, prepare)
+@pytest.mark.parametrize("pieces", [0, 6])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(pieces, source, tmp_path):
+    kill_after(pieces, source, tmp_path)
+    check_resumes(tmp_path, source, prepare)
 
 
 def test_a_run_killed_while_it_writes_the_store_leaves_no_half_store(source, tmp_path):
-    assert start(source, tmp_path, "merge").wait() == -signal.SIGKILL
+    kill_after("all", source, tmp_path)
     assert (tmp_path / "s.partial" / "store").exists()
     check_resumes(tmp_path, source, prepare)
 
@@ -231,7 +227,7 @@ def test_a_resume_that_starts_over_fails(source, tmp_path):
             marker.unlink()
         return prepare(*arguments, **options)
 
-    assert start(source, tmp_path, "merge").wait() == -signal.SIGKILL
+    kill_after(6, source, tmp_path)
     with pytest.raises(AssertionError):
         check_resumes(tmp_path, source, start_over)
 
@@ -248,7 +244,7 @@ def test_workers_do_not_import_jax_and_end_with_their_parent(source, tmp_path):
         "    print('jax' in sys.modules, file=sys.stderr, flush=True)\n"
         "threading.Thread(target=watch, daemon=True).start()\n"
         f"sys.argv = ['worker', {str(work)!r}]\n"
-        "runpy.run_module('jaxlm.data.prepare', run_name='__main__')\n"
+        "runpy.run_module('jaxlm.data.workers', run_name='__main__')\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -339,7 +335,7 @@ def test_bad_input_is_counted_and_quarantined_with_its_origin(tmp_path):
 def test_a_preparation_that_drops_bad_input_silently_fails(tmp_path, monkeypatch):
     add_bad_input(tmp_path / "in")
     read = preparation.text_sources.read_span
-    bad = preparation.Bad
+    bad = workers.Bad
     monkeypatch.setattr(
         preparation.text_sources,
         "read_span",
