@@ -1,0 +1,141 @@
+"""Every shipped config trains, and no field of a config is decoration."""
+
+import json
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import bert, gpt
+from jaxlm.pretrain import pretrain
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tiny.make_store(tmp_path_factory.mktemp("text") / "store")
+
+
+def distinct_configs():
+    """Variants that differ in sizes only are one config once they are shrunk: 'names' -> its spec."""
+    specs: dict[str, tuple[str, list[str]]] = {}
+    for family, module in (("gpt", gpt), ("bert", bert)):
+        for variant in module.VARIANTS:
+            spec = f"configs/{family}.py:{variant}"
+            config = tiny.tiny_config(spec, Path("store"))
+            key = ConfigDict({k: config[k] for k in ("family", "model", "objective")})
+            key.optimizer = {k: v for k, v in config.optimizer.items() if not isinstance(v, float)}
+            specs.setdefault(key.to_json_best_effort(sort_keys=True), (spec, []))[1].append(
+                f"{family}:{variant}"
+            )
+    return {"+".join(variants): spec for spec, variants in specs.values()}
+
+
+SPECS = distinct_configs()
+
+
+def test_every_variant_is_covered():
+    covered = {name for names in SPECS for name in names.split("+")}
+    every = {f"gpt:{name}" for name in gpt.VARIANTS} | {f"bert:{name}" for name in bert.VARIANTS}
+    assert covered == every
+
+
+@pytest.mark.parametrize("names", SPECS)
+def test_every_config_trains_two_steps(tmp_path, store, names):
+    config = tiny.tiny_config(
+        SPECS[names],
+        store,
+        num_train_steps=2,
+        log_every_steps=1,
+        eval__num_batches=1,
+        eval__prompts=(),
+    )
+    metrics = pretrain(config, tmp_path / "run")
+    assert 4.0 < metrics["loss"] < 7.5
+    assert not any(line.get("skipped") for line in tiny.learned(tmp_path / "run"))
+
+
+def leaves(config, prefix=""):
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def record_reads(monkeypatch, config):
+    """The set of names of leaves that are read from now on; reading a group as a dict reads all of it."""
+    paths, read = {id(config): ""}, set()
+
+    def walk(group, prefix):
+        for key, value in group.items():
+            if isinstance(value, ConfigDict):
+                paths[id(value)] = f"{prefix}{key}."
+                walk(value, f"{prefix}{key}.")
+
+    walk(config, "")
+    get, to_dict = ConfigDict.__getitem__, ConfigDict.to_dict
+
+    def recording_get(self, key):
+        if id(self) in paths:
+            read.add(paths[id(self)] + str(key))
+        return get(self, key)
+
+    def recording_to_dict(self, *args, **kwargs):
+        if paths.get(id(self)):  # not the whole config, which is only written to a file
+            read.update(paths[id(self)] + name for name in leaves(self))
+        with monkeypatch.context() as unpatched:
+            unpatched.setattr(ConfigDict, "__getitem__", get)
+            return to_dict(self, *args, **kwargs)
+
+    def silently(name):
+        original = getattr(ConfigDict, name)
+
+        def quiet(self, *args, **kwargs):
+            with monkeypatch.context() as unpatched:
+                unpatched.setattr(ConfigDict, "__getitem__", get)
+                return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(ConfigDict, name, quiet)
+
+    for whole in ("to_json", "copy_and_resolve_references"):
+        silently(whole)
+    monkeypatch.setattr(ConfigDict, "__getitem__", recording_get)
+    monkeypatch.setattr(ConfigDict, "to_dict", recording_to_dict)
+    return read
+
+
+def check_every_leaf_is_read(tmp_path, monkeypatch, spec, extra=()):
+    """A run from raw text and a run from that run's checkpoint together read every leaf."""
+    text = tmp_path / "text"
+    text.mkdir()
+    library = sorted(Path(json.__file__).parent.glob("*.py"))
+    for file in library:
+        (text / file.name).write_text(file.read_text(encoding="utf-8")[:2000], encoding="utf-8")
+    config = tiny.tiny_config(spec, text, num_train_steps=2, data__validation_fraction=0.3)
+    with config.unlocked():
+        for name in extra:
+            config[name] = 1
+    wanted = set(leaves(config))
+    with monkeypatch.context() as patch:
+        read = record_reads(patch, config)
+        pretrain(config, tmp_path / "run")
+    fork = config.copy_and_resolve_references()
+    fork.init_from = str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        again = record_reads(patch, fork)
+        pretrain(fork, tmp_path / "fork")
+    unread = sorted(wanted - read - again)
+    assert not unread, unread
+
+
+@pytest.mark.parametrize("spec", ["configs/gpt.py:tiny", "configs/bert.py:tiny"])
+def test_every_leaf_of_a_config_is_read(tmp_path, monkeypatch, spec):
+    check_every_leaf_is_read(tmp_path, monkeypatch, spec)
+
+
+def test_the_leaf_law_fails_for_a_field_that_nothing_reads(tmp_path, monkeypatch):
+    with pytest.raises(AssertionError, match="decoration"):
+        check_every_leaf_is_read(
+            tmp_path, monkeypatch, "configs/gpt.py:tiny,optimizer=sgd", extra=("decoration",)
+        )
