@@ -267,23 +267,26 @@ def _tokenize(
         for summary in made:
             done[summary["number"]] = summary
             bar.update(sizes[summary["number"]])
-            if bar.n > bar.total / 10:  # a threshold passed early stops the run early
-                _check_bad(work, done.values(), max_bad_fraction)
+            share = sum(sizes[number] for number in done) / max(sum(sizes), 1)
+            _check_bad(work, done.values(), max_bad_fraction, share)
     return [done[number] for number in range(len(pieces))]
 
 
 # ---------------------------------------------------------------- bad input
 
 
-def _check_bad(work: Path, summaries: Iterable[dict[str, Any]], max_bad_fraction: float) -> None:
-    """Raises ValueError with what was wrong if too much was."""
+def _check_bad(
+    work: Path, summaries: Iterable[dict[str, Any]], max_bad_fraction: float, share: float = 1.0
+) -> None:
+    """Raises ValueError with what was wrong if too much was: after a `share` of the input, if it would be
+    too much even with nothing but good documents of the same size to come."""
     bad, documents, numbers = Counter[str](), 0, []
     for summary in summaries:
         bad.update(summary["bad"])
         documents += summary["documents"]
         numbers += [summary["number"]] if summary["bad"] else []
     total = documents + bad.total()
-    if bad.total() <= max_bad_fraction * total:
+    if bad.total() * share <= max_bad_fraction * total:
         return
     quarantine = work.resolve() / "quarantine.jsonl"
     _collect_quarantine(work, sorted(numbers), quarantine)

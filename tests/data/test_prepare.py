@@ -349,15 +349,23 @@ def test_a_preparation_that_drops_bad_input_silently_fails(tmp_path, monkeypatch
 def test_too_much_bad_input_stops_the_run_with_the_list_and_a_higher_threshold_goes_on(tmp_path):
     add_bad_input(tmp_path / "in")
     source, store = str(tmp_path / "in"), tmp_path / "s"
+    options = OPTIONS | {"piece_bytes": 1 << 20}  # one piece: it stops at the end
     with pytest.raises(ValueError) as error:
-        prepare(source, TOKENIZER, store, num_workers=0, max_bad_fraction=0.001, **OPTIONS)
+        prepare(source, TOKENIZER, store, num_workers=0, max_bad_fraction=0.001, **options)
     message = str(error.value)
     for part in ("broken_json: 1", "web.jsonl:251", "latin.txt", "quarantine.jsonl"):
         assert part in message
     assert not store.exists()
     assert (tmp_path / "s.partial" / "quarantine.jsonl").is_file()
-    prepare(source, TOKENIZER, store, num_workers=0, max_bad_fraction=0.02, **OPTIONS)
+    prepare(source, TOKENIZER, store, num_workers=0, max_bad_fraction=0.02, **options)
     check_every_document_is_there_once(store, TEXTS[:500])
+
+
+def test_much_bad_input_stops_the_run_before_its_end(tmp_path):
+    (tmp_path / "web.jsonl").write_text("broken\n" * 20_000)
+    with pytest.raises(ValueError, match="broken_json"):
+        prepare(str(tmp_path / "web.jsonl"), TOKENIZER, tmp_path / "s", num_workers=0, **OPTIONS)
+    assert 1 <= len(list((tmp_path / "s.partial").glob("piece-*.json"))) < 5
 
 
 def test_only_bad_input_is_an_error_even_if_all_is_allowed(tmp_path):
