@@ -65,7 +65,7 @@ def fill_prompts(
         max_len=max_len,
         top_k=top_k,
     )
-    describe = lambda place: ", ".join(  # noqa: E731
+    describe = lambda place: ", ".join(
         f"{tokenizer.token(int(i))} {p:.2f}" for i, p in zip(*place, strict=True)
     )
     return [" | ".join(map(describe, places)) for places in rows]

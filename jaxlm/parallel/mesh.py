@@ -74,7 +74,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def logical_axes(boxed: PyTree) -> PyTree:
     """The tuple of axis names of each parameter, from the boxed tree that `model.init` makes."""
-    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
     return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
 
 

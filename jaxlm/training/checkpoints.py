@@ -48,7 +48,7 @@ class Checkpoints:
         if best_metric:
             if best_mode not in ("min", "max"):
                 raise ValueError(f"checkpoint.best_mode {best_mode!r} must be 'min' or 'max'")
-            value = lambda metrics: metrics[best_metric]  # noqa: E731
+            value = lambda metrics: metrics[best_metric]
             policies.append(
                 managers.BestN(
                     get_metric_fn=value,
@@ -166,7 +166,7 @@ def mismatches(item: Path, wanted_tree: PyTree) -> list[str]:
     """Where the arrays stored in `item` differ from `wanted_tree` in name, shape or dtype: a line each."""
     if not item.is_dir():
         return [f"  {item.name}: not in the checkpoint"]
-    describe = lambda x: f"{np.dtype(x.dtype).name}{list(x.shape)}"  # noqa: E731
+    describe = lambda x: f"{np.dtype(x.dtype).name}{list(x.shape)}"
     stored_tree = ocp.StandardCheckpointer().metadata(item).item_metadata
     stored, wanted = (
         {"/".join(path_names(p)): describe(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}

@@ -112,7 +112,7 @@ def _turn_out(outer, states: PyTree) -> PyTree:
 
 def _turn_in(outer, state: PyTree) -> PyTree:
     """A state of trees -> a tree of states."""
-    is_outer = lambda x: jax.tree.structure(x) == outer  # noqa: E731
+    is_outer = lambda x: jax.tree.structure(x) == outer
     trees, inner = jax.tree.flatten(state, is_leaf=is_outer)
     leaves = (
         zip(*map(outer.flatten_up_to, trees), strict=True) if trees else [()] * outer.num_leaves

@@ -70,7 +70,7 @@ def make_train_step(
         ema = ema_update(state.ema, params, ema_decay, state.step) if ema_decay else state.ema
 
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"][0])
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         new_state = state.replace(
             step=state.step + 1,
             params=keep(params, state.params),

@@ -82,7 +82,7 @@ def test_generation_ends_before_eos_and_at_the_end_of_the_buffer():
 def test_samples_come_from_the_top_k_in_their_proportions():
     logits = jnp.tile(jnp.log(jnp.array([[0.1, 0.6, 0.3]])), (4000, 1))
     keys = jax.random.split(jax.random.key(0), 4000)
-    draw = lambda temperature, k: np.bincount(  # noqa: E731
+    draw = lambda temperature, k: np.bincount(
         decode.sample(logits, keys, jnp.float32(temperature), k), minlength=3
     )
     np.testing.assert_allclose(draw(1.0, 0) / 4000, [0.1, 0.6, 0.3], atol=0.03)

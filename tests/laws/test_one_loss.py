@@ -103,7 +103,7 @@ def train(*, batch=padded, mesh=(1, 1, 1), accumulation_steps=1, loss=loss, step
     axes, abstract = meshes.logical_axes(boxed), nn.meta.unbox(boxed)
     param_shardings = meshes.param_shardings(mesh, boxed)
     optimizer = optimizers.make_optimizer("sgd", axes=axes, momentum=0.9)
-    schedule = lambda step: jnp.float32(0.05)  # noqa: E731
+    schedule = lambda step: jnp.float32(0.05)
     step_fn = make_train_step(
         model,
         loss,
@@ -115,7 +115,7 @@ def train(*, batch=padded, mesh=(1, 1, 1), accumulation_steps=1, loss=loss, step
     )
     losses, norms = [], []
     with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
-        make = lambda: new_state(  # noqa: E731
+        make = lambda: new_state(
             nn.meta.unbox(model.init(jax.random.key(0), dummy))["params"], optimizer
         )
         shapes = jax.eval_shape(make)

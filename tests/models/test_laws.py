@@ -84,7 +84,7 @@ def test_a_decoder_never_sees_the_future(options):
 def test_the_causality_check_fails_for_an_encoder_and_for_a_mask_that_is_off_by_one(monkeypatch):
     with pytest.raises(AssertionError, match="future"):
         check_causality(make_bert(tie_embeddings=False))
-    off_by_one = lambda ids, causal: jnp.tril(jnp.ones((1, ids.shape[1], ids.shape[1]), bool), 1)  # noqa: E731
+    off_by_one = lambda ids, causal: jnp.tril(jnp.ones((1, ids.shape[1], ids.shape[1]), bool), 1)
     monkeypatch.setattr(transformer, "attention_mask", off_by_one)
     with pytest.raises(AssertionError, match="future"):
         check_causality(make_gpt(tie_embeddings=False))
@@ -187,7 +187,7 @@ def test_rematerialising_really_computes_again(remat):
 
 def test_parameters_do_not_depend_on_how_the_layers_run():
     batch = make_batch()
-    init = lambda m: jax.jit(m.init)(jax.random.key(0), batch)  # noqa: E731
+    init = lambda m: jax.jit(m.init)(jax.random.key(0), batch)
     looped = init(make_gpt())
     for fields in (dict(unroll=0), dict(unroll=2, remat="full"), dict(dtype="bfloat16")):
         assert jax.tree.all(
@@ -248,7 +248,7 @@ def test_the_pair_head_reads_the_given_positions():
 def test_token_types_matter_and_default_to_zero():
     model, batch = make_bert(num_token_types=2), make_batch()
     params = init_params(model, batch)
-    hidden = lambda b: run(model, params, b).hidden  # noqa: E731
+    hidden = lambda b: run(model, params, b).hidden
     zeros = jnp.zeros_like(batch["tokens"])
     assert is_close(hidden(batch), hidden({**batch, "token_types": zeros}))
     assert not np.allclose(hidden(batch), hidden({**batch, "token_types": zeros + 1}))

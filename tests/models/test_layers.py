@@ -48,7 +48,7 @@ def test_the_attention_check_fails_for_interleaved_heads_and_for_unscaled_scores
         order = np.array([0, 2, 1, 3])
         return attention.attend_xla(query[:, :, order], *rest, **kwargs)[:, :, order]
 
-    unscaled = lambda query, *rest, **kw: attention.attend_xla(query * 8**0.5, *rest, **kw)  # noqa: E731
+    unscaled = lambda query, *rest, **kw: attention.attend_xla(query * 8**0.5, *rest, **kw)
     for wrong in (interleaved, unscaled):
         with pytest.raises(AssertionError):
             check_attention(wrong, num_kv_heads=2)
@@ -70,8 +70,8 @@ def check_rotation(rotate):
     """A score depends on the distance of two positions only, and lengths are kept (arXiv:2104.09864, eq. 11)."""
     rng = np.random.default_rng(0)
     query, key = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
-    at = lambda p: layers.rotary_table(jnp.array([[p]]), 8, 10000.0)  # noqa: E731
-    score = lambda i, j: jnp.sum(rotate(query, at(i)) * rotate(key, at(j)))  # noqa: E731
+    at = lambda p: layers.rotary_table(jnp.array([[p]]), 8, 10000.0)
+    score = lambda i, j: jnp.sum(rotate(query, at(i)) * rotate(key, at(j)))
     assert score(5, 2) == pytest.approx(float(score(103, 100)), abs=1e-4)
     assert abs(score(5, 2) - score(5, 3)) > 1e-3
     assert jnp.linalg.norm(rotate(query, at(9))) == pytest.approx(float(jnp.linalg.norm(query)))
@@ -251,7 +251,7 @@ def test_every_parameter_names_every_axis():
         make_bert(num_pair_classes=2, num_token_types=2),
     ):
         boxed = jax.eval_shape(model.init, jax.random.key(0), make_batch())["params"]
-        is_box = lambda x: hasattr(x, "names")  # noqa: E731
+        is_box = lambda x: hasattr(x, "names")
         for path, box in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box):
             name = jax.tree_util.keystr(path)
             assert is_box(box), f"{name} has no axes"

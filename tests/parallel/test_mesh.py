@@ -15,7 +15,7 @@ from jaxlm.parallel import mesh as meshes
 def boxed_params():
     box = lambda shape, names: nn.LogicallyPartitioned(
         jax.ShapeDtypeStruct(shape, jnp.float32), names
-    )  # noqa: E731
+    )
     return {
         "query": box((2, 8, 4, 2), ("layers", "embed", "heads", "head_dim")),
         "table": box((16, 8), ("vocab", "embed")),

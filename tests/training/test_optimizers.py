@@ -209,10 +209,10 @@ def plain_muon(axes, mask, rate, hyper):
     def update(grads, state, params):  # all by both, then the one that each parameter wants
         by_muon, muon_state = muon.update(grads, state[0], params)
         by_adam, adam_state = adam.update(grads, state[1], params)
-        pick = lambda label, m, a: m if label == "muon" else a  # noqa: E731
+        pick = lambda label, m, a: m if label == "muon" else a
         return jax.tree.map(pick, labels, by_muon, by_adam), (muon_state, adam_state)
 
-    init = lambda params: (muon.init(params), adam.init(params))  # noqa: E731
+    init = lambda params: (muon.init(params), adam.init(params))
     return optax.GradientTransformation(init, update)
 
 
