@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained language model, in about ten minutes on two CPU cores:
 #
-#   bash tools/quickstart.sh [--text FILE_OR_DIR] [WORKDIR]
+#   bash tools/quickstart.sh [--text FILE_OR_DIR] [WORKDIR] [-- FLAGS OF jaxlm.pretrain]
 #
 # Installs requirements.txt into .venv, prepares text (this Python's own standard library, or yours),
 # pretrains configs/gpt.py:tiny, evaluates it on held-out text beside gzip and xz, draws the curves and
@@ -24,6 +24,10 @@ while [ $# -gt 0 ]; do
       sed -n '2,8s/^# \{0,1\}//p' "$0"
       exit 0
       ;;
+    --)
+      shift
+      break
+      ;;
     -*) die "found: $1; expected: [--text FILE_OR_DIR] [WORKDIR]" ;;
     *)
       [ -z "$workdir" ] || die "found: two workdirs, $workdir and $1; expected: one"
@@ -41,7 +45,7 @@ from_here() {
   esac
 }
 
-set -- --config=configs/gpt.py:tiny
+set -- --config=configs/gpt.py:tiny ${1+"$@"}
 if [ -n "$text" ]; then
   text="$(from_here "$text")"
   [ -e "$text" ] || die "found: no file or folder $text; expected: text files"
