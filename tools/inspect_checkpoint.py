@@ -96,9 +96,9 @@ def describe(path: str | Path, step: int | None = None) -> tuple[str, int]:
     """(the printed report, how many elements are NaN or infinite)."""
     arrays = Arrays(path, step)
     lines, bad_total = [f"checkpoint {arrays.step_dir}"], 0
-    width = max((len(name) for name in arrays.about), default=0)
     for item in arrays.items():
         names = [name for name in arrays.about if name.startswith(item + "/")]
+        width = max(map(len, names), default=0)
         size = sum(arrays.about[n].size for n in names)
         nbytes = sum(arrays.about[n].size * arrays.about[n].dtype.itemsize for n in names)
         what = "parameters" if item in ("params", "ema") else "elements"

@@ -75,7 +75,13 @@ def printed(notebook: nbformat.NotebookNode) -> str:
     )
 
 
-@pytest.mark.parametrize("config", ["configs/gpt.py:tiny", "configs/bert.py:tiny"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param("configs/gpt.py:tiny", marks=pytest.mark.core),
+        pytest.param("configs/bert.py:tiny", marks=pytest.mark.slow),
+    ],
+)
 def test_the_pretraining_notebook_runs_on_the_cpu(config, tmp_path):
     settings = {"CONFIG": config, "WORKDIR": str(tmp_path / "run"), "FAST": True}
     notebook = run_notebook(ROOT / "colab" / "pretrain.ipynb", settings)
