@@ -10,14 +10,7 @@ from absl import app, flags
 
 from jaxlm import build
 from jaxlm.data.token_store import TokenStore
-from jaxlm.flags import require
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_item
-
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its checkpoints.")
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint of the workdir; default the newest.")
-_COMPRESSORS = flags.DEFINE_bool(
-    "compressors", False, "Also print the bits per byte of gzip -9 and xz -9 on the same text."
-)
 
 
 def evaluate(checkpoint: str | Path, step: int | None = None) -> dict:
@@ -53,12 +46,22 @@ def compressor_bits_per_byte(texts: Iterator[str]) -> dict[str, float]:
     return {name: 8 * size / len(data) for name, size in sizes.items()}
 
 
+def define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its checkpoints.")
+    flags.DEFINE_integer("step", None, "Which checkpoint of the workdir; default the newest.")
+    flags.DEFINE_bool(
+        "compressors", False, "Also print the bits per byte of gzip -9 and xz -9 on the same text."
+    )
+    flags.mark_flag_as_required("checkpoint")
+
+
 def main(argv):
     del argv
-    metrics = evaluate(_CHECKPOINT.value, _STEP.value)
+    args = flags.FLAGS
+    metrics = evaluate(args.checkpoint, args.step)
     print(json.dumps(metrics, indent=2))
-    if _COMPRESSORS.value:
-        workdir = find_step(_CHECKPOINT.value, _STEP.value).parent.parent
+    if args.compressors:
+        workdir = find_step(args.checkpoint, args.step).parent.parent
         rows = {"this model": metrics["bits_per_byte"]}
         rows |= compressor_bits_per_byte(held_out_documents(workdir))
         print("\nbits per byte on the held-out text (smaller is better)")
@@ -67,5 +70,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    require("checkpoint")
+    define_flags()
     app.run(main)

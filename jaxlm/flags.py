@@ -1,8 +1,11 @@
-"""The flags that every entrypoint shares."""
+"""The flags that entrypoints share.
+
+Flags are defined by `define_flags()` of the script that is run, not by importing it: two scripts may have
+flags of one name, and tests and notebooks import several.
+"""
 
 import sys
 
-from absl import flags
 from ml_collections import config_flags
 
 from jaxlm import saved_config
@@ -22,8 +25,3 @@ def _through_saved_config(arg: str) -> str:
         if arg.startswith(prefix) and arg.endswith(".json"):
             return f"{prefix}{saved_config.__file__}:{arg.removeprefix(prefix)}"
     return arg
-
-
-def require(*names: str) -> None:
-    """Marks flags as required, for scripts that are run and not imported."""
-    flags.mark_flags_as_required(list(names))

@@ -16,7 +16,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from jaxlm import build
-from jaxlm.flags import define_config_flag, require
+from jaxlm.flags import define_config_flag
 from jaxlm.inference.samples import make_sampler
 from jaxlm.training import checkpoints as checkpointing
 from jaxlm.training.loop import Intervals, Work, fit
@@ -24,14 +24,6 @@ from jaxlm.training.metrics import MetricSums, MetricWriter, drop_after
 from jaxlm.training.plots import plot_run
 
 log = logging.getLogger("jaxlm")
-
-_CONFIG = define_config_flag()
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: everything it makes lies there."
-)
-_ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
-    "allow_config_change", False, "Resume although fields that define the run have changed."
-)
 
 
 def pretrain(
@@ -158,12 +150,22 @@ def write_environment(workdir: Path, run: build.Run, peak_says: str) -> None:
     )
 
 
+def define_flags() -> None:
+    define_config_flag()
+    flags.DEFINE_string("workdir", None, "Folder of the run: everything it makes lies there.")
+    flags.DEFINE_bool(
+        "allow_config_change", False, "Resume although fields that define the run have changed."
+    )
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
 def main(argv):
     del argv
+    args = flags.FLAGS
     log.setLevel(logging.INFO)  # ours only: Orbax writes dozens of lines for each checkpoint
-    pretrain(_CONFIG.value, Path(_WORKDIR.value), allow_config_change=_ALLOW_CONFIG_CHANGE.value)
+    pretrain(args.config, Path(args.workdir), allow_config_change=args.allow_config_change)
 
 
 if __name__ == "__main__":
-    require("config", "workdir")
+    define_flags()
     app.run(main)

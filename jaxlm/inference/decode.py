@@ -21,8 +21,11 @@ ApplyLogits = Callable[[Params, Batch, jax.Array], jax.Array]
 
 
 @functools.lru_cache(maxsize=16)
-def make_apply_logits(model: Any) -> ApplyLogits:
-    """The logits of a Linen model at chosen positions. One model gives one function, so that jit knows it again."""
+def make_apply_logits(model: Any, num_ids: int | None = None) -> ApplyLogits:
+    """The logits of a Linen model at chosen positions. One model gives one function, so that jit knows it again.
+
+    num_ids: the tokenizer's; a padded vocabulary has rows past it, which stand for nothing. None = all.
+    """
 
     def apply_logits(params: Params, batch: Batch, positions_BM: jax.Array) -> jax.Array:
         # An encoder gathers the positions before its head; a decoder ignores the key.
@@ -30,10 +33,10 @@ def make_apply_logits(model: Any) -> ApplyLogits:
         hidden = outputs.hidden
         if hidden.shape[:2] != positions_BM.shape:
             hidden = jnp.take_along_axis(hidden, positions_BM[:, :, None], axis=1)
-        unembed = outputs.unembed.astype(hidden.dtype)
+        unembed = outputs.unembed[:num_ids].astype(hidden.dtype)
         logits = jnp.einsum("BMD,VD->BMV", hidden, unembed, preferred_element_type=jnp.float32)
         if outputs.unembed_bias is not None:
-            logits = logits + outputs.unembed_bias.astype(jnp.float32)[None, None]
+            logits = logits + outputs.unembed_bias[:num_ids].astype(jnp.float32)[None, None]
         return outputs.softcap * jnp.tanh(logits / outputs.softcap) if outputs.softcap else logits
 
     return apply_logits

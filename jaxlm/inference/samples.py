@@ -38,7 +38,7 @@ def continue_prompts(
     room = max_len - min(max_new_tokens, max_len // 2)
     ids = [encode_prompt(tokenizer, prompt)[-room:] for prompt in prompts]
     new = decode.generate(
-        decode.make_apply_logits(model),
+        decode.make_apply_logits(model, tokenizer.vocab_size),
         params,
         ids,
         max_new_tokens=max_new_tokens,
@@ -58,7 +58,7 @@ def fill_prompts(
     end = np.array([tokenizer.eos_id], np.int32)
     ids = [np.concatenate([encode_prompt(tokenizer, p)[: max_len - 1], end]) for p in prompts]
     rows = decode.fill_mask(
-        decode.make_apply_logits(model),
+        decode.make_apply_logits(model, tokenizer.vocab_size),
         params,
         ids,
         mask_id=tokenizer.mask_id,

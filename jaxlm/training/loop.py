@@ -132,7 +132,8 @@ def fit(
             for callback in callbacks:
                 callback(state, step)
         if saving:
-            content = manifest(step) | {"window": reader.window.sums}
+            # A copy: the manifest is written in the background, while the sums go on.
+            content = manifest(step) | {"window": reader.window.copy()}
             checkpoints.save(step, state, content, values)
         reader.clock.since += time.perf_counter() - paused
     reader.flush()

@@ -29,6 +29,10 @@ class MetricSums:
         """name -> total / weight; a metric without any weight is left out rather than called 0."""
         return {name: total / weight for name, (total, weight) in self.sums.items() if weight}
 
+    def copy(self) -> dict[str, list[float]]:
+        """The sums as a JSON value of their own, from which the constructor makes them again."""
+        return {name: list(pair) for name, pair in self.sums.items()}
+
     def merge(self, other: "MetricSums") -> None:
         for name, (total, weight) in other.sums.items():
             mine = self.sums.setdefault(name, [0.0, 0.0])

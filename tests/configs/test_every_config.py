@@ -112,7 +112,9 @@ def check_every_leaf_is_read(tmp_path, monkeypatch, spec, extra=()):
     library = sorted(Path(json.__file__).parent.glob("*.py"))
     for file in library:
         (text / file.name).write_text(file.read_text(encoding="utf-8")[:2000], encoding="utf-8")
-    config = tiny.tiny_config(spec, text, num_train_steps=2, data__validation_fraction=0.3)
+    config = tiny.tiny_config(
+        spec, text, num_train_steps=2, data__split="tail", data__validation_fraction=0.3
+    )
     with config.unlocked():
         for name in extra:
             config[name] = 1

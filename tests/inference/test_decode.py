@@ -53,6 +53,18 @@ def test_prompts_in_a_batch_do_not_affect_each_other(temperature):
         np.testing.assert_array_equal(generate(others, temperature=temperature)[row], together[row])
 
 
+def test_rows_of_a_padded_vocabulary_are_never_drawn():
+    """With `num_ids` no id past it comes out, however likely the model finds it; without, some do."""
+
+    def draw(num_ids):
+        apply_logits = decode.make_apply_logits(MODEL, num_ids)
+        options = dict(max_new_tokens=12, max_len=16, temperature=5.0)
+        return np.concatenate(decode.generate(apply_logits, PARAMS, PROMPTS, **options))
+
+    assert draw(4).max() < 4
+    assert draw(None).max() >= 4
+
+
 def test_neither_prompt_length_nor_number_of_tokens_compiles_anything_again():
     generate()
     before = decode.decode._cache_size()
