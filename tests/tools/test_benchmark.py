@@ -1,63 +1,133 @@
-"""The benchmark's figures: what they are made of, and that each alternation gives each side its turns."""
+"""The benchmark's numbers fit together, and its comparisons compare what they say."""
 
 import json
+import subprocess
+import sys
 
-import jax
 import pytest
 
 from jaxlm import build
+from jaxlm.objectives import losses
 from tests import tiny
-from tools import benchmark
+from tools import benchmark, torch_reference
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    store = tiny.make_store(tmp_path_factory.mktemp("text") / "store")
-    return tiny.tiny_config("configs/gpt.py:nanogpt", store)
+def store(tmp_path_factory):
+    return tiny.make_store(tmp_path_factory.mktemp("text") / "store")
+
+
+def check_report(report, config, steps):
+    """Speed, time, FLOPs and MFU are the same measurement."""
+    tokens = config.batch_size * config.seq_len
+    seconds = report["step_seconds"]
+    assert report["tokens_per_step"] == tokens
+    assert report["tokens_per_second"] == pytest.approx(tokens / seconds)
+    assert report["mfu"] == pytest.approx(report["flops_per_step"] / seconds / report["peak_flops"])
+    assert seconds > 0 and report["step_seconds_spread"] >= 0 and report["compile_seconds"] > 0
+    assert 0 <= report["input_wait"] <= 1
+    assert report["peak_memory_bytes"] > 4 * report["num_params"]
+
+
+def test_a_train_report_holds_speed_time_memory_and_mfu_that_agree(store, tmp_path):
+    config = tiny.tiny_config("configs/gpt.py:gpt2", store)
+    report = benchmark.benchmark_train(config, tmp_path / "run", 3, peak_sizes=(64,))
+    check_report(report, config, 3)
+    assert "64" in report["peak_of"]
+    with pytest.raises(AssertionError):
+        check_report(report | {"mfu": 2 * report["mfu"]}, config, 3)
+
+
+@pytest.mark.oracles
+@pytest.mark.parametrize("spec", ["configs/gpt.py:gpt2", "configs/bert.py:tiny"])
+def test_against_torch_reports_both_and_the_ratio_of_their_medians(spec, store, tmp_path):
+    pytest.importorskip("transformers")
+    config = tiny.tiny_config(spec, store)
+    report = benchmark.benchmark_train(config, tmp_path / "run", 2, "torch", peak_sizes=(64,))
+    theirs = report["torch"]["step_seconds"]
+    assert report["ratio"] == pytest.approx(theirs / report["step_seconds"])
+
+
+@pytest.mark.oracles
+@pytest.mark.parametrize("spec", ["configs/gpt.py:gpt2", "configs/bert.py:base"])
+def test_torchs_model_has_our_number_of_parameters(spec):
+    transformers = pytest.importorskip("transformers")
+    sizes = build.read_config(str(tiny.ROOT / spec)).model
+    sizes.num_layers = 1
+    make = torch_reference.make_gpt2 if "gpt" in spec else torch_reference.make_bert
+    theirs = sum(p.numel() for p in make(transformers, sizes).parameters())
+    layer = 12 * sizes.emb_dim**2 + 13 * sizes.emb_dim
+    rest = (sizes.vocab_size + sizes.max_len) * sizes.emb_dim + 2 * sizes.emb_dim
+    if "bert" in spec:  # token types, the masked-token head and its output bias
+        rest += 2 * sizes.emb_dim + sizes.emb_dim**2 + 3 * sizes.emb_dim + sizes.vocab_size
+    assert theirs == layer + rest
+
+
+def test_a_model_that_transformers_has_not_is_refused_with_all_reasons():
+    with pytest.raises(ValueError) as error:
+        torch_reference.check_has_twin(build.read_config(str(tiny.ROOT / "configs/gpt.py:tiny")))
+    for field in ("position", "norm", "activation", "num_kv_heads", "qk_norm"):
+        assert f"model.{field}: found" in str(error.value)
 
 
 def test_each_side_gets_as_many_steps_in_turn():
-    turns = []
-    sides = [lambda name=name: turns.append(name) or 0.0 for name in "ab"]
-    seconds = benchmark.alternate(sides, 7)
-    assert [len(s) for s in seconds] == [7, 7]
-    assert "".join(turns) == "aabb" * 2 + "ab" * 3
+    calls = []
+    steppers = [lambda: calls.append("a") or 1.0, lambda: calls.append("b") or 2.0]
+    seconds = benchmark.alternate(steppers, 10)
+    assert "".join(calls) == "aabb" * 5
+    assert seconds == [[1.0] * 10, [2.0] * 10]
+    assert [len(times) for times in benchmark.alternate(steppers, 7)] == [7, 7]
 
 
-def test_speed_follows_from_the_median_step():
-    speed = benchmark.describe([1.0, 2.0, 100.0], tokens=10, flops=8.0, peak=2.0)
-    assert speed["tokens_per_second"] == 5.0
-    assert speed["mfu"] == 2.0
+def test_the_peak_is_measured_with_each_library_at_each_size():
+    peaks = benchmark.measure_peak((32, 64), repeats=1)
+    assert {"jax 32", "jax 64", "numpy 32", "numpy 64"} <= set(peaks)
+    assert all(value > 0 for value in peaks.values())
 
 
-def test_a_train_benchmark_reports_every_figure(config, tmp_path):
-    report = benchmark.benchmark_train(config, tmp_path, steps=3, peak_sizes=(64,))
-    assert report["tokens_per_step"] == 8 * 32
-    assert report["tokens_per_second"] * report["step_seconds"] == pytest.approx(8 * 32)
-    assert 0 < report["mfu"] and 0 <= report["input_wait"] < 1
-    assert report["peak_memory_bytes"] > 1e6 and "matmul" in report["peak_of"]
-    assert json.loads(json.dumps(report)) == report
+def test_chunked_cross_entropy_holds_fewer_temporaries_than_the_plain_one(monkeypatch):
+    monkeypatch.setattr(losses, "LOGITS_PER_DEVICE", 64 * 500)
+    report = benchmark.benchmark_cross_entropy(1, tokens=1024, width=8, vocab_size=500)
+    assert report["memory_ratio"] > 3
+    assert report["time_ratio"] == report["chunked_seconds"] / report["plain_seconds"]
+    monkeypatch.setattr(benchmark, "cross_entropy", losses.plain_cross_entropy)
+    same = benchmark.benchmark_cross_entropy(1, tokens=1024, width=8, vocab_size=500)
+    assert same["memory_ratio"] == 1
 
 
-def test_the_masked_head_saves_flops_as_counted_by_xla_and_analytically():
-    """BERT-base at 15%: at least 15% fewer FLOPs a step; the analytic count is within 2%."""
-    config = build.read_config(
-        str(tiny.ROOT / "configs/bert.py:base"), {"batch_size": 8, "seq_len": 128}
-    )
-    report = benchmark.benchmark_mlm_flops(config)
-    assert report["saving"] >= 0.15
+def check_mlm_flops(report):
+    """What XLA counts and the analytic count agree within 2%; masked positions save at least 15%."""
     assert abs(report["masked_analytic_error"]) < 0.02
     assert abs(report["all_analytic_error"]) < 0.02
+    assert report["saving"] >= 0.15
 
 
-def test_the_chunked_loss_is_measured_beside_the_plain_one():
-    report = benchmark.benchmark_cross_entropy(2, tokens=64, width=16, vocab_size=512)
-    assert report["chunked_seconds"] > 0 and report["plain_seconds"] > 0
-    assert report["plain_temporary_bytes"] > 0
+def test_bert_base_saves_15_percent_of_its_step_at_the_masked_positions(monkeypatch):
+    config = build.read_config(
+        str(tiny.ROOT / "configs/bert.py:base"), {"batch_size": 2, "seq_len": 128}
+    )
+    check_mlm_flops(benchmark.benchmark_mlm_flops(config))
+    with pytest.raises(AssertionError):  # a head at nearly all positions saves little
+        check_mlm_flops(benchmark.benchmark_mlm_flops(rate_of(config, 0.9)))
 
 
-def test_a_peak_is_a_rate_that_this_machine_reached():
-    peaks = benchmark.measure_peak((64,), repeats=2)
-    assert {name.split()[0] for name in peaks} >= {"jax", "numpy"}
-    assert all(1e6 < value < 1e15 for value in peaks.values())
-    assert jax.devices()[0].platform == "cpu"
+def rate_of(config, rate):
+    config = config.copy_and_resolve_references()
+    config.objective.rate = rate
+    return config
+
+
+def test_the_command_prints_and_writes_its_report(tmp_path):
+    command = [
+        *(
+            sys.executable,
+            "tools/benchmark.py",
+            "--mode=mlm_flops",
+            "--config=configs/bert.py:tiny",
+        ),
+        *("--config.batch_size=2", f"--json={tmp_path / 'report.json'}"),
+    ]
+    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "saving" in done.stdout and 0 < report["saving"] < 1
