@@ -10,6 +10,7 @@ from absl import app, flags
 
 from jaxlm import build
 from jaxlm.data.token_store import TokenStore
+from jaxlm.host import keep_freed_memory
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_item
 
 
@@ -57,6 +58,7 @@ def define_flags() -> None:
 
 def main(argv):
     del argv
+    keep_freed_memory()
     args = flags.FLAGS
     metrics = evaluate(args.checkpoint, args.step)
     print(json.dumps(metrics, indent=2))

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from jaxlm import build
 from jaxlm.flags import define_config_flag
+from jaxlm.host import keep_freed_memory
 from jaxlm.inference.samples import make_sampler
 from jaxlm.training import checkpoints as checkpointing
 from jaxlm.training.loop import Intervals, Work, fit
@@ -162,6 +163,7 @@ def define_flags() -> None:
 def main(argv):
     del argv
     args = flags.FLAGS
+    keep_freed_memory()
     log.setLevel(logging.INFO)  # ours only: Orbax writes dozens of lines for each checkpoint
     pretrain(args.config, Path(args.workdir), allow_config_change=args.allow_config_change)
 

@@ -32,6 +32,7 @@ from ml_collections import ConfigDict
 
 from jaxlm import build
 from jaxlm.flags import define_config_flag
+from jaxlm.host import keep_freed_memory
 from jaxlm.models.flops import train_step_flops
 from jaxlm.objectives.losses import cross_entropy, plain_cross_entropy
 from jaxlm.training.throughput import measured_matmul_flops
@@ -301,6 +302,7 @@ def define_flags() -> None:
 
 def main(argv):
     del argv
+    keep_freed_memory()
     args = flags.FLAGS
     if args.mode == "cross_entropy":
         report = benchmark_cross_entropy(args.steps)
