@@ -18,6 +18,7 @@ from jaxlm.models.layers import (
     dropout,
     dropout_key,
     make_param,
+    project,
     rms_normalise,
     rotate,
 )
@@ -89,7 +90,7 @@ class Attention(nn.Module):
         init = nn.initializers.normal(c.init_std)
         shape = (c.emb_dim, heads, c.head_dim)
         kernel = make_param(self, name, init, shape, ("embed", axis, "head_dim"), c.param_dtype)
-        y = jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel.astype(c.dtype))
+        y = project("BTD,DNH->BTNH", x_BTD, kernel.astype(c.dtype))
         if c.qkv_bias:
             zeros, axes = nn.initializers.zeros, (axis, "head_dim")
             bias = make_param(self, f"{name}_bias", zeros, shape[1:], axes, c.param_dtype)
@@ -128,7 +129,7 @@ class Attention(nn.Module):
         init = nn.initializers.normal(residual_std(c))
         shape, axes = (c.num_heads, c.head_dim, c.emb_dim), ("heads", "head_dim", "embed")
         kernel = make_param(self, "out", init, shape, axes, c.param_dtype)
-        y = jnp.einsum("BTNH,NHD->BTD", x_BTNH, kernel.astype(c.dtype))
+        y = project("BTNH,NHD->BTD", x_BTNH, kernel.astype(c.dtype))
         if c.out_bias:
             zeros = nn.initializers.zeros
             bias = make_param(self, "out_bias", zeros, (c.emb_dim,), ("norm",), c.param_dtype)

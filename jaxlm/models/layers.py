@@ -12,6 +12,7 @@ decided in one table elsewhere. An unknown name raises here, because Flax would 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -81,6 +82,36 @@ def make_param(
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """einsum of activations and a kernel, e.g. 'BTD,DNH->BTNH', with a gradient that transposes less.
+
+    The kernel's gradient is one matmul, and XLA:CPU writes its left operand out transposed. Autodiff always puts the
+    output's gradient there, together with all elementwise work that makes it; here it is the narrower of that and x.
+    """
+    return jnp.einsum(equation, x, kernel)
+
+
+def _project_forward(equation, x, kernel):
+    return project(equation, x, kernel), (x, kernel)
+
+
+def _project_backward(equation, saved, dy):
+    x, kernel = saved
+    inputs, out = equation.split("->")
+    x_axes, kernel_axes = inputs.split(",")
+    dx = jnp.einsum(f"{out},{kernel_axes}->{x_axes}", dy, kernel)
+    if x.size <= dy.size:
+        return dx, jnp.einsum(f"{x_axes},{out}->{kernel_axes}", x, dy)
+    columns = "".join(axis for axis in kernel_axes if axis in out)
+    rows = kernel_axes.removesuffix(columns)
+    turned = jnp.einsum(f"{out},{x_axes}->{columns}{rows}", dy, x)
+    return dx, jnp.einsum(f"{columns}{rows}->{kernel_axes}", turned)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
 def along_last(v: jax.Array, x: jax.Array) -> jax.Array:
     """Gives `v` leading axes of size 1, so that it lines up with the last axes of `x`."""
     return jnp.expand_dims(v, tuple(range(x.ndim - v.ndim)))
@@ -112,7 +143,9 @@ def apply_softcap(x: jax.Array, cap: float) -> jax.Array:
 # --- activations ------------------------------------------------------------------------------------------------------
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": lambda x: (
+        0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+    ),  # erfc would cost twice as much
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # Primer, arXiv:2109.08668

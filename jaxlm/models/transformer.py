@@ -25,6 +25,7 @@ from jaxlm.models.layers import (
     dropout,
     dropout_key,
     make_param,
+    project,
     rotary_table,
     sinusoidal_positions,
 )
@@ -109,7 +110,7 @@ class MLP(nn.Module):
         shape = (x.shape[-1], size)
         init = nn.initializers.normal(std)
         kernel = make_param(self, name, init, shape, axes, c.param_dtype)
-        y = jnp.einsum("BTD,DF->BTF", x, kernel.astype(c.dtype))
+        y = project("BTD,DF->BTF", x, kernel.astype(c.dtype))
         if c.mlp_bias:
             axis = "mlp" if axes[1] == "mlp" else "norm"
             zeros = nn.initializers.zeros
