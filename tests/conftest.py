@@ -93,7 +93,8 @@ def no_network():
         yield
 
 
-# Whole files of laws that must also hold on Colab's package versions.
+# Whole files of laws that must also hold on Colab's package versions, and there on every change: they
+# are where jax, orbax and grain have changed most, and take a minute.
 CORE_FILES = ("test_checkpoints.py", "test_loop.py", "test_pipeline.py", "test_mesh.py")
 
 
@@ -101,3 +102,4 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name in CORE_FILES:
             item.add_marker(pytest.mark.core)
+            item.add_marker(pytest.mark.smoke)

@@ -78,7 +78,7 @@ def printed(notebook: nbformat.NotebookNode) -> str:
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param("configs/gpt.py:tiny", marks=pytest.mark.core),
+        pytest.param("configs/gpt.py:tiny", marks=[pytest.mark.core, pytest.mark.smoke]),
         pytest.param("configs/bert.py:tiny", marks=pytest.mark.slow),
     ],
 )
