@@ -147,15 +147,20 @@ def check_same(**options):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.smoke
 def test_the_reference_learns():
     losses, _, _ = reference()
     assert len(losses) == STEPS and losses[-1] < losses[0]
 
 
+@pytest.mark.smoke
+def test_fifty_steps_on_a_mesh_of_all_axes_are_the_same():
+    check_same(mesh=(2, 2, 2))
+
+
 SPREADS = {
     "eight devices of data": dict(mesh=(8, 1, 1)),
     "eight devices of fsdp": dict(mesh=(1, 8, 1)),
-    "data x fsdp x tensor": dict(mesh=(2, 2, 2)),
     "four micro-batches": dict(accumulation_steps=4),
     "four micro-batches on two devices": dict(accumulation_steps=4, mesh=(2, 1, 1)),
     "packed rows": dict(batch=packed),
