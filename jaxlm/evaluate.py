@@ -6,7 +6,7 @@ import lzma
 from collections.abc import Iterator
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from jaxlm import build
 from jaxlm.data.token_store import TokenStore
@@ -60,6 +60,7 @@ def main(argv):
     del argv
     keep_freed_memory()
     args = flags.FLAGS
+    logging.set_verbosity(logging.WARNING)  # of libraries: Orbax writes dozens of lines
     metrics = evaluate(args.checkpoint, args.step)
     print(json.dumps(metrics, indent=2))
     if args.compressors:

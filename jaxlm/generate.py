@@ -3,7 +3,7 @@
 A prompt of an encoder has [MASK] in it, and the likeliest tokens in its place are printed.
 """
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from jaxlm import build
 from jaxlm.inference.samples import MASK, continue_prompts, fill_prompts
@@ -23,6 +23,7 @@ def define_flags() -> None:
 def main(argv):
     del argv
     args = flags.FLAGS
+    logging.set_verbosity(logging.WARNING)  # of libraries: Orbax writes dozens of lines
     loaded = build.load_checkpoint(args.checkpoint, step=args.step)
     parts = (loaded.model, loaded.params, loaded.tokenizer, args.prompt)
     max_len = loaded.config.seq_len

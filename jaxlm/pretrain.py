@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from jaxlm import build
@@ -163,8 +164,9 @@ def define_flags() -> None:
 def main(argv):
     del argv
     args = flags.FLAGS
+    absl_logging.set_verbosity(absl_logging.WARNING)  # of libraries: Orbax writes dozens of lines
     keep_freed_memory()
-    log.setLevel(logging.INFO)  # ours only: Orbax writes dozens of lines for each checkpoint
+    log.setLevel(logging.INFO)
     pretrain(args.config, Path(args.workdir), allow_config_change=args.allow_config_change)
 
 
