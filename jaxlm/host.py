@@ -21,5 +21,5 @@ def keep_freed_memory() -> bool:
     if mallopt is None:  # musl
         return False
     # One arena, grown in place: the only one that glibc extends without a mapping for each block.
-    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))
+    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))
     return all([mallopt(name, value) == 1 for name, value in settings])

@@ -29,7 +29,7 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.size)
         kernel = make_param(self, "kernel", init, shape, ("embed", None), c.param_dtype)
         bias = make_param(self, "bias", zeros, shape[1:], ("norm",), c.param_dtype)
-        y = project("BMD,DC->BMC", x, kernel.astype(c.dtype))
+        y = project(x, kernel.astype(c.dtype))
         return add_bias(y, bias)
 
 
@@ -48,6 +48,6 @@ class MLMHead(nn.Module):
         vocab_bias = make_param(
             self, "vocab_bias", zeros, (c.vocab_size,), ("vocab",), c.param_dtype
         )
-        x = project("BMD,DE->BME", x_BMD, dense.astype(c.dtype))
+        x = project(x_BMD, dense.astype(c.dtype))
         x = ACTIVATIONS[c.activation](add_bias(x, bias))
         return make_norm(c, "norm")(x), vocab_bias

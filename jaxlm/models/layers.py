@@ -12,7 +12,6 @@ decided in one table elsewhere. An unknown name raises here, because Flax would 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -82,34 +81,16 @@ def make_param(
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """einsum of activations and a kernel, e.g. 'BTD,DNH->BTNH', with a gradient that transposes less.
+def project(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
+    """The last `axes` axes of x contracted with the first of a kernel: (B, T, D) x (D, N, H) -> (B, T, N, H).
 
-    The kernel's gradient is one matmul, and XLA:CPU writes its left operand out transposed. Autodiff always puts the
-    output's gradient there, together with all elementwise work that makes it; here it is the narrower of that and x.
+    As one product of two matrices, because XLA:CPU copies transposed operands for the gradient of any other shape.
+    It merges B and T, so it wants a mesh that leaves `length` whole, as parallel/mesh.py does.
     """
-    return jnp.einsum(equation, x, kernel)
-
-
-def _project_forward(equation, x, kernel):
-    return project(equation, x, kernel), (x, kernel)
-
-
-def _project_backward(equation, saved, dy):
-    x, kernel = saved
-    inputs, out = equation.split("->")
-    x_axes, kernel_axes = inputs.split(",")
-    dx = jnp.einsum(f"{out},{kernel_axes}->{x_axes}", dy, kernel)
-    if x.size <= dy.size:
-        return dx, jnp.einsum(f"{x_axes},{out}->{kernel_axes}", x, dy)
-    columns = "".join(axis for axis in kernel_axes if axis in out)
-    rows = kernel_axes.removesuffix(columns)
-    turned = jnp.einsum(f"{out},{x_axes}->{columns}{rows}", dy, x)
-    return dx, jnp.einsum(f"{columns}{rows}->{kernel_axes}", turned)
-
-
-project.defvjp(_project_forward, _project_backward)
+    rows, columns = x.shape[: x.ndim - axes], kernel.shape[axes:]
+    inner = math.prod(kernel.shape[:axes])
+    y = x.reshape(math.prod(rows), inner) @ kernel.reshape(inner, math.prod(columns))
+    return y.reshape(*rows, *columns)
 
 
 def along_last(v: jax.Array, x: jax.Array) -> jax.Array:

@@ -110,7 +110,7 @@ class MLP(nn.Module):
         shape = (x.shape[-1], size)
         init = nn.initializers.normal(std)
         kernel = make_param(self, name, init, shape, axes, c.param_dtype)
-        y = project("BTD,DF->BTF", x, kernel.astype(c.dtype))
+        y = project(x, kernel.astype(c.dtype))
         if c.mlp_bias:
             axis = "mlp" if axes[1] == "mlp" else "norm"
             zeros = nn.initializers.zeros
