@@ -3,9 +3,11 @@
 import gzip
 import json
 import lzma
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 from absl import app, flags, logging
 
 from jaxlm import build
@@ -14,17 +16,52 @@ from jaxlm.host import keep_freed_memory
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_item
 
 
-def evaluate(checkpoint: str | Path, step: int | None = None) -> dict:
-    """Held-out metrics of the whole validation split, and whose parameters ('raw' or 'ema') they are of."""
+def open_run(checkpoint: str | Path, step: int | None = None) -> tuple[build.Run, Path]:
+    """The run of a checkpoint, set to evaluate on all of its held-out text, and the checkpoint's folder."""
     step_dir = find_step(checkpoint, step)
     workdir = step_dir.parent.parent
     config = build.saved_config(workdir / "config.json")
     config.eval.num_batches = 0
-    run = build.make_run(config, workdir)
+    return build.make_run(config, workdir), step_dir
+
+
+def evaluate(checkpoint: str | Path, step: int | None = None) -> dict:
+    """Held-out metrics of the whole validation split, and whose parameters ('raw' or 'ema') they are of."""
+    run, step_dir = open_run(checkpoint, step)
     item = evaluated_item(step_dir)
     metrics = run.evaluate(load_item(step_dir, run.state_shape.params, item))
     says = "ema" if item == "ema" else "raw"
     return {"step": int(step_dir.name), "params": says, **metrics}
+
+
+def compare_with_baselines(
+    checkpoint: str | Path, metrics: dict, step: int | None = None
+) -> tuple[str, dict[str, float]]:
+    """What the held-out figures have to beat: (a title, rows of figures, the model's own first).
+
+    For a model that predicts every token: gzip and xz on the same text. For masked ones, whose bits do not
+    add up to a code of the text: always giving the tokens' own frequencies, or the commonest token.
+    """
+    run, step_dir = open_run(checkpoint, step)
+    if "bits_per_byte" in metrics:
+        rows = {"this model": metrics["bits_per_byte"]}
+        rows |= compressor_bits_per_byte(held_out_documents(step_dir.parent.parent))
+        return "bits per byte on the held-out text (smaller is better)", rows
+    entropy, share = unigram_baselines(
+        batch for batches in run.eval_batches.values() for batch in batches
+    )
+    rows = {"this model's nats": metrics["nll"], "unigram entropy": entropy}
+    rows |= {"this model's accuracy": metrics["accuracy"], "commonest token": share}
+    return "masked tokens of the held-out text (nats: smaller is better; accuracy: larger)", rows
+
+
+def unigram_baselines(batches: Iterable[Mapping[str, np.ndarray]]) -> tuple[float, float]:
+    """(entropy in nats, share of the commonest) of all labels with a weight, by their own frequencies."""
+    counts: Counter[int] = Counter()
+    for batch in batches:
+        counts.update(np.asarray(batch["labels"])[np.asarray(batch["weights"]) > 0].tolist())
+    p = np.array(list(counts.values())) / counts.total()
+    return float(-(p * np.log(p)).sum()), float(p.max())
 
 
 def held_out_documents(workdir: str | Path) -> Iterator[str]:
@@ -51,7 +88,9 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its checkpoints.")
     flags.DEFINE_integer("step", None, "Which checkpoint of the workdir; default the newest.")
     flags.DEFINE_bool(
-        "compressors", False, "Also print the bits per byte of gzip -9 and xz -9 on the same text."
+        "baselines",
+        False,
+        "Also print what a model has to beat: gzip -9 and xz -9, or token frequencies.",
     )
     flags.mark_flag_as_required("checkpoint")
 
@@ -63,13 +102,11 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # of libraries: Orbax writes dozens of lines
     metrics = evaluate(args.checkpoint, args.step)
     print(json.dumps(metrics, indent=2))
-    if args.compressors:
-        workdir = find_step(args.checkpoint, args.step).parent.parent
-        rows = {"this model": metrics["bits_per_byte"]}
-        rows |= compressor_bits_per_byte(held_out_documents(workdir))
-        print("\nbits per byte on the held-out text (smaller is better)")
-        for name, bits in rows.items():
-            print(f"  {name:<12} {bits:.3f}")
+    if args.baselines:
+        title, rows = compare_with_baselines(args.checkpoint, metrics, args.step)
+        print(f"\n{title}")
+        for name, figure in rows.items():
+            print(f"  {name:<22} {figure:.3f}")
 
 
 if __name__ == "__main__":

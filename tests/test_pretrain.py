@@ -9,7 +9,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxlm import build
-from jaxlm.evaluate import compressor_bits_per_byte, evaluate, held_out_documents
+from jaxlm.evaluate import (
+    compare_with_baselines,
+    evaluate,
+    held_out_documents,
+    unigram_baselines,
+)
 from jaxlm.pretrain import pretrain
 from jaxlm.training.checkpoints import find_step, load_item, read_manifest
 from jaxlm.training.metrics import read_metrics
@@ -105,8 +110,29 @@ def test_evaluation_on_all_held_out_text_counts_every_byte(gpt, store):
     assert metrics["params"] == "ema" and metrics["step"] == 12
     texts = list(held_out_documents(workdir))
     assert sum(len(t.encode()) for t in texts) == build.TokenStore(store, "validation").num_bytes
-    rows = compressor_bits_per_byte(iter(texts))
+    title, rows = compare_with_baselines(workdir, metrics)
+    assert "bits per byte" in title and rows["this model"] == metrics["bits_per_byte"]
     assert 1.0 < rows["gzip -9"] < 8.0 and 1.0 < rows["xz -9"] < 8.0
+
+
+def check_unigram_baselines(baselines):
+    """Four labels with a weight, 3 3 3 5: entropy of (3/4, 1/4), commonest 3/4; weight 0 is not counted."""
+    labels = [np.array([[3, 3, 9]]), np.array([[3, 5, 9]])]
+    batches = [{"labels": x, "weights": np.array([[1.0, 1.0, 0.0]])} for x in labels]
+    expected = (-0.75 * np.log(0.75) - 0.25 * np.log(0.25), 0.75)
+    np.testing.assert_allclose(baselines(iter(batches)), expected, rtol=1e-6)
+
+
+def test_baselines_of_masked_tokens_are_their_own_frequencies():
+    check_unigram_baselines(unigram_baselines)
+
+
+def test_the_baseline_check_fails_if_weightless_labels_count():
+    def wrong(batches):
+        return unigram_baselines(b | {"weights": np.ones_like(b["weights"])} for b in batches)
+
+    with pytest.raises(AssertionError):
+        check_unigram_baselines(wrong)
 
 
 @pytest.mark.parametrize("init", ["params", "ema"])

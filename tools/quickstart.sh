@@ -70,7 +70,7 @@ heading "1 of 3: pretraining configs/gpt.py:tiny in $workdir (what is there alre
 "$python" -m jaxlm.pretrain "$@" --workdir="$workdir"
 
 heading "2 of 3: held-out text"
-"$python" -m jaxlm.evaluate --checkpoint="$workdir" --compressors
+"$python" -m jaxlm.evaluate --checkpoint="$workdir" --baselines
 
 heading "3 of 3: what the model writes"
 prompt="def "

@@ -122,10 +122,10 @@ def drop_after(path: str | Path, step: int) -> None:
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:
-    """All lines of a run's metrics.jsonl."""
+    """All lines of a run's metrics.jsonl, but not a last one that a kill cut off or a run still writes."""
     path = Path(workdir) / "metrics.jsonl"
     with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _start_wandb(workdir, config):

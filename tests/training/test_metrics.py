@@ -82,6 +82,11 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path):
     ]
 
 
+def test_a_line_cut_off_by_a_kill_is_not_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
 def test_dropping_lines_of_a_missing_file_does_nothing(tmp_path):
     drop_after(tmp_path / "nothing.jsonl", 0)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,119 @@
+"""Writes logits.json: what transformers' models give for the weights and batches of tiny_models.py.
+
+    python -m tests.oracles.record_logits        (needs torch and transformers)
+
+For each model the shapes of its weights and the logits of each row's first and last two real positions.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from tests.oracles import tiny_models as tiny
+
+PATH = Path(__file__).parent / "logits.json"
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": tiny.LLAMA3_SCALING[0],
+    "low_freq_factor": tiny.LLAMA3_SCALING[1],
+    "high_freq_factor": tiny.LLAMA3_SCALING[2],
+    "original_max_position_embeddings": int(tiny.LLAMA3_SCALING[3]),
+}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def make_gpt2():
+    config = transformers.GPT2Config(
+        vocab_size=tiny.V,
+        n_embd=tiny.D,
+        n_layer=tiny.L,
+        n_head=tiny.N,
+        n_inner=tiny.F,
+        n_positions=tiny.P,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def make_bert():
+    config = transformers.BertConfig(
+        vocab_size=tiny.V,
+        hidden_size=tiny.D,
+        num_hidden_layers=tiny.L,
+        num_attention_heads=tiny.N,
+        intermediate_size=tiny.F,
+        max_position_embeddings=tiny.P,
+        type_vocab_size=2,
+        layer_norm_eps=1e-12,
+    )
+    return transformers.BertForMaskedLM(config)
+
+
+def make_modern(make_config, make_model, *, rope, tied):
+    config = make_config(
+        vocab_size=tiny.V,
+        hidden_size=tiny.D,
+        num_hidden_layers=tiny.L,
+        num_attention_heads=tiny.N,
+        num_key_value_heads=tiny.K,
+        head_dim=tiny.H,
+        intermediate_size=tiny.F,
+        max_position_embeddings=tiny.P,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=tied,
+        rope_parameters=rope,
+    )
+    return make_model(config)
+
+
+def make_llama3(tied):
+    return make_modern(
+        transformers.LlamaConfig, transformers.LlamaForCausalLM, rope=LLAMA3_ROPE, tied=tied
+    )
+
+
+def make_qwen3():
+    return make_modern(
+        transformers.Qwen3Config, transformers.Qwen3ForCausalLM, rope=ROPE, tied=True
+    )
+
+
+HF_MODELS = {
+    "gpt2": make_gpt2,
+    "bert": make_bert,
+    "qwen3": make_qwen3,
+    "llama3": lambda: make_llama3(True),
+    "llama3_untied": lambda: make_llama3(False),
+}
+
+
+def run(name):
+    """(shapes of the parameters by name, logits (B, T, V)) of transformers' model."""
+    model = HF_MODELS[name]().eval()
+    shapes = {key: list(p.shape) for key, p in model.named_parameters()}
+    weights = tiny.random_weights(shapes)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(weights[key]))
+        batch = {k: torch.from_numpy(v).long() for k, v in tiny.MODELS[name]()[2].items()}
+        names = {"tokens": "input_ids", "segment_ids": "attention_mask"}
+        names["token_types"] = "token_type_ids"
+        logits = model(**{names[k]: v for k, v in batch.items()}).logits
+    return shapes, logits.numpy()
+
+
+def record(name):
+    shapes, logits = run(name)
+    real = tiny.MODELS[name]()[2].get("segment_ids", np.ones(logits.shape[:2]))
+    places = [[0, int(row.sum()) - 2, int(row.sum()) - 1] for row in real]
+    rows = [[[float(f"{x:.6g}") for x in logits[i, t]] for t in ts] for i, ts in enumerate(places)]
+    return {"shapes": shapes, "positions": places, "logits": rows}
+
+
+if __name__ == "__main__":
+    recorded = {name: record(name) for name in HF_MODELS}
+    PATH.write_text(json.dumps(recorded, separators=(",", ":")) + "\n", encoding="utf-8")
+    print(f"{PATH}: {PATH.stat().st_size} bytes")
