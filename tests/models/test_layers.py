@@ -126,21 +126,40 @@ def test_the_projection_check_fails_for_a_gradient_of_half_the_size():
         check_projection(half)
 
 
-def test_norms_are_the_formulas():
-    x = np.random.default_rng(0).normal(2.0, 3.0, (2, 3, 16)).astype(np.float32)
-
-    def run(kind, bias):
-        norm = layers.Norm(kind, 1e-5, bias, "float32", "float32")
-        return norm.apply(jax.tree.map(jnp.asarray, norm.init(jax.random.key(0), x)), x)
-
-    centred = x - x.mean(-1, keepdims=True)
-    expected = centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(run("layer_norm", True), expected, atol=1e-5)
-    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(run("rms_norm", False), expected, atol=1e-5)
+def check_norm(kind, normalise):
+    """(x, scale, bias) -> (x - mean) / deviation * scale + bias, without mean and bias for the RMS norm."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(2.0, 3.0, (2, 3, 16)).astype(np.float32)
+    scale, bias = rng.normal(1.0, 0.5, (2, 16)).astype(np.float32)
+    centred = x - x.mean(-1, keepdims=True) if kind == "layer_norm" else x
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * scale
+    expected += bias if kind == "layer_norm" else 0
+    np.testing.assert_allclose(normalise(x, scale, bias), expected, atol=1e-5)
 
 
-def test_activations_are_the_formulas():
+def our_norm(kind, eps=1e-5):
+    def normalise(x, scale, bias):
+        has_bias = kind == "layer_norm"
+        params = {"scale": scale} | ({"bias": bias} if has_bias else {})
+        norm = layers.Norm(kind, eps, has_bias, "float32", "float32")
+        return norm.apply({"params": jax.tree.map(jnp.asarray, params)}, jnp.asarray(x))
+
+    return normalise
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+def test_norms_are_the_formulas(kind):
+    check_norm(kind, our_norm(kind))
+
+
+@pytest.mark.parametrize("kind, wrong", [("layer_norm", "rms_norm"), ("rms_norm", "layer_norm")])
+def test_the_norm_check_fails_for_the_other_norm_and_another_epsilon(kind, wrong):
+    for normalise in (our_norm(wrong), our_norm(kind, eps=1e-2)):
+        with pytest.raises(AssertionError):
+            check_norm(kind, normalise)
+
+
+def check_activation(name, activate):
     x = np.linspace(-4, 4, 41, dtype=np.float32)
     sigmoid = 1 / (1 + np.exp(-x))
     tanh_gelu = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
@@ -153,16 +172,40 @@ def test_activations_are_the_formulas():
         "geglu": tanh_gelu,
     }
     assert set(expected) == set(layers.ACTIVATIONS)
-    for name, values in expected.items():
-        np.testing.assert_allclose(layers.ACTIVATIONS[name](x), values, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(activate(x), expected[name], atol=1e-5)
+
+
+SAME = {"gelu_tanh": "geglu", "geglu": "gelu_tanh"}  # of the gate alone
+
+
+@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+def test_activations_are_the_formulas_and_no_other_passes(name):
+    check_activation(name, layers.ACTIVATIONS[name])
+    for other in set(layers.ACTIVATIONS) - {name, SAME.get(name)}:
+        with pytest.raises(AssertionError):
+            check_activation(name, layers.ACTIVATIONS[other])
+
+
+def check_dropout(dropout):
+    x = jnp.ones((400, 100))
+    dropped = dropout(x, 0.25, jax.random.key(0))
+    assert float((dropped == 0).mean()) == pytest.approx(0.25, abs=0.01)
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.02)
+    assert dropout(x, 0.25, None) is x
 
 
 def test_dropout_zeroes_its_share_and_keeps_the_mean():
-    x = jnp.ones((400, 100))
-    dropped = layers.dropout(x, 0.25, jax.random.key(0))
-    assert float((dropped == 0).mean()) == pytest.approx(0.25, abs=0.01)
-    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.02)
-    assert layers.dropout(x, 0.25, None) is x
+    check_dropout(layers.dropout)
+
+
+def test_the_dropout_check_fails_without_scaling_and_for_the_share_kept():
+    unscaled = lambda x, rate, key: (
+        x if key is None else x * jax.random.bernoulli(key, 1 - rate, x.shape)
+    )
+    swapped = lambda x, rate, key: layers.dropout(x, 1 - rate, key)
+    for wrong in (unscaled, swapped):
+        with pytest.raises(AssertionError):
+            check_dropout(wrong)
 
 
 RANDOM = ("random_bits", "threefry2x32", "random_wrap", "random_fold_in")

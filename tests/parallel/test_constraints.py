@@ -1,0 +1,65 @@
+"""The models' sharding constraints arrive in the program: none is dropped on the way, which Flax does in silence."""
+
+import contextlib
+
+import flax.linen as nn
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.models import attention
+from jaxlm.parallel import mesh as meshes
+from tests.models.tiny import MODERN, equations, make_batch, make_bert, make_gpt
+
+ROWS = ("data", "fsdp")
+RESIDUAL = P(ROWS, None, None)
+HEADS = P(ROWS, None, "tensor", None)
+MLP = P(ROWS, None, "tensor")
+TABLE = P("tensor", None)
+
+
+def constraints(model, enter):
+    """(shape, spec) of every sharding constraint in the jaxpr of a forward pass."""
+    batch = make_batch(rows=4)
+    params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), batch)["params"])
+    with enter(meshes.make_mesh(data=2, fsdp=2, tensor=2)), nn.logical_axis_rules(meshes.RULES):
+        jaxpr = jax.make_jaxpr(lambda p: model.apply({"params": p}, batch).hidden)(params)
+    return [
+        (e.outvars[0].aval.shape, e.params["sharding"].spec)
+        for e in equations(jaxpr.jaxpr)
+        if e.primitive.name == "sharding_constraint"
+    ]
+
+
+def check_constraints(model, enter=jax.set_mesh):
+    found = constraints(model, enter)
+    c = model.config
+    width, length = c.emb_dim, 12
+    expected = {
+        ((4, length, width), RESIDUAL),
+        ((4, length, c.num_heads, c.head_dim), HEADS),
+        ((4, length, c.num_kv_heads, c.head_dim), HEADS),
+        ((4, length, c.mlp_dim), MLP),
+        ((c.vocab_size, width), TABLE),
+    }
+    assert expected <= set(found), f"missing: {expected - set(found)}"
+    assert all(any(part for part in spec) for _, spec in found), "a constraint that replicates"
+
+
+@pytest.mark.parametrize("model", [make_gpt(**MODERN), make_bert()], ids=["gpt", "bert"])
+def test_every_kind_of_activation_is_constrained(model):
+    check_constraints(model)
+
+
+@pytest.mark.filterwarnings("ignore:.with mesh:DeprecationWarning")
+@pytest.mark.parametrize("enter", [lambda mesh: mesh, lambda mesh: contextlib.nullcontext()])
+def test_the_check_fails_where_flax_drops_constraints(enter):
+    """`with mesh:` instead of `jax.set_mesh`, and no mesh at all."""
+    with pytest.raises(AssertionError, match="missing"):
+        check_constraints(make_gpt(**MODERN), enter)
+
+
+def test_the_check_fails_if_attention_constrains_nothing(monkeypatch):
+    monkeypatch.setattr(attention, "constrain", lambda x, axes: x)
+    with pytest.raises(AssertionError, match="missing"):
+        check_constraints(make_gpt(**MODERN))
