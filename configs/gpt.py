@@ -122,6 +122,7 @@ def make_tiny(config: ConfigDict) -> dict:
         position="rotary",
         activation="swiglu",
         qk_norm=True,
+        zero_init_out=True,
         **NO_BIAS,
     )
     config.tokenizer.update(kind="byte_bpe", vocab_size=2048)
@@ -129,12 +130,13 @@ def make_tiny(config: ConfigDict) -> dict:
     config.eval_every_steps = config.checkpoint_every_steps = 200
     config.eval.update(num_batches=16, prompts=("def main(", "class ", "import "))
     config.unroll = 0
-    # AdamW: on two CPU cores Muon's orthogonalisation took as long as the rest of the step.
+    # Muon: a step takes 1.5 times as long as with AdamW on two CPU cores, and is worth more than that: after equal
+    # time 1.96 against 2.28 bits per byte.
     return dict(
-        name="adamw",
-        learning_rate=4e-3,
-        b2=0.98,
-        weight_decay=0.1,
+        name="muon",
+        learning_rate=0.03,
+        adam_learning_rate_ratio=0.2,
+        weight_decay=0.01,
         schedule="linear",
         warmup_steps=20,
     )
