@@ -112,21 +112,20 @@ def make_tiny(config: ConfigDict) -> dict:
     """Google's BERT-Tiny with a small vocabulary, no dropout (it never sees a text often) and a short recipe."""
     config.model.update(vocab_size=4096, dropout_rate=0.0, attention_dropout_rate=0.0)
     config.tokenizer.update(kind="byte_bpe", vocab_size=4096)
-    config.batch_size, config.seq_len, config.num_train_steps = 32, 128, 4000
+    config.batch_size, config.seq_len, config.num_train_steps = 32, 128, 1500
     config.log_every_steps = 20
-    config.eval_every_steps = config.checkpoint_every_steps = 1000
+    config.eval_every_steps = config.checkpoint_every_steps = 500
     config.eval.update(batch_size=64, num_batches=0, prompts=("import [MASK]", "def [MASK](self):"))
     config.checkpoint.keep_every = 0
     config.data.validation_fraction = 0.05
     config.unroll = 0
     return dict(
-        name="adamw",
-        learning_rate=2e-3,
-        b2=0.98,
-        eps=1e-6,
+        name="muon",
+        learning_rate=0.02,
+        adam_learning_rate_ratio=0.15,
         weight_decay=0.01,
         schedule="linear",
-        warmup_steps=200,
+        warmup_steps=50,
     )
 
 
