@@ -6,8 +6,8 @@ The argument is a variant and optional choices, e.g. `configs/bert.py:base,objec
 
 variant              what, hardware, what to expect
 tiny                 BERT-Tiny's shape (2 layers, 128 wide) with 4,096 pieces, on the running Python's standard library;
-                     under 10 minutes on 2 CPU cores; measured after 1,200 of its 1,500 steps: masked loss 5.25 (unigram
-                     entropy 6.45), accuracy 0.145 (commonest token 0.028)
+                     7 minutes on 2 CPU cores; measured: masked loss 5.24 (unigram entropy 6.45), accuracy 0.146
+                     (commonest token 0.028)
 mini, small, medium  Turc et al. 2019, arXiv:1908.08962 (the miniatures' table in github.com/google-research/bert)
 base, large          Devlin et al. 2018, arXiv:1810.04805, appendix A.2: 1M steps of 256 x 512 tokens (the first 90%
                      of them at 128: set seq_len), 4 days on 4 and 16 Cloud TPUs; masked accuracy about 0.70 for base;
