@@ -42,11 +42,12 @@ def compare_with_baselines(
     For a model that predicts every token: gzip and xz on the same text. For masked ones, whose bits do not
     add up to a code of the text: always giving the tokens' own frequencies, or the commonest token.
     """
-    run, step_dir = open_run(checkpoint, step)
     if "bits_per_byte" in metrics:
+        workdir = find_step(checkpoint, step).parent.parent
         rows = {"this model": metrics["bits_per_byte"]}
-        rows |= compressor_bits_per_byte(held_out_documents(step_dir.parent.parent))
+        rows |= compressor_bits_per_byte(held_out_documents(workdir))
         return "bits per byte on the held-out text (smaller is better)", rows
+    run, _ = open_run(checkpoint, step)
     entropy, share = unigram_baselines(
         batch for batches in run.eval_batches.values() for batch in batches
     )

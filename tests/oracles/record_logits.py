@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from tests.oracles import tiny_models as tiny
+from tools import torch_reference
 
 PATH = Path(__file__).parent / "logits.json"
 LLAMA3_ROPE = {
@@ -24,32 +25,6 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": int(tiny.LLAMA3_SCALING[3]),
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-
-
-def make_gpt2():
-    config = transformers.GPT2Config(
-        vocab_size=tiny.V,
-        n_embd=tiny.D,
-        n_layer=tiny.L,
-        n_head=tiny.N,
-        n_inner=tiny.F,
-        n_positions=tiny.P,
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-def make_bert():
-    config = transformers.BertConfig(
-        vocab_size=tiny.V,
-        hidden_size=tiny.D,
-        num_hidden_layers=tiny.L,
-        num_attention_heads=tiny.N,
-        intermediate_size=tiny.F,
-        max_position_embeddings=tiny.P,
-        type_vocab_size=2,
-        layer_norm_eps=1e-12,
-    )
-    return transformers.BertForMaskedLM(config)
 
 
 def make_modern(make_config, make_model, *, rope, tied):
@@ -82,8 +57,8 @@ def make_qwen3():
 
 
 HF_MODELS = {
-    "gpt2": make_gpt2,
-    "bert": make_bert,
+    "gpt2": lambda: torch_reference.make_gpt2(transformers, tiny.gpt2()[0].config),
+    "bert": lambda: torch_reference.make_bert(transformers, tiny.bert()[0].config),
     "qwen3": make_qwen3,
     "llama3": lambda: make_llama3(True),
     "llama3_untied": lambda: make_llama3(False),
