@@ -3,8 +3,9 @@
 from jaxlm.models.bert import BERT
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.gpt import GPT
+from jaxlm.models.heads import HEADS, Head
 from jaxlm.models.layers import Outputs
 
 MODELS = {"gpt": GPT, "bert": BERT}
 
-__all__ = ["BERT", "GPT", "MODELS", "Outputs", "TransformerConfig"]
+__all__ = ["BERT", "GPT", "HEADS", "MODELS", "Head", "Outputs", "TransformerConfig"]

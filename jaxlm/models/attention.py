@@ -18,6 +18,7 @@ from jaxlm.models.layers import (
     dropout,
     dropout_key,
     make_param,
+    norm_scale,
     project,
     rms_normalise,
     rotate,
@@ -82,6 +83,8 @@ class Attention(nn.Module):
             query, key = self.normalise("query_norm", query), self.normalise("key_norm", key)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
+        if c.query_scale:  # kernels divide by sqrt(H)
+            query = query * jnp.asarray(c.query_scale * math.sqrt(c.head_dim), query.dtype)
         query = constrain(checkpoint_name(query, "query"), ("batch", "length", "act_heads", None))
         key = constrain(checkpoint_name(key, "key"), ("batch", "length", "act_kv", None))
         value = constrain(checkpoint_name(value, "value"), ("batch", "length", "act_kv", None))
@@ -103,10 +106,9 @@ class Attention(nn.Module):
     def normalise(self, name: str, x_BTNH: jax.Array) -> jax.Array:
         """RMS norm of each head (Qwen3; arXiv:2302.05442, section 2)."""
         c = self.config
-        ones = nn.initializers.ones
-        scale = make_param(self, name, ones, (c.head_dim,), ("norm",), c.param_dtype)
+        scale = norm_scale(self, name, c.head_dim, c.norm_scale_offset, c.param_dtype)
         y = rms_normalise(x_BTNH, c.norm_eps)
-        return (y * along_last(scale.astype(jnp.float32), y)).astype(c.dtype)
+        return (y * along_last(scale, y)).astype(c.dtype)
 
     def attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array

@@ -1,4 +1,4 @@
-"""Encoder with a masked-token head: BERT and RoBERTa (arXiv:1810.04805, arXiv:1907.11692)."""
+"""Encoder with a masked-token head: BERT, RoBERTa, and by options ELECTRA's parts, ALBERT and ModernBERT."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from flax import linen as nn
 
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.gpt import make_unembed
-from jaxlm.models.heads import Dense, MLMHead, gather_positions
+from jaxlm.models.heads import Head, MLMHead, gather_positions, pool_first
 from jaxlm.models.layers import Outputs, constrain
-from jaxlm.models.transformer import Embed, apply_layers, batch_positions
+from jaxlm.models.transformer import Dense, Embed, apply_layers, batch_positions
 
 
 class BERT(nn.Module):
@@ -22,10 +22,12 @@ class BERT(nn.Module):
     masked_positions (B, M): predict there only, so that no larger hidden or logits array is ever made, else everywhere;
     example_positions (B, E): where the pair head reads ([CLS]), position 0 if absent.
     Returns Outputs with hidden (B, M, D) or (B, T, D), and pair_logits (B, E, num_pair_classes) if that is not 0.
+    With a `head` of a task there are no others: hidden is (B, T, D), and head_logits are the head's.
     """
 
     config: TransformerConfig
     num_pair_classes: int = 0
+    head: Head | None = None
 
     @nn.compact
     def __call__(self, batch: Mapping[str, jax.Array], deterministic: bool = True) -> Outputs:
@@ -36,6 +38,8 @@ class BERT(nn.Module):
         x_BTD = apply_layers(
             c, x_BTD, segment_ids, positions, causal=False, deterministic=deterministic
         )
+        if self.head is not None:
+            return Outputs(x_BTD, None, head_logits=self.head(x_BTD, batch, deterministic))
         x_BMD = x_BTD
         if "masked_positions" in batch:
             x_BMD = gather_positions(x_BTD, batch["masked_positions"])
@@ -53,8 +57,6 @@ class BERT(nn.Module):
     def classify_pairs(self, x_BTD: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Float32 logits (B, E, C) from tanh-pooled [CLS] vectors."""
         c = self.config
-        first = jnp.zeros((x_BTD.shape[0], 1), jnp.int32)
-        x_BED = gather_positions(x_BTD, batch.get("example_positions", first))
-        pooled = jnp.tanh(Dense(c, c.emb_dim, name="pooler")(x_BED))
+        pooled = jnp.tanh(Dense(c, c.emb_dim, name="pooler")(pool_first(x_BTD, batch)))
         logits = Dense(c, self.num_pair_classes, name="pair_head")(pooled)
         return logits.astype(jnp.float32)

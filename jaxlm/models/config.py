@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from jaxlm.models.layers import ACTIVATIONS, GATED
 
 NORMS = ("layer_norm", "rms_norm")
-NORM_POSITIONS = ("pre", "post")
+NORM_POSITIONS = ("pre", "post", "sandwich")
 POSITIONS = ("learned", "sinusoidal", "rotary", "none")
 REMATS = ("none", "attention", "dots", "full")
 
@@ -16,7 +17,16 @@ REMATS = ("none", "attention", "dots", "full")
 class TransformerConfig:
     """One Block's options, orthogonal to each other; the same for decoders and encoders.
 
-    norm_bias applies to layer norms only. rope_scaling: see `layers.rotary_frequencies`.
+    attention_windows: how far the layers see, repeated over them: (4096, 0) is a layer that sees itself and 4,095
+    places behind (in an encoder also ahead), then one that sees everything, and so on; () is (0,).
+    rope_local_theta: rope_theta of the layers with a window, which then know no rope_scaling; 0 means the same as all.
+    rope_scaling: see `layers.rotary_frequencies`. position_offset: rows of the position table before position 0.
+    norm_bias applies to layer norms only. norm_scale_offset: norms multiply by this plus their `scale`.
+    first_norm False: the first layer's attention reads its input as it is (ModernBERT, whose embeddings are normed).
+    query_scale: what q k is multiplied by; 0 means 1 / sqrt(head_dim).
+    scale_embeddings: token embeddings are multiplied by the root of their width (arXiv:1706.03762, section 3.4).
+    embed_factor_dim: width of the embedding tables, which a matrix then brings to emb_dim (arXiv:1909.11942,
+    section 3.1); 0 means emb_dim and no matrix. share_layers: one layer's parameters serve all (ibid.).
     num_token_types 0 means none. zero_init_out starts every block as the identity.
     Execution (never changes the parameters): dtype is the compute dtype; unroll 0 means all layers; remat says
     what is recomputed in the backward pass: nothing; attention's scores; all but the matmul outputs; the whole layer.
@@ -34,15 +44,24 @@ class TransformerConfig:
     norm_eps: float = 1e-5
     norm_bias: bool = False
     norm_position: str = "pre"
+    norm_scale_offset: float = 0.0
+    first_norm: bool = True
     position: str = "learned"
+    position_offset: int = 0
     rope_theta: float = 10000.0
     rope_scaling: tuple[float, ...] = ()
+    rope_local_theta: float = 0.0
     activation: str = "gelu_tanh"
+    attention_windows: tuple[int, ...] = ()
+    query_scale: float = 0.0
     qk_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = True
+    scale_embeddings: bool = False
+    embed_factor_dim: int = 0
+    share_layers: bool = False
     num_token_types: int = 0
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
@@ -65,6 +84,18 @@ class TransformerConfig:
     @property
     def is_gated(self) -> bool:
         return self.activation in GATED
+
+    @property
+    def table_dim(self) -> int:
+        """Width of the embedding tables, and of what is multiplied with the output table."""
+        return self.embed_factor_dim or self.emb_dim
+
+    @property
+    def layer_windows(self) -> tuple[int, ...]:
+        """The attention window of every layer; 0 sees everything."""
+        return tuple(
+            itertools.islice(itertools.cycle(self.attention_windows or (0,)), self.num_layers)
+        )
 
 
 def find_problems(config: TransformerConfig) -> list[str]:
@@ -91,15 +122,29 @@ def find_problems(config: TransformerConfig) -> list[str]:
         )
     if config.position == "rotary" and config.head_dim % 2:
         problems.append(f"head_dim={config.head_dim}: rotary positions need an even one")
-    if config.position == "sinusoidal" and config.emb_dim % 2:
-        problems.append(f"emb_dim={config.emb_dim}: sinusoidal positions need an even one")
+    if config.position == "sinusoidal" and config.table_dim % 2:
+        name = "embed_factor_dim" if config.embed_factor_dim else "emb_dim"
+        problems.append(f"{name}={config.table_dim}: sinusoidal positions need an even one")
     if config.norm == "rms_norm" and config.norm_bias:
         problems.append(
             "norm_bias=True with norm='rms_norm': RMS norm has no bias, set it to False"
         )
-    if len(config.rope_scaling) not in (0, 4):
+    if len(config.rope_scaling) not in (0, 1, 4):
         problems.append(
-            f"rope_scaling={config.rope_scaling}: () or (factor, low, high, original_len)"
+            f"rope_scaling={config.rope_scaling}: (), (factor,) or (factor, low, high, original_len)"
+        )
+    if len(config.attention_windows) > config.num_layers:
+        problems.append(
+            f"attention_windows={config.attention_windows}: at most num_layers={config.num_layers} of them"
+        )
+    if any(window < 0 for window in config.attention_windows):
+        problems.append(f"attention_windows={config.attention_windows}: 0 (no limit) or more")
+    for field in ("position_offset", "embed_factor_dim", "rope_local_theta", "query_scale"):
+        if getattr(config, field) < 0:
+            problems.append(f"{field}={getattr(config, field)}: must be at least 0")
+    if not config.first_norm and config.norm_position == "post":
+        problems.append(
+            "first_norm=False with norm_position='post': there is no norm before attention, set it to True"
         )
     for field in ("dropout_rate", "attention_dropout_rate"):
         if not 0.0 <= getattr(config, field) < 1.0:

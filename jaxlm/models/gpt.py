@@ -1,4 +1,4 @@
-"""Decoder-only language model: GPT-2 and GPT-3, Llama 3, Qwen3, and what lies between, by options."""
+"""Decoder-only language model: GPT-2 and GPT-3, Llama, Mistral, Qwen, Gemma, and what lies between, by options."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn
 
 from jaxlm.models.config import TransformerConfig
+from jaxlm.models.heads import Head
 from jaxlm.models.layers import Outputs, make_param
 from jaxlm.models.transformer import Embed, apply_layers, batch_positions
 
@@ -16,20 +17,29 @@ class GPT(nn.Module):
     """Each position sees itself and what comes before it in its own segment.
 
     batch: tokens (B, T), and optionally segment_ids and positions (B, T).
-    Returns Outputs with hidden (B, T, D): hidden[:, t] predicts the token after t.
+    Returns Outputs with hidden (B, T, D): hidden[:, t] predicts the token after t. With a `head` of a task there is no
+    unembed, and head_logits are the head's.
     """
 
     config: TransformerConfig
+    head: Head | None = None
 
     @nn.compact
     def __call__(self, batch: Mapping[str, jax.Array], deterministic: bool = True) -> Outputs:
         c = self.config
+        if c.embed_factor_dim:
+            raise ValueError(
+                f"embed_factor_dim={c.embed_factor_dim}: only the encoder's output transform leads back to that "
+                "width; set it to 0, or the family to 'bert'"
+            )
         segment_ids, positions = batch_positions(batch)
         embed = Embed(c, deterministic=deterministic, name="embed")
         x_BTD, table_VD = embed(batch["tokens"], positions, batch.get("token_types"))
         hidden = apply_layers(
             c, x_BTD, segment_ids, positions, causal=True, deterministic=deterministic
         )
+        if self.head is not None:
+            return Outputs(hidden, None, head_logits=self.head(hidden, batch, deterministic))
         return Outputs(
             hidden=hidden, unembed=make_unembed(self, c, table_VD), softcap=c.final_softcap
         )

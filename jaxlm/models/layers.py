@@ -34,19 +34,21 @@ Axes = tuple[str | None, ...]
 
 @flax.struct.dataclass
 class Outputs:
-    """What a model returns in training: never logits, but the two factors that make them.
+    """What a model returns in training: never logits over the vocabulary, but the two factors that make them.
 
     hidden: (B, T, D), or (B, M, D) at gathered positions; final-normed or head-transformed.
-    unembed: (V, D) in the parameters' dtype; logits = softcap(hidden @ unembed.T + unembed_bias).
+    unembed: (V, D) in the parameters' dtype; logits = softcap(hidden @ unembed.T + unembed_bias). None with a task head.
     unembed_bias: (V,) or None.
     pair_logits: (B, E, C) float32 or None: the next-sentence or sentence-order head.
+    head_logits: (B, E, C) or (B, T, C) float32 or None: a task head's (`heads.Head`).
     softcap: logits become softcap * tanh(logits / softcap); 0 means none.
     """
 
     hidden: jax.Array
-    unembed: jax.Array
+    unembed: jax.Array | None
     unembed_bias: jax.Array | None = None
     pair_logits: jax.Array | None = None
+    head_logits: jax.Array | None = None
     softcap: float = flax.struct.field(pytree_node=False, default=0.0)
 
 
@@ -131,9 +133,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # Primer, arXiv:2109.08668
     "swiglu": jax.nn.silu,  # of the gate; arXiv:2002.05202
-    "geglu": lambda x: jax.nn.gelu(x, approximate=True),  # of the gate; arXiv:2002.05202
 }
-GATED = frozenset({"swiglu", "geglu"})
+# Of the gate; arXiv:2002.05202.
+ACTIVATIONS |= {"geglu": ACTIVATIONS["gelu"], "geglu_tanh": ACTIVATIONS["gelu_tanh"]}
+GATED = frozenset({"swiglu", "geglu", "geglu_tanh"})
 
 
 # --- normalisation ----------------------------------------------------------------------------------------------------
@@ -145,6 +148,13 @@ def rms_normalise(x: jax.Array, eps: float) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
+def norm_scale(module: nn.Module, name: str, size: int, offset: float, param_dtype: Any) -> Any:
+    """What a norm multiplies by, (size,) in float32 and 1 at first: `offset` plus the parameter `name`."""
+    init = nn.initializers.constant(1.0 - offset)
+    scale = make_param(module, name, init, (size,), ("norm",), param_dtype).astype(jnp.float32)
+    return scale + offset if offset else scale
+
+
 class Norm(nn.Module):
     """Layer norm (arXiv:1607.06450) or RMS norm over the last axis; statistics in float32, result in `dtype`."""
 
@@ -153,15 +163,16 @@ class Norm(nn.Module):
     use_bias: bool
     dtype: Any
     param_dtype: Any
+    scale_offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        ones, zeros, size = nn.initializers.ones, nn.initializers.zeros, x.shape[-1:]
-        scale = make_param(self, "scale", ones, size, ("norm",), self.param_dtype)
+        zeros, size = nn.initializers.zeros, x.shape[-1:]
+        scale = norm_scale(self, "scale", size[0], self.scale_offset, self.param_dtype)
         y = x.astype(jnp.float32)
         if self.kind == "layer_norm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = rms_normalise(y, self.eps) * along_last(scale.astype(jnp.float32), y)
+        y = rms_normalise(y, self.eps) * along_last(scale, y)
         if self.use_bias:
             bias = make_param(self, "bias", zeros, size, ("norm",), self.param_dtype)
             y = y + along_last(bias.astype(jnp.float32), y)
@@ -182,13 +193,14 @@ def sinusoidal_positions(positions_BT: jax.Array, width: int) -> jax.Array:
 def rotary_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> jax.Array:
     """Radians per position (head_dim / 2,), float32 (arXiv:2104.09864, section 3.2.2).
 
-    scaling: () or Llama 3.1's (factor, low, high, original_len): wavelengths over original_len / low are stretched by
-    `factor`, those under original_len / high are kept, those between are blended (as in Meta's llama-models).
+    scaling: (); (factor,) stretches every wavelength (arXiv:2306.15595); Llama 3.1's (factor, low, high, original_len)
+    stretches those over original_len / low, keeps those under original_len / high and blends those between (as in
+    Meta's llama-models).
     """
     half = head_dim // 2
     frequency = jnp.exp(-math.log(theta) * jnp.arange(half, dtype=jnp.float32) / half)
-    if not scaling:
-        return frequency
+    if len(scaling) < 2:
+        return frequency / scaling[0] if scaling else frequency
     factor, low, high, original_len = scaling
     turns = original_len * frequency / (2 * math.pi)  # full turns within the original context
     kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -231,3 +243,16 @@ def attention_mask(segment_ids_BT: jax.Array, *, causal: bool) -> jax.Array:
         return same
     length = segment_ids_BT.shape[1]
     return same & jnp.tril(jnp.ones((length, length), bool))[None]
+
+
+def window_mask(length: int, window: int) -> jax.Array:
+    """Boolean (T, S), True = less than `window` places apart (arXiv:2004.05150, section 3.1; causal: arXiv:2310.06825).
+
+    window 2   1 1 . . .        with the causal mask   1 . . . .
+               1 1 1 . .                               1 1 . . .
+               . 1 1 1 .                               . 1 1 . .
+               . . 1 1 1                               . . 1 1 .
+               . . . 1 1                               . . . 1 1
+    """
+    place = jnp.arange(length)
+    return jnp.abs(place[:, None] - place[None, :]) < window

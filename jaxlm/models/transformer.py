@@ -1,13 +1,16 @@
 """The Block and the stack of them that both decoder (GPT) and encoder (BERT) are made of.
 
-pre   x = x + attention(norm(x));  x = x + mlp(norm(x));  and a norm after the last layer
-post  x = norm(x + attention(x));  x = norm(x + mlp(x))
+pre       x = x + attention(norm(x));  x = x + mlp(norm(x));  and a norm after the last layer
+sandwich  x = x + norm(attention(norm(x)));  x = x + norm(mlp(norm(x)));  and a norm after the last layer
+post      x = norm(x + attention(x));  x = norm(x + mlp(x))
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +31,10 @@ from jaxlm.models.layers import (
     project,
     rotary_table,
     sinusoidal_positions,
+    window_mask,
 )
 
-__all__ = ["MLP", "Block", "Embed", "TransformerConfig", "apply_layers", "batch_positions"]
+__all__ = ["MLP", "Block", "Dense", "Embed", "TransformerConfig", "apply_layers", "batch_positions"]
 
 # What remat='dots' keeps of a layer: the outputs of its matmuls, but not attention's scores.
 SAVED_NAMES = ("query", "key", "value", "attended", "attention_out", "gate", "up", "mlp_out")
@@ -38,14 +42,35 @@ ACTIVATION = ("batch", "length", "act_embed")
 
 
 def make_norm(config: TransformerConfig, name: str) -> Norm:
-    bias = config.norm_bias and config.norm == "layer_norm"
-    return Norm(config.norm, config.norm_eps, bias, config.dtype, config.param_dtype, name=name)
+    c = config
+    bias = c.norm_bias and c.norm == "layer_norm"
+    return Norm(c.norm, c.norm_eps, bias, c.dtype, c.param_dtype, c.norm_scale_offset, name=name)
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias: (B, M, D) to (B, M, size)."""
+
+    config: TransformerConfig
+    size: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        init, zeros = nn.initializers.normal(c.init_std), nn.initializers.zeros
+        shape = (x.shape[-1], self.size)
+        kernel = make_param(self, "kernel", init, shape, ("embed", None), c.param_dtype)
+        y = project(x, kernel.astype(c.dtype))
+        if not self.use_bias:
+            return y
+        return add_bias(y, make_param(self, "bias", zeros, shape[1:], ("norm",), c.param_dtype))
 
 
 class Embed(nn.Module):
     """Token embeddings plus learned or sinusoidal positions plus token types, normed if `use_norm`, then dropout.
 
-    Returns x (B, T, D) in the compute dtype and the token table (V, D) in the parameters' dtype.
+    Tables are `table_dim` wide; if that is not the width of the model, `projection` brings the sum there.
+    Returns x (B, T, D) in the compute dtype and the token table (V, table_dim) in the parameters' dtype.
     A token outside the vocabulary gives NaN: a loud error instead of a wrong row.
     """
 
@@ -61,10 +86,14 @@ class Embed(nn.Module):
         table_VD = self.table("embedding", c.vocab_size, "vocab")
         # Looked up in a table that is whole along the width, or XLA would rematerialise it in full.
         x = look_up(constrain(table_VD, ("vocab", None)), tokens_BT).astype(jnp.float32)
+        if c.scale_embeddings:  # rounded as the released Gemmas round it
+            x = x * jnp.asarray(math.sqrt(c.table_dim), c.dtype).astype(jnp.float32)
         if c.position == "learned":
-            x = x + look_up(self.table("positions", c.max_len, "pos"), positions_BT)
+            table = self.table("positions", c.position_offset + c.max_len, "pos")
+            rows_BT = positions_BT + c.position_offset if c.position_offset else positions_BT
+            x = x + look_up(table, rows_BT)
         elif c.position == "sinusoidal":
-            x = x + sinusoidal_positions(positions_BT, c.emb_dim)
+            x = x + sinusoidal_positions(positions_BT, c.table_dim)
         if c.num_token_types:
             types = jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
             x = x + look_up(self.table("token_types", c.num_token_types, None), types)
@@ -72,12 +101,14 @@ class Embed(nn.Module):
         if self.use_norm:
             x = make_norm(c, "norm")(x)
         x = dropout(x, c.dropout_rate, dropout_key(self, c.dropout_rate, self.deterministic))
+        if c.embed_factor_dim:
+            x = constrain(Dense(c, c.emb_dim, name="projection")(x), ACTIVATION)
         return x, table_VD
 
     def table(self, name: str, size: int, axis: str | None) -> jax.Array:
         c = self.config
         init = nn.initializers.normal(c.init_std)
-        return make_param(self, name, init, (size, c.emb_dim), (axis, "embed"), c.param_dtype)
+        return make_param(self, name, init, (size, c.table_dim), (axis, "embed"), c.param_dtype)
 
 
 def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
@@ -119,8 +150,56 @@ class MLP(nn.Module):
         return checkpoint_name(y, "mlp_out" if name == "down" else name)
 
 
+class View(NamedTuple):
+    """What a layer's attention sees: the mask, and where it takes the places to be (None: it does not rotate)."""
+
+    mask_BTS: jax.Array
+    rotary: tuple[jax.Array, jax.Array] | None
+
+
+def make_view(
+    config: TransformerConfig,
+    window: int,
+    segment_ids_BT: jax.Array,
+    positions_BT: jax.Array,
+    causal: bool,
+) -> View:
+    """The view of the layers whose attention window is `window` (0: no limit)."""
+    c, rotary = config, None
+    mask_BTS = attention_mask(segment_ids_BT, causal=causal)
+    theta, scaling = c.rope_theta, c.rope_scaling
+    if window:
+        mask_BTS = mask_BTS & window_mask(segment_ids_BT.shape[1], window)[None]
+    if window and c.rope_local_theta:
+        theta, scaling = c.rope_local_theta, ()
+    if c.position == "rotary":
+        rotary = rotary_table(positions_BT, c.head_dim, theta, scaling)
+    return View(mask_BTS, rotary)
+
+
+def layer_differences(config: TransformerConfig) -> dict[str, jax.Array]:
+    """What differs between layers besides their parameters, each (L,); empty where they are all alike.
+
+    view: the index of the layer's attention window among the distinct ones. is_unnormed: it has no norm before attention.
+    """
+    c, differences = config, {}
+    windows = distinct_windows(c)
+    if len(windows) > 1:
+        differences["view"] = jnp.array([windows.index(w) for w in c.layer_windows], jnp.int32)
+    if not c.first_norm:
+        differences["is_unnormed"] = jnp.arange(c.num_layers) == 0
+    return differences
+
+
+def distinct_windows(config: TransformerConfig) -> list[int]:
+    return sorted(set(config.layer_windows))
+
+
 class Block(nn.Module):
-    """One layer: attention and MLP, each with its norm and its residual. Returns (x, None), as a scan wants."""
+    """One layer: attention and MLP, each with its norms and its residual. Returns (x, None), as a scan wants.
+
+    views: one for each distinct attention window. differences: see `layer_differences`, here of this layer.
+    """
 
     config: TransformerConfig
     deterministic: bool = True
@@ -129,24 +208,46 @@ class Block(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        mask_BTS: jax.Array,
-        rotary: tuple[jax.Array, jax.Array] | None,
+        views: tuple[View, ...],
+        differences: Mapping[str, jax.Array],
     ) -> tuple[jax.Array, None]:
         c = self.config
         attention = Attention(c, self.deterministic, name="attention")
-        mlp = MLP(c, name="mlp")
-        attention_norm, mlp_norm = make_norm(c, "attention_norm"), make_norm(c, "mlp_norm")
-        if c.norm_position == "pre":
-            x = x_BTD + self.drop(attention(attention_norm(x_BTD), mask_BTS, rotary))
-            x = x + self.drop(mlp(mlp_norm(x)))
-        else:
-            x = attention_norm(x_BTD + self.drop(attention(x_BTD, mask_BTS, rotary)))
-            x = mlp_norm(x + self.drop(mlp(x)))
+        view = choose(views, differences.get("view"))
+        x = self.add(
+            "attention", lambda x: attention(x, *view), x_BTD, differences.get("is_unnormed")
+        )
+        x = self.add("mlp", MLP(c, name="mlp"), x)
         return constrain(x, ACTIVATION), None
+
+    def add(
+        self,
+        name: str,
+        part: Callable[[jax.Array], jax.Array],
+        x: jax.Array,
+        is_unnormed: jax.Array | None = None,
+    ) -> jax.Array:
+        """x plus what `part` makes of it, normed before, after, or before and after the sum."""
+        c = self.config
+        norm = make_norm(c, f"{name}_norm")
+        if c.norm_position == "post":
+            return norm(x + self.drop(part(x)))
+        normed = norm(x) if is_unnormed is None else jnp.where(is_unnormed, x, norm(x))
+        y = part(normed)
+        if c.norm_position == "sandwich":
+            y = make_norm(c, f"{name}_out_norm")(y)
+        return x + self.drop(y)
 
     def drop(self, x: jax.Array) -> jax.Array:
         rate = self.config.dropout_rate
         return dropout(x, rate, dropout_key(self, rate, self.deterministic))
+
+
+def choose(views: tuple[View, ...], index: jax.Array | None) -> View:
+    """The view of that index (a scalar); the only one if there is no index."""
+    if index is None:
+        return views[0]
+    return jax.tree.map(lambda *arrays: jax.lax.select_n(index, *arrays), *views)
 
 
 def rematerialised(block: Any, config: TransformerConfig) -> Any:
@@ -171,26 +272,37 @@ def apply_layers(
     causal: bool,
     deterministic: bool,
 ) -> jax.Array:
-    """Runs all layers (parameters `layers`, stacked on axis 0), then, in pre-norm models, `final_norm`.
+    """Runs all layers (parameters `layers`, stacked on axis 0), then, unless in post-norm models, `final_norm`.
 
-    Call it inside a module's compact method. The mask and the rotary angles are made once, outside the loop.
+    Call it inside a module's compact method. Masks and rotary angles are made once, outside the loop.
     """
     c = config
-    mask_BTS = attention_mask(segment_ids_BT, causal=causal)
-    rotary = None
-    if c.position == "rotary":
-        rotary = rotary_table(positions_BT, c.head_dim, c.rope_theta, c.rope_scaling)
-    layers = nn.scan(
+    views = tuple(
+        make_view(c, window, segment_ids_BT, positions_BT, causal) for window in distinct_windows(c)
+    )
+    loop = dict(in_axes=(nn.broadcast, 0), length=c.num_layers, unroll=c.unroll or c.num_layers)
+    differences = layer_differences(c)
+    stack = functools.partial(
+        nn.scan,
         rematerialised(Block, c),
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast, nn.broadcast),
-        length=c.num_layers,
-        unroll=c.unroll or c.num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
-    )(c, deterministic, name="layers")
-    x_BTD, _ = layers(x_BTD, mask_BTS, rotary)
-    return make_norm(c, "final_norm")(x_BTD) if c.norm_position == "pre" else x_BTD
+    )
+    if c.share_layers:  # a stack of one, run again and again
+        layers = stack(**loop | dict(length=1, unroll=1))(c, deterministic, name="layers")
+        differences = {name: x[:, None] for name, x in differences.items()}
+        repeat = nn.scan(
+            lambda layers, *inputs: layers(*inputs),
+            variable_broadcast="params",
+            split_rngs={"params": False, "dropout": True},
+            **loop,
+        )
+        x_BTD, _ = repeat(layers, x_BTD, views, differences)
+    else:
+        layers = stack(**loop)(c, deterministic, name="layers")
+        x_BTD, _ = layers(x_BTD, views, differences)
+    return x_BTD if c.norm_position == "post" else make_norm(c, "final_norm")(x_BTD)
 
 
 def batch_positions(batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
