@@ -1,0 +1,93 @@
+"""BERT: post-norm encoder with the masked-token head, and where there is one the pooler and the next-sentence head."""
+
+from jaxlm.interop.mapping import FLAT, Architecture, Family, Field, Row, linear
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+LAYER = "bert.encoder.layer.{layer}."
+SELF = LAYER + "attention.self."
+
+BERT = Family(
+    model_type="bert",
+    model="bert",
+    prefix="bert.",
+    fields=(
+        Field("vocab_size", "vocab_size"),
+        Field("emb_dim", "hidden_size"),
+        Field("num_layers", "num_hidden_layers"),
+        Field("num_heads", "num_attention_heads"),
+        Field("num_kv_heads", "num_attention_heads"),
+        Field("mlp_dim", "intermediate_size"),
+        Field("max_len", "max_position_embeddings", 512),
+        Field("num_token_types", "type_vocab_size", 2),
+        Field("activation", "hidden_act", "gelu", ACTIVATIONS),
+        Field("norm_eps", "layer_norm_eps", 1e-12),
+        Field("tie_embeddings", "tie_word_embeddings", True),
+        Field("dropout_rate", "hidden_dropout_prob", 0.1),
+        Field("attention_dropout_rate", "attention_probs_dropout_prob", 0.1),
+        Field("init_std", "initializer_range", 0.02),
+    ),
+    fixed=dict(
+        norm="layer_norm",
+        norm_bias=True,
+        norm_position="post",
+        position="learned",
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    ),
+    extra_fields=("head_dim",),
+    extra_from=lambda hf: {"head_dim": hf["hidden_size"] // hf["num_attention_heads"]},
+    expected=dict(
+        position_embedding_type=("absolute",), is_decoder=(False,), add_cross_attention=(False,)
+    ),
+    architectures=(
+        Architecture("BertForMaskedLM", frozenset({"mlm"})),
+        Architecture("BertForPreTraining", frozenset({"pooler", "mlm", "nsp"})),
+        Architecture("BertForNextSentencePrediction", frozenset({"pooler", "nsp"})),
+        Architecture("BertModel", frozenset({"pooler"}), prefixed=False),
+        Architecture("BertModel", frozenset(), prefixed=False),
+    ),
+    rows=(
+        Row("embed/embedding", "bert.embeddings.word_embeddings.weight"),
+        Row("embed/positions", "bert.embeddings.position_embeddings.weight"),
+        Row("embed/token_types", "bert.embeddings.token_type_embeddings.weight"),
+        Row("embed/norm/scale", "bert.embeddings.LayerNorm.weight"),
+        Row("embed/norm/bias", "bert.embeddings.LayerNorm.bias"),
+        Row("layers/attention/query", SELF + "query.weight", linear()),
+        Row("layers/attention/key", SELF + "key.weight", linear()),
+        Row("layers/attention/value", SELF + "value.weight", linear()),
+        Row("layers/attention/query_bias", SELF + "query.bias", FLAT),
+        Row("layers/attention/key_bias", SELF + "key.bias", FLAT),
+        Row("layers/attention/value_bias", SELF + "value.bias", FLAT),
+        Row("layers/attention/out", LAYER + "attention.output.dense.weight", linear(2)),
+        Row("layers/attention/out_bias", LAYER + "attention.output.dense.bias"),
+        Row("layers/attention_norm/scale", LAYER + "attention.output.LayerNorm.weight"),
+        Row("layers/attention_norm/bias", LAYER + "attention.output.LayerNorm.bias"),
+        Row("layers/mlp/up", LAYER + "intermediate.dense.weight", linear()),
+        Row("layers/mlp/up_bias", LAYER + "intermediate.dense.bias"),
+        Row("layers/mlp/down", LAYER + "output.dense.weight", linear()),
+        Row("layers/mlp/down_bias", LAYER + "output.dense.bias"),
+        Row("layers/mlp_norm/scale", LAYER + "output.LayerNorm.weight"),
+        Row("layers/mlp_norm/bias", LAYER + "output.LayerNorm.bias"),
+        Row("pooler/kernel", "bert.pooler.dense.weight", linear(), "pooler"),
+        Row("pooler/bias", "bert.pooler.dense.bias", group="pooler"),
+        Row("mlm_head/dense", "cls.predictions.transform.dense.weight", linear(), "mlm"),
+        Row("mlm_head/bias", "cls.predictions.transform.dense.bias", group="mlm"),
+        Row("mlm_head/norm/scale", "cls.predictions.transform.LayerNorm.weight", group="mlm"),
+        Row("mlm_head/norm/bias", "cls.predictions.transform.LayerNorm.bias", group="mlm"),
+        Row("mlm_head/vocab_bias", "cls.predictions.bias", group="mlm"),
+        Row("unembed", "cls.predictions.decoder.weight", group="mlm"),
+        Row("pair_head/kernel", "cls.seq_relationship.weight", linear(), "nsp"),
+        Row("pair_head/bias", "cls.seq_relationship.bias", group="nsp"),
+    ),
+    ties={"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"},
+    repeats={"cls.predictions.decoder.bias": "cls.predictions.bias"},
+    ignored=("bert.embeddings.position_ids",),
+    renames=((r"\.gamma$", ".weight"), (r"\.beta$", ".bias")),
+)
