@@ -23,14 +23,24 @@ To add a family, write a `Family` (see `mapping`) in a module of its own and add
 4. A line in `tests/interop/tiny_hf.py`: the laws (every tensor equal after both ways, logits within 1e-4) run it.
 """
 
+from jaxlm.interop.albert import ALBERT
 from jaxlm.interop.bert import BERT
+from jaxlm.interop.distilbert import DISTILBERT
+from jaxlm.interop.electra import ELECTRA
+from jaxlm.interop.gemma import GEMMA2, GEMMA3
 from jaxlm.interop.gpt2 import GPT2
 from jaxlm.interop.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from jaxlm.interop.mapping import BadModel, Family
+from jaxlm.interop.modernbert import MODERNBERT
+from jaxlm.interop.roberta import ROBERTA
 
 # By `model_type`. An export without a named family takes the first that can express the model.
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (GPT2, LLAMA, QWEN3, QWEN2, MISTRAL, BERT)
+    family.model_type: family
+    for family in (
+        *(GPT2, LLAMA, QWEN3, QWEN2, MISTRAL, GEMMA2, GEMMA3),
+        *(BERT, ROBERTA, DISTILBERT, ELECTRA, ALBERT, MODERNBERT),
+    )
 }
 
 

@@ -6,11 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.interop.mapping import FLAT, SAME, Architecture, Family, Field, Row, linear
+from jaxlm.interop.mapping import FLAT, MAX_LAYERS, SAME, Architecture, Family, Field, Row, linear
 from jaxlm.models.config import TransformerConfig
 
 LAYER = "model.layers.{layer}."
-ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
+ACTIVATIONS = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu_pytorch_tanh": "geglu_tanh",
+    "gelu": "geglu",
+}
 
 ROWS = (
     Row("embed/embedding", "model.embed_tokens.weight"),
@@ -57,8 +62,10 @@ def rope_from_hf(hf: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
             scaling = tuple(float(n) for n in numbers)
         else:
             problems.append(f"rope scaling of type llama3 needs positive {', '.join(keys)}")
+    elif kind == "linear" and type(written.get("factor")) in (int, float):
+        scaling = (float(written["factor"]),)
     elif kind != "default":
-        problems.append(f"rope_type={kind!r}: only 'default' and 'llama3' can be converted")
+        problems.append(f"rope_type={kind!r}: only default, linear and llama3 can be converted")
     if problems:
         raise ValueError("; ".join(problems))
     return {"rope_theta": float(theta), "rope_scaling": scaling}
@@ -68,6 +75,9 @@ def rope_to_hf(config: TransformerConfig) -> dict[str, Any]:
     """In the spelling of transformers 4, which 5 and vLLM read, too."""
     if not config.rope_scaling:
         return {"rope_theta": config.rope_theta, "rope_scaling": None}
+    if len(config.rope_scaling) == 1:
+        scaling = {"rope_type": "linear", "factor": config.rope_scaling[0]}
+        return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
     factor, low, high, original_len = config.rope_scaling
     scaling = {
         "rope_type": "llama3",
@@ -79,17 +89,15 @@ def rope_to_hf(config: TransformerConfig) -> dict[str, Any]:
     return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
 
 
-def refuse_windows(hf: Mapping[str, Any], window: Any) -> None:
-    """Raises ValueError if a token would not see all tokens before it."""
-    longest = hf.get("max_position_embeddings") or 0
-    if window is not None and window < longest:
-        raise ValueError(
-            f"sliding_window={window} is shorter than max_position_embeddings={longest}: "
-            "attention in windows cannot be converted"
-        )
-    kinds = set(hf.get("layer_types") or ()) - {"full_attention"}
-    if kinds and window is not None and window < longest:
-        raise ValueError(f"layer_types has {sorted(kinds)}: only full_attention can be converted")
+def windows_from_hf(hf: Mapping[str, Any], window: Any, sliding: list[bool]) -> dict[str, Any]:
+    """attention_windows, given which layers slide; a window as long as the model's longest text is none."""
+    if window is None or not any(sliding):
+        return {"attention_windows": ()}
+    if type(window) is not int or not 0 < window < 1 << 31:
+        raise ValueError(f"sliding_window={window!r}: expected a positive integer")
+    if window >= hf["max_position_embeddings"]:
+        return {"attention_windows": ()}
+    return {"attention_windows": (window,) if all(sliding) else tuple(window * s for s in sliding)}
 
 
 def _head_dim(hf: Mapping[str, Any]) -> int:
@@ -145,27 +153,53 @@ LLAMA = Family(
 
 def _mistral_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
     # Where the key is absent transformers takes a window of 4,096; null means none.
-    refuse_windows(hf, hf.get("sliding_window", 4096))
-    return rope_from_hf(hf, 10000.0)
+    window = hf.get("sliding_window", 4096)
+    return rope_from_hf(hf, 10000.0) | windows_from_hf(hf, window, [True])
+
+
+def _mistral_to_hf(config: TransformerConfig) -> dict[str, Any]:
+    if len(windows := set(config.layer_windows)) > 1:
+        raise ValueError(f"attention_windows={config.attention_windows}: its layers are all alike")
+    return {**rope_to_hf(config), "sliding_window": windows.pop() or None}
 
 
 MISTRAL = dataclasses.replace(
     LLAMA,
     model_type="mistral",
     fields=(*FIELDS, Field("head_dim", "head_dim", _head_dim)),
+    extra_fields=("rope_theta", "rope_scaling", "attention_windows"),
     extra_from=_mistral_from_hf,
-    extra_to=lambda config: {**rope_to_hf(config), "sliding_window": None},
+    extra_to=_mistral_to_hf,
     architectures=_architectures("Mistral"),
 )
 
 
 def _qwen_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
-    refuse_windows(hf, hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None)
-    return rope_from_hf(hf, 10000.0)
+    """Layers slide from max_window_layers on, or as layer_types says, and only with use_sliding_window."""
+    num_layers = hf["num_hidden_layers"]
+    if type(num_layers) is not int or not 0 < num_layers <= MAX_LAYERS:
+        return {}  # listed already
+    first = hf.get("max_window_layers", 28)
+    kinds = hf.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
+    ]
+    if len(kinds) != num_layers or set(kinds) - {"sliding_attention", "full_attention"}:
+        raise ValueError(f"layer_types: expected {num_layers} of sliding_attention, full_attention")
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
+    sliding = [kind == "sliding_attention" for kind in kinds]
+    return rope_from_hf(hf, 10000.0) | windows_from_hf(hf, window, sliding)
 
 
-def _qwen2_to_hf(config: TransformerConfig) -> dict[str, Any]:
-    return {**rope_to_hf(config), "use_sliding_window": False}
+def _qwen_to_hf(config: TransformerConfig) -> dict[str, Any]:
+    windows = config.layer_windows
+    if len(set(windows) - {0}) > 1:
+        raise ValueError(
+            f"attention_windows={config.attention_windows}: its windows are all of one size"
+        )
+    kinds = ["sliding_attention" if window else "full_attention" for window in windows]
+    about = {"use_sliding_window": any(windows), "sliding_window": max(windows) or None}
+    about |= {"max_window_layers": (kinds + ["sliding_attention"]).index("sliding_attention")}
+    return {**rope_to_hf(config), **about, "layer_types": kinds}
 
 
 QWEN2 = dataclasses.replace(
@@ -173,9 +207,9 @@ QWEN2 = dataclasses.replace(
     model_type="qwen2",
     fields=FIELDS,
     fixed=FIXED | dict(qkv_bias=True),
-    extra_fields=("rope_theta", "rope_scaling", "head_dim"),
+    extra_fields=("rope_theta", "rope_scaling", "attention_windows", "head_dim"),
     extra_from=lambda hf: _qwen_from_hf(hf) | {"head_dim": _head_dim(hf)},
-    extra_to=_qwen2_to_hf,
+    extra_to=_qwen_to_hf,
     architectures=_architectures("Qwen2"),
 )
 
@@ -184,7 +218,8 @@ QWEN3 = dataclasses.replace(
     model_type="qwen3",
     fields=(*FIELDS, *BIASES, Field("head_dim", "head_dim", 128)),
     fixed=FIXED | dict(qk_norm=True),
+    extra_fields=("rope_theta", "rope_scaling", "attention_windows"),
     extra_from=_qwen_from_hf,
-    extra_to=_qwen2_to_hf,
+    extra_to=_qwen_to_hf,
     architectures=_architectures("Qwen3"),
 )

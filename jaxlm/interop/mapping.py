@@ -116,12 +116,16 @@ class Row(NamedTuple):
     theirs: the name in the model with a head, {layer} standing for the number of the layer.
     group: '' for what every model of the family has, else the head that it belongs to: a source without any tensor of
       a group is taken, and the group is initialised (see `convert`).
+    first_layer: theirs lacks the layers before it, whose slices of ours nothing reads.
+
+    A row of 'layers/' without {layer} is a layer that all share.
     """
 
     ours: str | tuple[str, ...]
     theirs: str
     transform: Transform = SAME
     group: str = ""
+    first_layer: int = 0
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -309,15 +313,20 @@ def config_to_hf(family: Family, config: TransformerConfig) -> dict[str, Any]:
         problems.append(str(error))
     if not problems:
         # The written file must mean this very model: what two fields share one key for must agree.
-        back = config_from_hf(family, hf)
+        back = dataclasses.replace(config, **config_from_hf(family, hf))
         problems = [
-            f"{name}={getattr(config, name)!r}: {family.model_type} would read {value!r}"
-            for name, value in back.items()
-            if name not in FREE and getattr(config, name) != value
+            f"{name}={getattr(config, name)!r}: {family.model_type} would read {getattr(back, name)!r}"
+            for name in _defaults()
+            if name not in FREE and _meaning(config, name) != _meaning(back, name)
         ]
     if problems:
         raise BadModel(repair_list(f"{family.model_type} cannot express", problems))
     return hf
+
+
+def _meaning(config: TransformerConfig, name: str) -> Any:
+    """An option's value; (4096,) and (4096, 4096) are the same windows for two layers."""
+    return getattr(config, "layer_windows" if name == "attention_windows" else name)
 
 
 def find_inexpressible(family: Family, config: TransformerConfig) -> list[str]:
@@ -383,7 +392,7 @@ def bind(family: Family, shapes: Mapping[str, Shape], vocab_size: int) -> list[P
             missing = sorted(set(row.paths) - set(present))
             raise BadModel(f"{row.theirs} needs {missing}, which this model does not have")
         covered |= set(row.paths)
-        if "{layer}" not in row.theirs:
+        if not row.paths[0].startswith(LAYERS):
             own = tuple(
                 (vocab_size, *shapes[p][1:]) if p in VOCAB_PATHS else shapes[p] for p in row.paths
             )
@@ -391,7 +400,7 @@ def bind(family: Family, shapes: Mapping[str, Shape], vocab_size: int) -> list[P
             continue
         (num_layers,) = {shapes[path][0] for path in row.paths}
         own = tuple(shapes[path][1:] for path in row.paths)
-        for layer in range(num_layers):
+        for layer in range(row.first_layer, num_layers):
             name = row.theirs.replace("{layer}", str(layer))
             pieces.append(Piece(name, row.paths, layer, own, row.transform, row.group))
     if missing := sorted(set(shapes) - covered):

@@ -1,0 +1,590 @@
+"""from_hf: a Hugging Face folder becomes a workdir. to_hf: a checkpoint becomes a Hugging Face folder.
+
+Both write beside the target and rename at the end, so that nothing half-written stays; both end with a certificate
+(`parity`), and a conversion that fails it leaves nothing behind. Tensors pass through one at a time.
+
+The vocabulary. Reserved ids that a tokenizer lacks are appended after its last id (jaxlm/tokenizers), and a model needs
+rows for them: where theirs has fewer rows than our tokenizer has ids, ours gets rows that are the mean of theirs, which
+makes such a token neutral. On the way back these rows are cut off again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from jaxlm.interop import FAMILIES, find_family, hub, parity, tokenizer_files
+from jaxlm.interop.arrays import Array, create_item, open_item, read_theirs, row_blocks
+from jaxlm.interop.mapping import (
+    FREE,
+    SAME,
+    BadModel,
+    Family,
+    Piece,
+    Shape,
+    bind,
+    config_from_hf,
+    config_to_hf,
+    match,
+    present_groups,
+    repair_list,
+    repeated_names,
+)
+from jaxlm.interop.safetensors_io import DTYPES, Planned, write_folder
+from jaxlm.interop.source import Source, Stored, open_source
+from jaxlm.models import MODELS, TransformerConfig
+from jaxlm.parallel.mesh import path_names
+
+PyTree = Any
+MAX_SHARD_BYTES = 5 << 30
+# Options of TransformerConfig that a run's config has at its top level.
+EXECUTION = ("dtype", "param_dtype", "remat", "unroll", "attention_kernel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Incoming:
+    """A source, and what it is in our terms. absent: the pieces of heads that it lacks."""
+
+    source: Source
+    commit: str
+    options: dict[str, Any]
+    num_pair_classes: int
+    vocab_size: int  # ours
+    shapes: dict[str, Shape]  # of our parameters, by path
+    pieces: list[Piece]
+    absent: list[Piece]
+
+    @property
+    def family(self) -> Family:
+        return self.source.family
+
+    @property
+    def present(self) -> list[Piece]:
+        names = {p.name for p in self.absent}
+        return [p for p in self.pieces if p.name not in names]
+
+
+def make_model(family: Family, config: TransformerConfig, num_pair_classes: int) -> nn.Module:
+    pairs = {"num_pair_classes": num_pair_classes} if num_pair_classes else {}
+    return MODELS[family.model](config, **pairs)
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, Shape]:
+    """The shapes of a model's parameters by path; nothing is allocated."""
+    batch = {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
+    boxed = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+    return {path: tuple(x.shape) for path, x in flatten(nn.meta.unbox(boxed)).items()}
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    return {"/".join(path_names(p)): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = array
+    return tree
+
+
+# --- in ---------------------------------------------------------------------------------------------------------------
+
+
+def read_source(source: str, *, allow_pickle: bool = False, least_vocab_size: int = 0) -> Incoming:
+    """Opens a folder or an id of the hub, and fits its tensors to our parameters by their headers alone.
+
+    Raises:
+      BadModel, BadFile, FileNotFoundError, ImportError: with everything that is in the way.
+    """
+    folder, commit = hub.fetch(source)
+    opened = open_source(folder, allow_pickle=allow_pickle)
+    family, tensors = opened.family, opened.tensors
+    options = config_from_hf(family, opened.config)
+    groups = present_groups(family, tensors)
+    num_pair_classes = 2 if groups & {"pooler", "nsp"} else 0
+    theirs = options["vocab_size"]
+    ours = max(theirs, least_vocab_size)
+    config = TransformerConfig(**options | {"vocab_size": ours})
+    shapes = parameter_shapes(make_model(family, config, num_pair_classes))
+    pieces = bind(family, shapes, theirs)
+    absent, problems = match(family, pieces, opened.shapes(), tied=config.tie_embeddings)
+    if not problems:
+        problems = find_untrue_repeats(opened, config.tie_embeddings)
+    if problems:
+        raise BadModel(
+            repair_list(f"{folder} is not the model that its config.json says", problems)
+        )
+    return Incoming(opened, commit, options, num_pair_classes, ours, shapes, pieces, absent)
+
+
+def find_untrue_repeats(source: Source, tied: bool) -> list[str]:
+    """A line for each tensor that should repeat another one and does not."""
+    problems = []
+    for name, original in repeated_names(source.family, tied).items():
+        if name not in source.tensors or original not in source.tensors:
+            continue
+        a, b = source.tensors[name], source.tensors[original]
+        same = a.shape == b.shape and all(
+            np.array_equal(a.read_rows(s.start, s.stop), b.read_rows(s.start, s.stop))
+            for s in row_blocks(a.shape, a.dtype)
+        )
+        if not same:
+            problems.append(
+                f"{name}: should repeat {original} and does not; is tie_word_embeddings=false missing in config.json?"
+            )
+    return problems
+
+
+def stored_dtype(incoming: Incoming) -> np.dtype:
+    """The narrowest dtype that holds every parameter of the source exactly."""
+    dtypes = {incoming.source.tensors[p.name].dtype for p in incoming.present}
+    return dtypes.pop() if len(dtypes) == 1 else DTYPES["F32"]
+
+
+def initial(path: str, shape: Shape, std: float) -> np.ndarray:
+    """A head that the source lacks: ones, zeros or normal(std) by the parameter's name, always the same."""
+    name = path.rsplit("/", 1)[-1]
+    if "scale" in name or "norm" in name:
+        return np.ones(shape, np.float32)
+    if "bias" in name:
+        return np.zeros(shape, np.float32)
+    rng = np.random.default_rng(zlib.crc32(path.encode()))
+    return (rng.standard_normal(shape) * std).astype(np.float32)
+
+
+def convert_into(incoming: Incoming, arrays: Mapping[str, Any], dtype: np.dtype) -> None:
+    """Writes every parameter, tensor by tensor. arrays: by path, each with `write(index, array)`."""
+    std = incoming.options.get("init_std", 0.02)
+    absent = {piece.name for piece in incoming.absent}
+    written: dict[str, set[int | None]] = {}
+    for piece in incoming.pieces:
+        if piece.name in absent:
+            parts = [initial(p, s, std) for p, s in zip(piece.paths, piece.shapes, strict=True)]
+            _write_parts(piece, parts, arrays, incoming.shapes, dtype)
+        else:
+            _write_piece(piece, incoming.source.tensors[piece.name], arrays, incoming.shapes, dtype)
+        for path in piece.paths:
+            written.setdefault(path, set()).add(piece.layer)
+    for path, layers in written.items():  # slices that theirs has not and nothing reads
+        if None not in layers:
+            for layer in set(range(incoming.shapes[path][0])) - layers:
+                arrays[path].write(
+                    layer, initial(path, incoming.shapes[path][1:], std).astype(dtype)
+                )
+
+
+def _write_piece(
+    piece: Piece,
+    tensor: Stored,
+    arrays: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    dtype: np.dtype,
+) -> None:
+    if piece.transform is not SAME or piece.layer is not None or not piece.shape:
+        _write_parts(piece, piece.to_ours(tensor.read()), arrays, shapes, dtype)
+        return
+    (path,), total = piece.paths, np.zeros(piece.shape[1:], np.float64)
+    for rows in row_blocks(piece.shape, dtype):
+        block = tensor.read_rows(rows.start, rows.stop)
+        arrays[path].write(rows, block.astype(dtype, copy=False))
+        total += block.sum(axis=0, dtype=np.float64)
+    if (size := shapes[path][0]) > piece.shape[0]:
+        mean = (total / max(1, piece.shape[0])).astype(np.float32).astype(dtype)
+        rest = np.broadcast_to(mean, (size - piece.shape[0], *mean.shape))
+        arrays[path].write(slice(piece.shape[0], size), np.ascontiguousarray(rest))
+
+
+def _write_parts(
+    piece: Piece,
+    parts: Sequence[np.ndarray],
+    arrays: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    dtype: np.dtype,
+) -> None:
+    for path, part in zip(piece.paths, parts, strict=True):
+        if piece.layer is None and part.shape[0] < shapes[path][0]:  # a vocabulary with fewer rows
+            rest = np.repeat(part.mean(axis=0, keepdims=True), shapes[path][0] - len(part), axis=0)
+            part = np.concatenate([part, rest.astype(part.dtype)])
+        index = ... if piece.layer is None else piece.layer
+        arrays[path].write(index, np.ascontiguousarray(part.astype(dtype, copy=False)))
+
+
+class InMemory:
+    """A parameter in host memory with the `write` of `arrays.Array`."""
+
+    def __init__(self, shape: Shape, dtype: np.dtype):
+        self.array = np.empty(shape, dtype)
+
+    def write(self, index: Any, array: np.ndarray) -> None:
+        self.array[index] = array
+
+
+def load_params(spec: str, config: TransformerConfig, wanted: PyTree) -> PyTree:
+    """The parameters of 'DIR_OR_HUB_ID[@revision]' for a model that exists already, as host arrays like `wanted`.
+
+    Raises:
+      BadModel: a repair list, if the run's model is another one than the source.
+    """
+    shapes = {path: tuple(x.shape) for path, x in flatten(wanted).items()}
+    incoming = read_source(spec, least_vocab_size=config.vocab_size)
+    problems = find_differences(incoming, config)
+    problems += [
+        f"parameter {path}: the source has {list(incoming.shapes[path]) if path in incoming.shapes else 'none'}, "
+        f"this run {list(shapes[path]) if path in shapes else 'none'}"
+        for path in sorted(shapes.keys() | incoming.shapes.keys())
+        if shapes.get(path) != incoming.shapes.get(path) and not _is_head(incoming, path)
+    ]
+    if problems:
+        raise BadModel(repair_list(f"{spec} does not fit this run's model", problems))
+    dtypes = {path: x.dtype for path, x in flatten(wanted).items()}
+    held = {
+        path: InMemory(shapes.get(path, s), dtypes.get(path, np.float32))
+        for path, s in incoming.shapes.items()
+    }
+    convert_into(incoming, held, np.dtype(np.float32))
+    std = config.init_std
+    tree = {
+        path: held[path].array if path in held else initial(path, shape, std).astype(dtypes[path])
+        for path, shape in shapes.items()
+    }
+    return unflatten(tree)
+
+
+def _is_head(incoming: Incoming, path: str) -> bool:
+    """Whether a path belongs to a head, which one side may lack."""
+    rows = [row for row in incoming.family.rows if path in row.paths]
+    return bool(rows) and all(row.group for row in rows)
+
+
+def find_differences(incoming: Incoming, config: TransformerConfig) -> list[str]:
+    """A line for each option by which the run's model would compute something else from the same parameters."""
+    theirs = incoming.options | {"vocab_size": incoming.vocab_size}
+    reference = TransformerConfig(**theirs)
+    free = set(FREE) | ({"max_len"} if config.position == "rotary" else set())
+    return [
+        f"model.{field.name}={getattr(config, field.name)!r}: the source has "
+        f"{getattr(reference, field.name)!r}"
+        for field in dataclasses.fields(TransformerConfig)
+        if field.name not in free and getattr(config, field.name) != getattr(reference, field.name)
+    ]
+
+
+def from_hf(
+    source: str,
+    target: str | Path,
+    templates: Mapping[str, ConfigDict],
+    *,
+    allow_pickle: bool = False,
+    dtype: str = "",
+    against: str = "auto",
+) -> dict[str, Any]:
+    """Writes the workdir `target` of a folder or hub id; returns its certificate.
+
+    templates: by key of MODELS, a config for all that a Hugging Face folder does not say (optimizer, data, …).
+    dtype: of the stored parameters; '' keeps the source's.
+    against: what the certificate compares with, see `parity.certify`.
+
+    Raises:
+      BadModel, BadFile, FileNotFoundError, ImportError: see `read_source`.
+      FileExistsError: if the target exists.
+      parity.Failed: if the certificate does not hold; the target is then not there.
+    """
+    target = Path(target).absolute()
+    with written_beside(target) as folder:
+        fetched, commit = hub.fetch(source)
+        tokenizer = tokenizer_files.read_tokenizer(fetched)
+        incoming = read_source(
+            str(fetched),
+            allow_pickle=allow_pickle,
+            least_vocab_size=tokenizer.vocab_size if tokenizer else 0,
+        )
+        kept = np.dtype(jnp.dtype(dtype)) if dtype else stored_dtype(incoming)
+        config = make_config(incoming, templates, tokenizer, target, kept)
+        step_dir = folder / "checkpoints" / "0"
+        step_dir.mkdir(parents=True)
+        arrays = create_item(step_dir / "params", incoming.shapes, kept)
+        convert_into(incoming, arrays, kept)
+        if tokenizer:
+            tokenizer.save(folder / "tokenizer")
+            tokenizer_files.keep_files(fetched, folder / "tokenizer")
+        text = config.to_json(indent=2, sort_keys=False)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        about = {
+            "source": source,
+            "commit": commit,
+            "model_type": incoming.family.model_type,
+            "architecture": (incoming.source.config.get("architectures") or [""])[0],
+            "vocab_size": incoming.options["vocab_size"],
+            "initialised": sorted({p.group for p in incoming.absent}),
+        }
+        write_manifest(step_dir, config, tokenizer, about)
+        certificate = parity.certify(
+            incoming.source,
+            arrays,
+            incoming.present,
+            model=make_model(incoming.family, model_config(config), incoming.num_pair_classes),
+            tokenizer=tokenizer,
+            against=against if incoming.source.format == "safetensors" else "round_trip",
+        )
+        certificate |= {"converted": about}
+        parity.write(certificate, folder / "parity.json")
+    return certificate
+
+
+def make_config(
+    incoming: Incoming,
+    templates: Mapping[str, ConfigDict],
+    tokenizer: Any,
+    target: Path,
+    dtype: np.dtype,
+) -> ConfigDict:
+    """A config that every entrypoint takes, and that `pretrain --config=W/config.json` goes on from."""
+    config = ConfigDict(templates[incoming.family.model].to_dict())
+    with config.unlocked():
+        options = TransformerConfig(**incoming.options | {"vocab_size": incoming.vocab_size})
+        own = {k: v for k, v in dataclasses.asdict(options).items() if k not in EXECUTION}
+        config.model = ConfigDict(own)
+        if incoming.num_pair_classes:
+            config.objective.name = "mlm_nsp"
+        if tokenizer:
+            config.tokenizer.update(
+                kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, path=str(target / "tokenizer")
+            )
+        config.param_dtype = dtype.name
+        config.seq_len = min(config.seq_len, config.model.max_len)
+        config.init_from = str(target)
+    return config
+
+
+def model_config(config: ConfigDict) -> TransformerConfig:
+    """The model of a workdir's config, computing in float32."""
+    return TransformerConfig(**config.model.to_dict(), param_dtype=config.param_dtype)
+
+
+def write_manifest(step_dir: Path, config: ConfigDict, tokenizer: Any, about: dict) -> None:
+    """What a checkpoint says about itself, where Orbax's JsonSave would put it."""
+    manifest = {
+        "step": 0,
+        "tokens_seen": 0,
+        "config": json.loads(config.to_json()),
+        "tokenizer_sha256": tokenizer.sha256 if tokenizer else "",
+        "data": {},
+        "huggingface": about,
+    }
+    (step_dir / "manifest").mkdir()
+    text = json.dumps(manifest, indent=1)
+    (step_dir / "manifest" / "metadata").write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """A folder that becomes `target` if the block succeeds, and is gone if it does not.
+
+    Raises:
+      FileExistsError: if `target` is there already.
+    """
+    if target.exists() or target.is_symlink():
+        raise FileExistsError(f"{target} exists: name another target, or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent / f".{target.name}.{os.getpid()}.partial"
+    folder.mkdir()
+    try:
+        yield folder
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- out --------------------------------------------------------------------------------------------------------------
+
+
+def to_hf(
+    step_dir: str | Path,
+    target: str | Path,
+    config: ConfigDict,
+    *,
+    item: str = "params",
+    family: str = "",
+    dtype: str = "",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    against: str = "auto",
+) -> dict[str, Any]:
+    """Writes the folder `target`, as huggingface_hub lays one out, of one checkpoint; returns its certificate.
+
+    config: the run's. family: a `model_type`; '' takes the one it came from, else the first that can express the model.
+
+    Raises:
+      BadModel: options that the family cannot express, by name; a tokenizer without a Hugging Face form.
+      FileExistsError, parity.Failed: see `from_hf`.
+    """
+    step_dir, target = Path(step_dir), Path(target).absolute()
+    with written_beside(target) as folder:
+        about = json.loads((step_dir / "manifest" / "metadata").read_text(encoding="utf-8"))
+        came_from = about.get("huggingface", {})
+        options = model_config(config)
+        chosen = choose_family(family or came_from.get("model_type", ""), config.family, options)
+        arrays = open_item(step_dir / item)
+        shapes = {path: array.shape for path, array in arrays.items()}
+        saved = step_dir.parent.parent / "tokenizer"
+        tokenizer = tokenizer_files.load_tokenizer(saved) if saved.is_dir() else None
+        vocab_size = exported_vocab_size(config, tokenizer, came_from)
+        initialised = set(came_from.get("initialised", ()))
+        pieces = [p for p in bind(chosen, shapes, vocab_size) if p.group not in initialised]
+        groups = {p.group for p in pieces} - {""}
+        architecture = chosen.architecture(groups, came_from.get("architecture", ""))
+        kept = np.dtype(jnp.dtype(dtype)) if dtype else arrays[pieces[0].paths[0]].dtype
+        exported = dataclasses.replace(options, vocab_size=vocab_size)
+        hf_config = {
+            "architectures": [architecture.name],
+            **config_to_hf(chosen, exported),
+            "torch_dtype": kept.name,
+            **special_ids(tokenizer, vocab_size),
+        }
+        _write_json(folder / "config.json", hf_config)
+        drop = "" if architecture.prefixed else chosen.prefix
+        planned = list(plan(chosen, pieces, arrays, kept, drop, tied=options.tie_embeddings))
+        write_folder(folder, planned, max_shard_bytes)
+        if tokenizer:
+            causal = config.family == "gpt"
+            tokenizer_files.write_tokenizer(
+                tokenizer, saved, folder, causal=causal, max_len=options.max_len
+            )
+        if chosen.model == "gpt" and not (folder / "generation_config.json").exists():
+            _write_json(folder / "generation_config.json", special_ids(tokenizer, vocab_size))
+        elif chosen.model != "gpt":
+            (folder / "generation_config.json").unlink(missing_ok=True)
+        certificate = parity.certify(
+            open_source(folder),
+            arrays,
+            pieces,
+            model=make_model(chosen, options, 2 if "pair_head/bias" in arrays else 0),
+            tokenizer=tokenizer,
+            against=against,
+        )
+        certificate |= {"converted": {"step": int(step_dir.name), "item": item, **hf_config}}
+        parity.write(certificate, folder / "parity.json")
+        card = model_card(target.name, architecture.name, planned, certificate)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return certificate
+
+
+def choose_family(wanted: str, model: str, config: TransformerConfig) -> Family:
+    """The family to export as.
+
+    Raises:
+      BadModel: the options in the way, for the wanted family or for each that is possible.
+    """
+    families = (
+        [find_family(wanted)] if wanted else [f for f in FAMILIES.values() if f.model == model]
+    )
+    problems = []
+    for family in families:
+        if family.model != model:
+            raise BadModel(
+                f"a model of the family {model!r} cannot be exported as {family.model_type}"
+            )
+        try:
+            config_to_hf(family, config)
+            return family
+        except BadModel as error:
+            problems.append(str(error))
+    raise BadModel("\n".join(problems))
+
+
+def exported_vocab_size(config: ConfigDict, tokenizer: Any, came_from: Mapping[str, Any]) -> int:
+    """Rows to export: without those appended for reserved ids that the tokenizer's own files do not have.
+
+    Raises:
+      BadModel: if training has used such a row: masked-token training, and the mask is one of the appended ids.
+    """
+    ours = config.model.vocab_size
+    if came_from:
+        return came_from["vocab_size"]
+    if tokenizer is None or ours != tokenizer.vocab_size:
+        return ours
+    size = tokenizer_files.num_model_ids(tokenizer)
+    if tokenizer.mask_id >= size and config.objective.name != "causal":
+        raise BadModel(
+            "the mask token is an id that was appended to the tokenizer's vocabulary, and its files have no place for "
+            "it: train with a tokenizer that has a mask token"
+        )
+    return size
+
+
+def special_ids(tokenizer: Any, vocab_size: int) -> dict[str, int]:
+    if tokenizer is None:
+        return {}
+    ids = {f"{role}_token_id": tokenizer.roles[role] for role in ("bos", "eos", "pad")}
+    return {name: i for name, i in ids.items() if i < vocab_size}
+
+
+def plan(
+    family: Family,
+    pieces: Sequence[Piece],
+    arrays: Mapping[str, Array],
+    dtype: np.dtype,
+    prefix: str,
+    *,
+    tied: bool,
+) -> Iterator[Planned]:
+    """The tensors to write, each of which is read from our arrays when its turn comes."""
+    for piece in pieces:
+
+        def read(piece=piece):
+            return read_theirs(piece, arrays).astype(dtype, copy=False)
+
+        names = [piece.name]
+        if not tied:
+            names += [n for n, original in family.repeats.items() if original == piece.name]
+        for name in names:
+            yield Planned(name.removeprefix(prefix), piece.shape, dtype, read)
+
+
+def model_card(
+    name: str, architecture: str, planned: Sequence[Planned], certificate: Mapping[str, Any]
+) -> str:
+    size = sum(int(np.prod(t.shape)) for t in planned)
+    auto = (
+        "AutoModelForCausalLM"
+        if "CausalLM" in architecture or "LMHead" in architecture
+        else "AutoModel"
+    )
+    return f"""---
+library_name: transformers
+tags: [jaxlm]
+---
+
+# {name}
+
+{architecture} with {size:,} parameters, trained or converted with jaxlm.
+
+```python
+from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = {auto}.from_pretrained("{name}")
+```
+
+Certificate of the conversion (`parity.json`): {parity.summary(certificate)}
+"""
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,154 @@
+"""A Hugging Face folder as tensors by name, whatever its files are."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import flax.serialization
+import numpy as np
+
+from jaxlm.interop import find_family
+from jaxlm.interop.mapping import BadModel, Family, Shape, canonical_names
+from jaxlm.interop.safetensors_io import DTYPES, BadFile, inside, read_folder, read_json
+
+log = logging.getLogger("jaxlm")
+CONFIG, MSGPACK, PICKLE = "config.json", "flax_model.msgpack", "pytorch_model.bin"
+PICKLE_RISK = (
+    "a pickle can run any code when it is loaded; torch's weights_only mode was broken out of twice "
+    "(CVE-2025-32434, CVE-2026-24747)"
+)
+MAX_CONFIG = 1 << 20  # bytes
+
+
+class Stored(Protocol):
+    """A tensor that is read when it is wanted: `safetensors_io.Tensor`, or one that is held already."""
+
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def read(self) -> np.ndarray: ...
+    def read_rows(self, start: int, stop: int) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A tensor of a file format that gives all its tensors at once."""
+
+    array: np.ndarray
+
+    @property
+    def shape(self) -> Shape:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        if self.array.dtype not in DTYPES.values():
+            raise BadFile(f"a parameter of dtype {self.array.dtype}: save it again as float32")
+        return self.array.dtype
+
+    def read(self) -> np.ndarray:
+        return self.array
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        return self.array[start:stop]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """config: the whole config.json. tensors: by the names of the family's rows. format: of the files."""
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    tensors: Mapping[str, Stored]
+    format: str
+
+    def shapes(self) -> dict[str, Shape]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+
+def open_source(folder: str | Path, *, allow_pickle: bool = False) -> Source:
+    """Reads config.json and the headers of the tensors; safetensors first, then msgpack, then a pickle if allowed.
+
+    Raises:
+      FileNotFoundError: if the folder, its config.json or its tensors are not there.
+      BadFile, BadModel: for what is in them.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    config = read_json(inside(folder, CONFIG), MAX_CONFIG)
+    family = find_family(config.get("model_type", ""))
+    tensors, format = _read_tensors(folder, allow_pickle)
+    named = {new: tensors[old] for new, old in canonical_names(family, tensors).items()}
+    if len(named) != len(tensors):
+        raise BadModel(f"{folder}: two tensors have one name once old spellings are put right")
+    return Source(folder, config, family, named, format)
+
+
+def _read_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Any], str]:
+    try:
+        return read_folder(folder), "safetensors"
+    except FileNotFoundError:
+        if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").exists():
+            raise
+    if (folder / MSGPACK).exists():
+        return read_msgpack(inside(folder, MSGPACK)), "msgpack"
+    if not (folder / PICKLE).exists():
+        raise FileNotFoundError(
+            f"{folder}: found no tensors; expected model.safetensors, its index, or {MSGPACK}"
+        )
+    if not allow_pickle:
+        raise BadFile(
+            f"{folder}: has {PICKLE} only, and {PICKLE_RISK}. Take a safetensors version of the model, or pass "
+            "--allow_pickle if you trust who made it"
+        )
+    return read_pickle(inside(folder, PICKLE)), "pickle"
+
+
+def read_msgpack(path: Path) -> dict[str, Held]:
+    """The tensors of a flax_model.msgpack under torch's names and in torch's layout."""
+    try:
+        tree = flax.serialization.msgpack_restore(path.read_bytes())
+        return {name: Held(array) for name, array in _torch_layout(tree)}
+    # What msgpack and numpy raise for bytes that are none of theirs has no common type.
+    except Exception as error:
+        raise BadFile(f"{path}: not a flax checkpoint: {str(error)[:200]}") from error
+
+
+def _torch_layout(tree: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """transformers' Flax models transposed every kernel of torch's, Conv1D's too, and renamed the leaves."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"{prefix or 'the file'} is no dict of arrays")
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _torch_layout(value, f"{prefix}{key}.")
+            continue
+        array = np.asarray(value)
+        leaf = "weight" if key in ("kernel", "embedding", "scale") else key
+        yield prefix + leaf, np.ascontiguousarray(array.T) if key == "kernel" else array
+
+
+def read_pickle(path: Path) -> dict[str, Held]:
+    """The tensors of a pytorch_model.bin, by torch's restricted unpickler. Only if the user asked for it."""
+    log.warning("reading %s: %s", path, PICKLE_RISK)
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"{path.name} needs torch: pip install torch, or take safetensors"
+        ) from error
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = {}
+    for name, tensor in state.items():
+        if tensor.dtype == torch.bfloat16:
+            array = tensor.contiguous().view(torch.uint16).numpy().view(DTYPES["BF16"])
+        else:
+            array = tensor.contiguous().numpy()
+        tensors[name] = Held(array)
+    return tensors

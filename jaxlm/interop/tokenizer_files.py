@@ -1,0 +1,280 @@
+"""A tokenizer's files on both sides: Hugging Face's into ours, ours into those that AutoTokenizer loads.
+
+Coming in, the source's own files are kept beside ours (`tokenizer/huggingface/`), so that an export gives them back byte
+for byte. Without them the files are made from our tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers as hf
+from sentencepiece import sentencepiece_model_pb2
+
+from jaxlm.interop.mapping import BadModel
+from jaxlm.interop.safetensors_io import inside, read_json
+from jaxlm.tokenizers import load_tokenizer
+from jaxlm.tokenizers.kinds import JSONTokenizer, _byte_level_table
+
+KEPT = "huggingface"
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "generation_config.json",
+)
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "  def f(x):\n\treturn x**2  # naïve café, 1234567\n\n",
+    "Ελληνικά, русский, 中文字符 and 🙂.\r\n",
+)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """Our tokenizer of a Hugging Face folder, or None if it has no tokenizer's files.
+
+    Raises:
+      BadFile, BadModel, ValueError: for files that are links out of the folder or no tokenizer.
+    """
+    for name in FILES:
+        if (folder / name).exists() or (folder / name).is_symlink():
+            inside(folder, name)
+    has_pairs = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    if has_pairs and not (folder / "tokenizer.json").is_file():
+        return _from_vocab_and_merges(folder)
+    try:
+        return load_tokenizer(folder)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # tokenizers and sentencepiece raise bare Exceptions for bad files
+        raise BadModel(f"{folder}: its tokenizer cannot be read: {str(error)[:300]}") from error
+
+
+def _from_vocab_and_merges(folder: Path) -> Any:
+    """GPT-2's and RoBERTa's slow files as the byte-level BPE that they describe."""
+    vocab = read_json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    settings = folder / "tokenizer_config.json"
+    about = read_json(settings) if settings.is_file() else {}
+    if "<|endoftext|>" not in vocab and "<s>" not in vocab:
+        raise BadModel(
+            f"{folder}: vocab.json has neither <|endoftext|> nor <s>: expected GPT-2's or RoBERTa's"
+        )
+    model = hf.Tokenizer(hf.models.BPE(vocab, merges))
+    model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(
+        add_prefix_space=bool(about.get("add_prefix_space", False))
+    )
+    model.decoder = hf.decoders.ByteLevel()
+    special = [
+        t for t in ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>") if t in vocab
+    ]
+    model.add_special_tokens(
+        [hf.AddedToken(t, lstrip=t == "<mask>", special=True) for t in special]
+    )
+    return JSONTokenizer(model.to_str().encode())
+
+
+def keep_files(folder: Path, tokenizer_dir: Path) -> None:
+    """Copies the source's tokenizer files, and its generation_config.json, beside our own."""
+    kept = tokenizer_dir / KEPT
+    kept.mkdir()
+    for name in FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(inside(folder, name), kept / name)
+
+
+def write_tokenizer(
+    tokenizer: Any, saved: Path, target: Path, *, causal: bool, max_len: int
+) -> None:
+    """Writes the files that AutoTokenizer loads. saved: the folder that `tokenizer` was loaded from.
+
+    Raises:
+      BadModel: if what was written gives other ids than `tokenizer` does.
+    """
+    if (kept := saved / KEPT).is_dir() and any(kept.iterdir()):
+        for file in sorted(kept.iterdir()):
+            shutil.copyfile(inside(kept, file.name), target / file.name)
+        if read_tokenizer(target) is not None:
+            check_same_ids(tokenizer, target)
+        return
+    if tokenizer.kind not in EXPORTS:
+        raise BadModel(
+            f"a tokenizer of kind {tokenizer.kind!r} has no Hugging Face form; known are {', '.join(EXPORTS)}"
+        )
+    blob = EXPORTS[tokenizer.kind](tokenizer)
+    names = {role: tokenizer.token(i) for role, i in tokenizer.roles.items()}
+    size = num_model_ids(tokenizer)
+    own = {role: name for role, name in names.items() if tokenizer.roles[role] < size}
+    (target / "tokenizer.json").write_bytes(_with_template(blob, tokenizer, own, causal=causal))
+    if tokenizer.kind == "sentencepiece":
+        (target / "tokenizer.model").write_bytes(tokenizer.blob)
+    special = {f"{role}_token": token for role, token in own.items()}
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_len,
+        **special,
+    }
+    (target / "tokenizer_config.json").write_text(_dump(about), encoding="utf-8")
+    (target / "special_tokens_map.json").write_text(_dump(special), encoding="utf-8")
+    if tokenizer.kind == "tokenizer_json":
+        _write_slow_files(json.loads(blob), target)
+    check_same_ids(tokenizer, target)
+
+
+def num_model_ids(tokenizer: Any) -> int:
+    """How many ids the exported files have; a loaded vocabulary's reserved ids after them are ours alone."""
+    if tokenizer.kind == "tokenizer_json":
+        model = hf.Tokenizer.from_str(tokenizer.blob.decode("utf-8"))
+        return max(model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if tokenizer.kind == "sentencepiece":
+        return sentencepiece.SentencePieceProcessor(model_proto=tokenizer.blob).get_piece_size()
+    return tokenizer.vocab_size
+
+
+def _with_template(blob: bytes, tokenizer: Any, own: dict[str, str], *, causal: bool) -> bytes:
+    """Adds to a tokenizer.json without a post-processor the special tokens that our models see around a text."""
+    model = hf.Tokenizer.from_str(blob.decode("utf-8"))
+    if json.loads(blob).get("post_processor") is not None:
+        return blob
+    single, pair, used = ("bos $A", "bos $A $B", ("bos",))
+    if not causal:
+        single, pair, used = ("cls $A sep", "cls $A sep $B:1 sep:1", ("cls", "sep"))
+    if any(role not in own for role in used):
+        return blob
+
+    def fill(template: str) -> str:
+        for role in used:
+            template = re.sub(rf"\b{role}\b", lambda _: own[role], template)
+        return template
+
+    model.post_processor = hf.processors.TemplateProcessing(
+        single=fill(single),
+        pair=fill(pair),
+        special_tokens=[(own[r], tokenizer.roles[r]) for r in used],
+    )
+    return model.to_str().encode()
+
+
+def _write_slow_files(config: dict[str, Any], target: Path) -> None:
+    """vocab.txt of a WordPiece model; vocab.json and merges.txt of a byte-level BPE."""
+    model = config.get("model") or {}
+    vocab = model.get("vocab")
+    if model.get("type") == "WordPiece":
+        words = sorted(vocab, key=vocab.get)
+        (target / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    elif model.get("type") == "BPE" and "ByteLevel" in json.dumps(config.get("pre_tokenizer")):
+        (target / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        text = "\n".join(["#version: 0.2", *merges])
+        (target / "merges.txt").write_text(text + "\n", encoding="utf-8")
+
+
+def _bytes_json(tokenizer: Any) -> bytes:
+    """Byte-level BPE without merges: each byte is its own id."""
+    stand_in = {byte: character for character, byte in _byte_level_table().items()}
+    first = len(tokenizer.roles)
+    vocab = {stand_in[byte]: first + byte for byte in range(256)}
+    return _plain_bpe(
+        tokenizer,
+        vocab,
+        hf.pre_tokenizers.ByteLevel(False, use_regex=False),
+        hf.decoders.ByteLevel(),
+    )
+
+
+def _chars_json(tokenizer: Any) -> bytes:
+    """BPE without merges splits into characters; unknown ones become unk."""
+    first = len(tokenizer.roles)
+    vocab = {c: first + i for i, c in enumerate(tokenizer.blob.decode("utf-8"))}
+    return _plain_bpe(tokenizer, vocab, None, hf.decoders.Fuse())
+
+
+def _plain_bpe(tokenizer: Any, vocab: dict[str, int], pre_tokenizer: Any, decoder: Any) -> bytes:
+    reserved = sorted(set(tokenizer.special_ids))
+    names = {tokenizer.token(i): i for i in reserved}
+    model = hf.Tokenizer(
+        hf.models.BPE({**names, **vocab}, [], unk_token=tokenizer.token(tokenizer.unk_id))
+    )
+    if pre_tokenizer is not None:
+        model.pre_tokenizer = pre_tokenizer
+    model.decoder = decoder
+    model.add_special_tokens([hf.AddedToken(name, special=True) for name in names])
+    return model.to_str().encode()
+
+
+def _sentencepiece_json(tokenizer: Any) -> bytes:
+    """The pieces and scores of a SentencePiece model as a Unigram or BPE of `tokenizers`."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.blob)
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+    unk = proto.trainer_spec.unk_id
+    if proto.trainer_spec.model_type == proto.trainer_spec.BPE:
+        merges = _merges(pieces, ids)
+        options = dict(unk_token=pieces[unk][0], fuse_unk=True, byte_fallback=True)
+        model = hf.Tokenizer(hf.models.BPE(ids, merges, **options))
+    else:
+        model = hf.Tokenizer(hf.models.Unigram(pieces, unk_id=unk, byte_fallback=True))
+    about = proto.normalizer_spec
+    steps: list[Any] = []
+    if about.precompiled_charsmap:
+        steps.append(hf.normalizers.Precompiled(about.precompiled_charsmap))
+    if about.remove_extra_whitespaces:
+        steps += [hf.normalizers.Strip(), hf.normalizers.Replace(hf.Regex(" {2,}"), " ")]
+    if about.add_dummy_prefix:
+        steps.append(hf.normalizers.Prepend("▁"))
+    model.normalizer = hf.normalizers.Sequence([*steps, hf.normalizers.Replace(" ", "▁")])
+    ends = [hf.decoders.Strip(" ", 1, 0)] if about.add_dummy_prefix else []
+    model.decoder = hf.decoders.Sequence(
+        [hf.decoders.Replace("▁", " "), hf.decoders.ByteFallback(), hf.decoders.Fuse(), *ends]
+    )
+    control = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.UNKNOWN)]
+    model.add_special_tokens([hf.AddedToken(name, special=True) for name in control])
+    return model.to_str().encode()
+
+
+def _merges(pieces: list[tuple[str, float]], ids: dict[str, int]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others; the piece with the best score is made first."""
+    merges = []
+    for piece, score in pieces:
+        cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        known = [(a, b) for a, b in cuts if a in ids and b in ids]
+        merges += [(-score, ids[a], ids[b], (a, b)) for a, b in known]
+    return [pair for *_, pair in sorted(merges)]
+
+
+EXPORTS: dict[str, Callable[[Any], bytes]] = {
+    "tokenizer_json": lambda tokenizer: tokenizer.blob,
+    "sentencepiece": _sentencepiece_json,
+    "bytes": _bytes_json,
+    "chars": _chars_json,
+}
+
+
+def check_same_ids(tokenizer: Any, target: Path) -> None:
+    """Raises BadModel unless the exported files give the ids that our tokenizer gives, for texts of all kinds."""
+    exported = read_tokenizer(target)
+    for text in PROBES:
+        ours, theirs = tokenizer.encode(text).tolist(), exported.encode(text).tolist()
+        if ours != theirs:
+            raise BadModel(
+                f"the exported tokenizer gives other ids for {text!r}: {theirs[:20]}, expected {ours[:20]}"
+            )
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
