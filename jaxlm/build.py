@@ -19,6 +19,7 @@ from jaxlm.data import prepare as preparation
 from jaxlm.data import sources as text_sources
 from jaxlm.data.pipeline import EvalBatches, TrainBatches, make_iterator
 from jaxlm.data.token_store import TokenStore
+from jaxlm.interop import convert, tokenizer_files
 from jaxlm.models import MODELS
 from jaxlm.models.flops import train_step_flops
 from jaxlm.models.transformer import TransformerConfig
@@ -51,6 +52,8 @@ EXECUTION_FIELDS = (
     "data.num_workers",
     "data.prefetch",
 )
+
+HUGGING_FACE = "hf:"  # what an `init_from` begins with that is no run of ours
 
 
 def pick(table: Mapping[str, Any], name: str, what: str) -> Any:
@@ -128,7 +131,8 @@ def resolve_dtype(dtype: str, mesh: jax.sharding.Mesh) -> str:
 
 
 def make_tokenizer(config: ConfigDict, workdir: Path) -> Any:
-    """The run's tokenizer: the workdir's own if there is one; else loaded from a path, or made from the text."""
+    """The run's tokenizer: the workdir's own if there is one; else loaded from a path or from the Hugging Face
+    folder that the run starts from, or made from the text."""
     saved = workdir / "tokenizer"
     if saved.is_dir():
         return tokenizers.load_tokenizer(saved)
@@ -137,6 +141,8 @@ def make_tokenizer(config: ConfigDict, workdir: Path) -> Any:
     kind, path = options.pop("kind"), options.pop("path")
     if path:
         tokenizer = tokenizers.load_tokenizer(path)
+    elif config.init_from.startswith(HUGGING_FACE):
+        tokenizer = tokenizer_files.fetch_tokenizer(config.init_from.removeprefix(HUGGING_FACE))
     elif stores:
         tokenizer = tokenizers.load_tokenizer(Path(stores[0]) / "tokenizer")
     else:
@@ -494,10 +500,17 @@ def initial_state(run: Run) -> TrainState:
 
     `init='params'` or 'ema' takes those arrays and starts at step 0; `init='state'` goes on from the
     other run's step with its optimizer state, e.g. to fork the cooldown of a WSD run.
+    `init_from='hf:DIR_OR_HUB_ID[@REVISION]'` takes the parameters of a Hugging Face folder.
     """
     config = run.config
     if not config.init_from:
         return run.init_state()
+    if config.init_from.startswith(HUGGING_FACE):
+        if config.init != "params":
+            raise ValueError(f"init {config.init!r}: a Hugging Face folder has only 'params'")
+        spec = config.init_from.removeprefix(HUGGING_FACE)
+        wanted = run.state_shape.params
+        return run.init_state(convert.load_params(spec, run.model.config, wanted))
     path, _, step = config.init_from.partition("@")
     source = find_step(path, int(step) if step else None)
     if config.init in ("params", "ema"):

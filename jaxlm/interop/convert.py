@@ -146,9 +146,12 @@ def find_untrue_repeats(source: Source, tied: bool) -> list[str]:
             for s in row_blocks(a.shape, a.dtype)
         )
         if not same:
-            problems.append(
-                f"{name}: should repeat {original} and does not; is tie_word_embeddings=false missing in config.json?"
+            hint = (
+                "; config.json lacks tie_word_embeddings=false"
+                if name in source.family.ties
+                else ""
             )
+            problems.append(f"{name}: should repeat {original} and does not{hint}")
     return problems
 
 
@@ -332,6 +335,9 @@ def from_hf(
             "model_type": incoming.family.model_type,
             "architecture": (incoming.source.config.get("architectures") or [""])[0],
             "vocab_size": incoming.options["vocab_size"],
+            "token_ids": {
+                k: v for k, v in incoming.source.config.items() if k.endswith("_token_id")
+            },
             "initialised": sorted({p.group for p in incoming.absent}),
         }
         write_manifest(step_dir, config, tokenizer, about)
@@ -455,7 +461,7 @@ def to_hf(
             "architectures": [architecture.name],
             **config_to_hf(chosen, exported),
             "torch_dtype": kept.name,
-            **special_ids(tokenizer, vocab_size),
+            **came_from.get("token_ids", special_ids(tokenizer, vocab_size)),
         }
         _write_json(folder / "config.json", hf_config)
         drop = "" if architecture.prefixed else chosen.prefix
@@ -467,7 +473,8 @@ def to_hf(
                 tokenizer, saved, folder, causal=causal, max_len=options.max_len
             )
         if chosen.model == "gpt" and not (folder / "generation_config.json").exists():
-            _write_json(folder / "generation_config.json", special_ids(tokenizer, vocab_size))
+            ids = {k: v for k, v in hf_config.items() if k.endswith("_token_id")}
+            _write_json(folder / "generation_config.json", ids)
         elif chosen.model != "gpt":
             (folder / "generation_config.json").unlink(missing_ok=True)
         certificate = parity.certify(

@@ -17,6 +17,7 @@ import sentencepiece
 import tokenizers as hf
 from sentencepiece import sentencepiece_model_pb2
 
+from jaxlm.interop import hub
 from jaxlm.interop.mapping import BadModel
 from jaxlm.interop.safetensors_io import inside, read_json
 from jaxlm.tokenizers import load_tokenizer
@@ -61,6 +62,21 @@ def read_tokenizer(folder: Path) -> Any:
         return None
     except Exception as error:  # tokenizers and sentencepiece raise bare Exceptions for bad files
         raise BadModel(f"{folder}: its tokenizer cannot be read: {str(error)[:300]}") from error
+
+
+def fetch_tokenizer(spec: str) -> Any:
+    """The tokenizer of 'DIR_OR_HUB_ID[@revision]'.
+
+    Raises:
+      BadModel: if it has none.
+    """
+    folder, _ = hub.fetch(spec)
+    tokenizer = read_tokenizer(folder)
+    if tokenizer is None:
+        raise BadModel(
+            f"{spec} has no tokenizer: set tokenizer.path to the one that it was trained with"
+        )
+    return tokenizer
 
 
 def _from_vocab_and_merges(folder: Path) -> Any:

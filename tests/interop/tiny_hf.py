@@ -1,0 +1,163 @@
+"""Tiny models of transformers in odd sizes: what the conversion laws run on.
+
+A case is a class, its config and the options changed. Weights are drawn from their names and shapes, so the recorded
+fixture (`record.py` writes recorded.json, with torch) needs none, and the default tests run without torch.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from jaxlm.interop.mapping import Family
+from jaxlm.interop.safetensors_io import DTYPES, Planned, write_folder
+from tests.oracles.tiny_models import random_weights
+
+RECORDED = Path(__file__).parent / "recorded.json"
+V = 37  # a multiple of nothing
+GPT2 = dict(vocab_size=V, n_positions=24, n_embd=24, n_layer=2, n_head=3)
+LLAMA = dict(
+    vocab_size=V,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=20,
+    max_position_embeddings=24,
+)
+HEAD = dict(head_dim=10)  # not 24 / 4
+BERT = dict(
+    vocab_size=V,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=20,
+    max_position_embeddings=24,
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+LINEAR_ROPE = dict(rope_type="linear", rope_theta=10000.0, factor=3.0)
+
+# name: (transformers class, its config's class, options)
+CASES = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2 | dict(n_inner=20)),
+    "gpt2_untied": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        GPT2 | dict(tie_word_embeddings=False, activation_function="relu", layer_norm_epsilon=1e-3),
+    ),
+    "gpt2_base": ("GPT2Model", "GPT2Config", GPT2),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA | HEAD),
+    "llama_rope_tied_biases": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        LLAMA
+        | dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True)
+        | dict(attention_bias=True, mlp_bias=True),
+    ),
+    "llama_linear_rope": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        LLAMA | dict(rope_parameters=LINEAR_ROPE),
+    ),
+    "llama_base": ("LlamaModel", "LlamaConfig", LLAMA),
+    "mistral": ("MistralForCausalLM", "MistralConfig", LLAMA | HEAD | dict(sliding_window=None)),
+    "mistral_window": ("MistralForCausalLM", "MistralConfig", LLAMA | dict(sliding_window=5)),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", LLAMA),
+    "qwen2_windows": (
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        LLAMA | dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    ),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", LLAMA | HEAD | dict(tie_word_embeddings=True)),
+    "qwen3_untied_biases": (
+        "Qwen3ForCausalLM",
+        "Qwen3Config",
+        LLAMA | HEAD | dict(attention_bias=True, rms_norm_eps=1e-3),
+    ),
+    "bert": ("BertForMaskedLM", "BertConfig", BERT),
+    "bert_untied": (
+        "BertForMaskedLM",
+        "BertConfig",
+        BERT | dict(tie_word_embeddings=False, hidden_act="gelu_new", type_vocab_size=3),
+    ),
+    "bert_pretraining": ("BertForPreTraining", "BertConfig", BERT | dict(layer_norm_eps=1e-3)),
+    "bert_base": ("BertModel", "BertConfig", BERT),
+}
+
+
+def make_weights(shapes) -> dict[str, np.ndarray]:
+    """`random_weights`, but BERT's two output biases are one, as in every file of transformers 4."""
+    weights = random_weights(shapes)
+    if "cls.predictions.decoder.bias" in weights:
+        weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]
+    return weights
+
+
+def make_batch() -> dict[str, np.ndarray]:
+    """Random ids, of which the first row ends in padding: tokens and segment_ids (2, 20)."""
+    tokens = np.random.RandomState(0).randint(0, V, (2, 20)).astype(np.int32)
+    real = np.ones_like(tokens)
+    real[0, 13:] = 0
+    return {"tokens": tokens, "segment_ids": real}
+
+
+def make_theirs(name: str):
+    """transformers' model of a case, with `random_weights`."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    model_class, config_class, options = CASES[name]
+    ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options | ids))
+    weights = make_weights({n: p.shape for n, p in model.named_parameters()})
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(weights[key]))
+    return model.eval()
+
+
+def run_theirs(model) -> np.ndarray:
+    """(B, T, V) logits of `make_batch`, or a base model's last hidden states (B, T, D)."""
+    import torch
+
+    batch = {key: torch.from_numpy(value).long() for key, value in make_batch().items()}
+    with torch.no_grad():
+        out = model(input_ids=batch["tokens"], attention_mask=batch["segment_ids"])
+    for key in ("logits", "prediction_logits", "last_hidden_state"):
+        if key in out:
+            return out[key].numpy()
+    raise AssertionError(f"found none of the outputs to compare in {list(out)}")
+
+
+def read_recorded() -> dict:
+    """By case: the config.json that transformers wrote, the shapes of its weights, and outputs at some places."""
+    return json.loads(RECORDED.read_text(encoding="utf-8"))
+
+
+def write_source(folder: Path, config: dict, weights: dict, **options) -> Path:
+    """A Hugging Face folder without a tokenizer."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    planned = [Planned(n, w.shape, w.dtype, lambda w=w: w) for n, w in weights.items()]
+    assert {w.dtype for w in weights.values()} <= set(DTYPES.values())
+    write_folder(folder, planned, **options)
+    return folder
+
+
+def write_recorded(folder: Path, name: str, **options) -> tuple[Path, dict]:
+    """The folder of a recorded case, and its weights by name."""
+    recorded = read_recorded()[name]
+    weights = make_weights(recorded["shapes"])
+    return write_source(folder, recorded["config"], weights, **options), weights
+
+
+def tied_names(family: Family) -> set[str]:
+    return {*family.ties, *family.repeats}
