@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# float32 logits that one device may hold at a time (64 MB). Below it there is a single chunk.
-LOGITS_PER_DEVICE = 2**24
+# float32 logits that one device may hold at a time (128 MB). Below it there is a single chunk.
+LOGITS_PER_DEVICE = 2**25
 
 Pair = tuple[jax.Array, jax.Array]
 

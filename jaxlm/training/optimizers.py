@@ -27,8 +27,9 @@ __all__ = [
     "SCHEDULES",
     "Plateau",
     "Schedule",
-    "clip_by_global_norm",
+    "clip_scale",
     "ema_update",
+    "global_norm",
     "make_optimizer",
     "make_schedule",
 ]
@@ -241,17 +242,17 @@ def make_optimizer(name: str, *, axes: PyTree, **hyper) -> optax.GradientTransfo
 # --- around the optimizer ---------------------------------------------------------------------------------------------
 
 
-def clip_by_global_norm(grads: PyTree, max_norm: float) -> tuple[PyTree, jax.Array]:
-    """Scales `grads` down to the global norm `max_norm` if theirs is larger (arXiv:1211.5063, algorithm 1).
+def global_norm(grads: PyTree) -> jax.Array:
+    """The norm of all gradients together, a float32 scalar."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
 
-    max_norm 0 does not clip. Returns (grads in their own dtypes, their norm before, float32).
+
+def clip_scale(norm: jax.Array, max_norm: float) -> jax.Array:
+    """What gradients of the global norm `norm` are to be multiplied by, so that it is at most `max_norm`; 0 = no clipping.
+
+    Source: arXiv:1211.5063, algorithm 1.
     """
-    squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
-    norm = jnp.sqrt(sum(squares))
-    if not max_norm:
-        return grads, norm
-    scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
-    return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), norm
+    return jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30)) if max_norm else jnp.float32(1)
 
 
 def ema_update(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.training.optimizers import clip_by_global_norm, ema_update
+from jaxlm.training.optimizers import clip_scale, ema_update, global_norm
 from jaxlm.training.state import TrainState
 
 PyTree = Any
@@ -58,15 +58,18 @@ def make_train_step(
         grads, weight, metrics = _sum_gradients(
             total_loss, state.params, batch, key, accumulation_steps
         )
-        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-9), grads)
-        grads, grad_norm = clip_by_global_norm(grads, grad_clip_norm)
+        scale = 1.0 / jnp.maximum(weight, 1e-9)
+        grad_norm = global_norm(grads) * scale
+        scale *= clip_scale(grad_norm, grad_clip_norm)
 
         learning_rate = schedule(state.step)
         if state.plateau is not None:
             learning_rate = learning_rate * state.plateau.scale
 
         def update(state: TrainState) -> TrainState:
-            directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            # Scaled here, where XLA fuses it into the moments, and not outside, where it would write all gradients once more.
+            scaled = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+            directions, opt_state = optimizer.update(scaled, state.opt_state, state.params)
             updates = jax.tree.map(lambda d: -learning_rate * d, directions)
             params = optax.apply_updates(state.params, updates)
             ema = ema_update(state.ema, params, ema_decay, state.step) if ema_decay else state.ema
