@@ -1,5 +1,7 @@
 """The analytic count against XLA's own count of the unrolled program; nothing is compiled or run."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -62,6 +64,21 @@ def test_the_count_of_a_decoder_is_xlas(name):
 def test_the_count_of_an_encoder_with_gathered_positions_is_xlas():
     model = BERT(make_config(**CLASSIC, norm_position="post"))
     check_count(train_step_flops, model, 2, 128, 19, causal=False)
+
+
+def test_the_count_with_factorised_embeddings_and_shared_layers_is_xlas():
+    factorised = dict(embed_factor_dim=128, share_layers=True, norm_position="post")
+    model = BERT(make_config(**CLASSIC, **factorised))
+    check_count(train_step_flops, model, 2, 128, 128, causal=False)
+    with pytest.raises(AssertionError):
+        plain = dict(embed_factor_dim=0)
+        wrong = lambda config, *args: train_step_flops(dataclasses.replace(config, **plain), *args)
+        check_count(wrong, model, 2, 128, 128, causal=False)
+
+
+def test_windows_are_counted_in_full_as_the_reference_attention_computes_them():
+    model = GPT(make_config(**MODERN, attention_windows=(16, 0)))
+    check_count(train_step_flops, model, 2, 128, 128, causal=True)
 
 
 def test_the_check_fails_for_a_count_without_grouped_queries_and_for_a_forward_count():

@@ -97,6 +97,61 @@ def test_attention_never_crosses_a_segment(options):
     check_segments(make_bert(tie_embeddings=False, **OPTIONS[options]), causal=False)
 
 
+def reach(windows, causal, length=12):
+    """(T, T): which tokens a position depends on through layers that see these windows."""
+    place = np.arange(length)
+    seen = np.eye(length, dtype=bool)
+    for window in windows:
+        sees = abs(place[:, None] - place[None, :]) < (window or length)
+        seen = (np.tril(sees) if causal else sees) @ seen
+    return seen
+
+
+def check_windows(make_model, windows, causal):
+    model = make_model(
+        tie_embeddings=False, attention_windows=windows, num_layers=len(windows), position="none"
+    )
+    matrix = influence(model, {"tokens": jnp.zeros((1, 12), jnp.int32)})
+    assert ((matrix > 0) == reach(windows, causal)).all(), "other places are seen"
+
+
+@pytest.mark.parametrize("windows", [(3,), (2, 4)])
+def test_a_layer_sees_as_far_as_its_window(windows):
+    check_windows(make_gpt, windows, causal=True)
+    check_windows(make_bert, windows, causal=False)
+
+
+def test_the_window_check_fails_when_off_by_one_and_for_a_window_behind_an_encoders_place(
+    monkeypatch,
+):
+    window_mask = transformer.window_mask
+    for make_model, causal, wrong in (
+        (make_gpt, True, lambda length, window: window_mask(length, window + 1)),
+        (make_bert, False, lambda length, window: jnp.tril(window_mask(length, window))),
+    ):
+        monkeypatch.setattr(transformer, "window_mask", wrong)
+        with pytest.raises(AssertionError, match="other places"):
+            check_windows(make_model, (3,), causal)
+
+
+def test_windows_repeat_over_the_layers():
+    assert make_config(num_layers=5, attention_windows=(4, 0)).layer_windows == (4, 0, 4, 0, 4)
+    assert make_config(num_layers=3).layer_windows == (0, 0, 0)
+
+
+def test_without_windows_the_program_is_that_of_layers_that_are_all_alike():
+    batch = make_batch()
+    params = init_params(make_gpt(**MODERN), batch)
+
+    def program(**fields):
+        model = make_gpt(**MODERN, **fields)
+        return str(jax.make_jaxpr(lambda p: model.apply({"params": p}, batch).hidden)(params))
+
+    plain = program()
+    assert program(attention_windows=(0, 0)) == plain == program(rope_local_theta=9.0)
+    assert program(attention_windows=(4, 0)) != plain
+
+
 def test_the_segment_check_fails_for_a_model_that_ignores_segments():
     with pytest.raises(AssertionError, match="another segment"):
         check_segments(Ignoring(make_gpt(tie_embeddings=False), "segment_ids"), causal=True)
@@ -163,6 +218,94 @@ def check_same_loss_and_gradient(model, other):
 )
 def test_unrolling_and_rematerialising_change_neither_loss_nor_gradient(remat, unroll):
     check_same_loss_and_gradient(make_gpt(**MODERN), make_gpt(**MODERN, remat=remat, unroll=unroll))
+
+
+@pytest.mark.parametrize("fields", [dict(unroll=0), dict(remat="full")])
+def test_layers_that_differ_run_alike_unrolled_and_rematerialised(fields):
+    differing = dict(attention_windows=(3, 0), rope_local_theta=100.0, first_norm=False)
+    check_same_loss_and_gradient(
+        make_gpt(**MODERN, **differing), make_gpt(**MODERN, **differing, **fields)
+    )
+
+
+def test_the_same_loss_check_fails_for_another_phase_of_local_layers():
+    with pytest.raises(AssertionError, match="differs"):
+        check_same_loss_and_gradient(
+            make_gpt(**MODERN, attention_windows=(3, 0)),
+            make_gpt(**MODERN, attention_windows=(0, 3)),
+        )
+
+
+def check_sharing(other_layers, **fields):
+    """One layer's parameters, run three times, against three layers with equal parameters."""
+    batch = make_batch()
+    shared, plain = make_gpt(share_layers=True, **fields), make_gpt(num_layers=other_layers)
+    params = init_params(shared, batch)
+    assert {x.shape[0] for x in jax.tree.leaves(params["layers"])} == {1}
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: get_loss(shared, p, batch)))(params)
+
+    def repeated_loss(p):
+        layers = jax.tree.map(lambda x: jnp.repeat(x, other_layers, axis=0), p["layers"])
+        return get_loss(plain, {**p, "layers": layers}, batch)
+
+    expected, expected_grads = jax.jit(jax.value_and_grad(repeated_loss))(params)
+    assert is_close(loss, expected), "the loss differs"
+    assert is_close(grads, expected_grads), "the gradient differs"
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(unroll=0), dict(remat="full")])
+def test_shared_layers_are_equal_layers(fields):
+    check_sharing(3, **fields)
+
+
+def test_the_sharing_check_fails_for_another_number_of_layers():
+    with pytest.raises(AssertionError, match="differs"):
+        check_sharing(2)
+
+
+def test_shared_layers_are_stacked_as_others_are():
+    boxed = jax.eval_shape(make_gpt(share_layers=True).init, jax.random.key(0), make_batch())
+    query = boxed["params"]["layers"]["attention"]["query"]
+    assert query.names == ("layers", "embed", "heads", "head_dim") and query.value.shape[0] == 1
+
+
+def check_first_norm(used, **fields):
+    """Whether the first layer's attention norm has an influence; the second's always has."""
+    model, batch = make_gpt(**fields), make_batch()
+    grads = jax.jit(jax.grad(lambda p: get_loss(model, p, batch)))(init_params(model, batch))
+    first, second = np.asarray(grads["layers"]["attention_norm"]["scale"])[:2]
+    assert second.any() and first.any() == used, "the wrong norm is used"
+
+
+def test_without_its_first_norm_a_model_reads_its_embeddings_as_they_are():
+    check_first_norm(False, first_norm=False)
+    check_first_norm(False, first_norm=False, norm_position="sandwich")
+    with pytest.raises(AssertionError, match="wrong norm"):
+        check_first_norm(False)
+
+
+def test_factorised_embeddings_are_narrow_tables_and_a_projection():
+    batch = make_batch()
+    model = make_bert(embed_factor_dim=6, num_token_types=2, **CLASSIC)
+    params = init_params(model, batch)
+    tables = {k: v.shape for k, v in params["embed"].items() if hasattr(v, "shape")}
+    assert tables == {"embedding": (32, 6), "positions": (16, 6), "token_types": (2, 6)}
+    assert params["embed"]["projection"]["kernel"].shape == (6, 16)
+    out = run(model, params, batch)
+    assert out.hidden.shape == (2, 12, 6) == (*batch["tokens"].shape, out.unembed.shape[1])
+    with pytest.raises(ValueError, match="embed_factor_dim=6.*set it to 0"):
+        jax.eval_shape(make_gpt(embed_factor_dim=6).init, jax.random.key(0), batch)
+
+
+def test_a_position_offset_skips_the_first_rows():
+    model, batch = make_gpt(position_offset=2), make_batch()
+    params = init_params(model, batch)
+    rows = params["embed"]["positions"]
+    assert rows.shape == (18, 16)
+    without = {**params, "embed": {**params["embed"], "positions": rows[2:]}}
+    assert is_close(
+        run(model, params, batch).hidden, run(make_gpt(), without, batch).hidden, tolerance=0
+    )
 
 
 def test_the_same_loss_check_fails_for_another_normalisation():
@@ -267,8 +410,16 @@ OPTION_VALUES = [
     dict(norm="rms_norm"),
     dict(norm_bias=True),
     dict(norm_position="post"),
+    dict(norm_position="sandwich"),
+    dict(norm_scale_offset=1.0),
     dict(position="sinusoidal"),
+    dict(position_offset=2),
+    dict(attention_windows=(3,)),
+    dict(attention_windows=(3,), position="rotary", rope_local_theta=100.0),
+    dict(query_scale=0.3),
+    dict(scale_embeddings=True),
     dict(position="rotary"),
+    dict(position="rotary", rope_scaling=(8.0,)),
     dict(position="rotary", rope_scaling=(8.0, 1.0, 4.0, 8.0)),
     dict(position="rotary", rope_theta=100.0),
     dict(position="none"),
@@ -277,6 +428,7 @@ OPTION_VALUES = [
     dict(activation="relu2"),
     dict(activation="swiglu"),
     dict(activation="geglu"),
+    dict(activation="geglu_tanh"),
     dict(qk_norm=True),
     dict(qkv_bias=True),
     dict(out_bias=True),
@@ -321,7 +473,11 @@ def train_once(**fields):
 
 
 def test_a_config_lists_all_that_is_wrong_with_it():
-    wrong = dict(norm="batch_norm", num_heads=5, dropout_rate=1.0, unroll=9, rope_scaling=(1.0,))
+    wrong = dict(
+        norm="batch_norm", num_heads=5, dropout_rate=1.0, unroll=9, rope_scaling=(1.0, 2.0)
+    )
+    wrong |= dict(attention_windows=(1, 2, 3, -4), position_offset=-1)
+    wrong |= dict(first_norm=False, norm_position="post")
     with pytest.raises(ValueError) as error:
         dataclasses.replace(make_gpt().config, **wrong)
     for part in (
@@ -331,6 +487,10 @@ def test_a_config_lists_all_that_is_wrong_with_it():
         "dropout_rate",
         "unroll",
         "rope_scaling",
+        "at most num_layers=3",
+        "0 (no limit) or more",
+        "position_offset=-1",
+        "first_norm=False",
     ):
         assert part in str(error.value)
 

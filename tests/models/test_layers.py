@@ -91,6 +91,12 @@ def test_the_rotation_check_fails_for_a_wrong_sign():
         check_rotation(wrong)
 
 
+def test_linear_rope_scaling_divides_positions():
+    far = layers.rotary_table(jnp.array([[8]]), 8, 10000.0, (4.0,))
+    near = layers.rotary_table(jnp.array([[2]]), 8, 10000.0)
+    np.testing.assert_allclose(far, near, atol=1e-6)
+
+
 def test_scaled_rotary_frequencies_keep_the_fast_and_stretch_the_slow():
     plain = layers.rotary_frequencies(128, 500000.0)
     scaled = layers.rotary_frequencies(128, 500000.0, (8.0, 1.0, 4.0, 8192.0))
@@ -137,11 +143,12 @@ def check_norm(kind, normalise):
     np.testing.assert_allclose(normalise(x, scale, bias), expected, atol=1e-5)
 
 
-def our_norm(kind, eps=1e-5):
+def our_norm(kind, eps=1e-5, offset=0.0, stored_offset=None):
     def normalise(x, scale, bias):
         has_bias = kind == "layer_norm"
-        params = {"scale": scale} | ({"bias": bias} if has_bias else {})
-        norm = layers.Norm(kind, eps, has_bias, "float32", "float32")
+        stored = scale - (offset if stored_offset is None else stored_offset)
+        params = {"scale": stored} | ({"bias": bias} if has_bias else {})
+        norm = layers.Norm(kind, eps, has_bias, "float32", "float32", offset)
         return norm.apply({"params": jax.tree.map(jnp.asarray, params)}, jnp.asarray(x))
 
     return normalise
@@ -150,11 +157,13 @@ def our_norm(kind, eps=1e-5):
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 def test_norms_are_the_formulas(kind):
     check_norm(kind, our_norm(kind))
+    check_norm(kind, our_norm(kind, offset=1.0))
 
 
 @pytest.mark.parametrize("kind, wrong", [("layer_norm", "rms_norm"), ("rms_norm", "layer_norm")])
 def test_the_norm_check_fails_for_the_other_norm_and_another_epsilon(kind, wrong):
-    for normalise in (our_norm(wrong), our_norm(kind, eps=1e-2)):
+    unshifted = our_norm(kind, offset=1.0, stored_offset=0.0)
+    for normalise in (our_norm(wrong), our_norm(kind, eps=1e-2), unshifted):
         with pytest.raises(AssertionError):
             check_norm(kind, normalise)
 
@@ -169,13 +178,15 @@ def check_activation(name, activate):
         "relu": np.maximum(x, 0),
         "relu2": np.maximum(x, 0) ** 2,
         "swiglu": x * sigmoid,
-        "geglu": tanh_gelu,
+        "geglu": x * scipy.special.ndtr(x),
+        "geglu_tanh": tanh_gelu,
     }
     assert set(expected) == set(layers.ACTIVATIONS)
     np.testing.assert_allclose(activate(x), expected[name], atol=1e-5)
 
 
-SAME = {"gelu_tanh": "geglu", "geglu": "gelu_tanh"}  # of the gate alone
+# Of the gate alone.
+SAME = {"gelu": "geglu", "geglu": "gelu", "gelu_tanh": "geglu_tanh", "geglu_tanh": "gelu_tanh"}
 
 
 @pytest.mark.parametrize("name", layers.ACTIVATIONS)
