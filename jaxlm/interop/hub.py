@@ -33,7 +33,7 @@ def fetch(source: str) -> tuple[Path, str]:
       BadModel: if it is neither a folder nor an id.
       ImportError: if it is an id and huggingface_hub is missing.
     """
-    if Path(source).is_dir():
+    if source and Path(source).is_dir():
         return Path(source), ""
     name, _, revision = source.partition("@")
     if not _ID.fullmatch(name) or ".." in name:

@@ -136,6 +136,9 @@ def _read_entry(path: Path, about: Any, start: int, size: int) -> tuple[Tensor |
     if not begin <= end <= size - start:
         return None, f"data_offsets {begin}, {end} lie outside the {size - start} bytes of data"
     itemsize = DTYPES[kind].itemsize if kind in DTYPES else OTHER_SIZES[kind]
+    # An empty tensor may have other sizes that no array can have.
+    if math.prod(size or 1 for size in shape) * itemsize >= 1 << 62:
+        return None, f"shape {str(shape)[:80]} is larger than any array"
     if math.prod(shape) * itemsize != end - begin:
         return None, f"{kind}{shape} does not fill the {end - begin} bytes that it claims"
     return Tensor(path, start + begin, end - begin, tuple(shape), kind), ""
@@ -312,7 +315,7 @@ def write_file(path: Path, tensors: list[Planned]) -> None:
     with open(path, "wb") as file:
         file.write(len(blob).to_bytes(8, "little") + blob)
         for t in tensors:
-            array = np.ascontiguousarray(t.read())
+            array = np.asarray(t.read(), order="C")
             if (array.shape, array.dtype) != (t.shape, t.dtype):
                 raise ValueError(
                     f"{t.name}: planned {t.dtype}{t.shape}, made {array.dtype}{array.shape}"
