@@ -45,12 +45,25 @@ def test_the_greedy_check_fails_for_sampled_text():
         check_greedy(generate(temperature=3.0))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_prompts_in_a_batch_do_not_affect_each_other(temperature):
-    together = generate(temperature=temperature)
+def check_independence(generate):
+    together = generate(PROMPTS)
     for row in range(3):
         others = [PROMPTS[row] if i == row else np.array([9, 9, 9, 9], np.int32) for i in range(3)]
-        np.testing.assert_array_equal(generate(others, temperature=temperature)[row], together[row])
+        np.testing.assert_array_equal(generate(others)[row], together[row])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_prompts_in_a_batch_do_not_affect_each_other(temperature):
+    check_independence(lambda prompts: generate(prompts, temperature=temperature))
+
+
+def test_the_independence_check_fails_if_rows_are_padded_with_tokens_that_count():
+    def padded(prompts):
+        longest = max(map(len, prompts))
+        return generate([np.pad(p, (longest - len(p), 0)) for p in prompts])
+
+    with pytest.raises(AssertionError):
+        check_independence(padded)
 
 
 def test_rows_of_a_padded_vocabulary_are_never_drawn():
@@ -91,16 +104,39 @@ def test_generation_ends_before_eos_and_at_the_end_of_the_buffer():
     assert [len(p) + len(c) for p, c in zip(PROMPTS, short, strict=True)] == [16, 16, 16]
 
 
-def test_samples_come_from_the_top_k_in_their_proportions():
+def check_sampling(sample):
     logits = jnp.tile(jnp.log(jnp.array([[0.1, 0.6, 0.3]])), (4000, 1))
     keys = jax.random.split(jax.random.key(0), 4000)
     draw = lambda temperature, k: np.bincount(
-        decode.sample(logits, keys, jnp.float32(temperature), k), minlength=3
+        sample(logits, keys, jnp.float32(temperature), k), minlength=3
     )
     np.testing.assert_allclose(draw(1.0, 0) / 4000, [0.1, 0.6, 0.3], atol=0.03)
     np.testing.assert_allclose(draw(1.0, 2) / 4000, [0, 2 / 3, 1 / 3], atol=0.03)
     np.testing.assert_array_equal(draw(0.0, 0), [0, 4000, 0])
     np.testing.assert_array_equal(draw(1.0, 1), [0, 4000, 0])
+
+
+def test_samples_come_from_the_top_k_in_their_proportions():
+    check_sampling(decode.sample)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits, keys, temperature, k: (logits, keys, temperature, k and k + 1),
+        lambda logits, keys, temperature, k: (logits * 1.3, keys, temperature, k),
+        lambda logits, keys, temperature, k: (
+            logits,
+            jnp.broadcast_to(keys[:1], keys.shape),
+            temperature,
+            k,
+        ),
+    ],
+    ids=["one too many", "sharper", "one key for all rows"],
+)
+def test_the_sampling_check_fails(change):
+    with pytest.raises(AssertionError):
+        check_sampling(lambda *options: decode.sample(*change(*options)))
 
 
 def test_rows_that_do_not_fit_are_all_listed():
