@@ -424,7 +424,9 @@ def canonical_names(family: Family, names: Iterable[str]) -> dict[str, str]:
             for row in family.rows
             if row.theirs.startswith(family.prefix)
         ]
-        is_base = lambda name: any(name.startswith(stem) for stem in stems)
+        is_base = lambda name: (
+            any(name.startswith(stem) for stem in stems) or is_ignored(family, family.prefix + name)
+        )
         current = {(family.prefix + n if is_base(n) else n): old for n, old in current.items()}
     return current
 

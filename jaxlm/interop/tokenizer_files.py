@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
 import tokenizers as hf
 from sentencepiece import sentencepiece_model_pb2
@@ -283,12 +284,15 @@ EXPORTS: dict[str, Callable[[Any], bytes]] = {
 
 def check_same_ids(tokenizer: Any, target: Path) -> None:
     """Raises BadModel unless the exported files give the ids that our tokenizer gives, for texts of all kinds."""
-    exported = read_tokenizer(target)
-    for text in PROBES:
+    exported, rng = read_tokenizer(target), np.random.default_rng(0)
+    # Text of the vocabulary's own pieces uses all of it, whatever language it is of.
+    pieces = [rng.integers(0, tokenizer.vocab_size, 1000) for _ in range(4)]
+    for text in (*PROBES, *map(tokenizer.decode, pieces)):
         ours, theirs = tokenizer.encode(text).tolist(), exported.encode(text).tolist()
         if ours != theirs:
             raise BadModel(
-                f"the exported tokenizer gives other ids for {text!r}: {theirs[:20]}, expected {ours[:20]}"
+                f"the exported tokenizer gives other ids for {text[:80]!r}: {theirs[:20]}, expected "
+                f"{ours[:20]}"
             )
 
 
