@@ -2,8 +2,9 @@
 
 import pytest
 
+from tests.oracles import tiny_families as families
 from tests.oracles import tiny_models as tiny
-from tests.oracles.recorded import check_logits, read_recorded
+from tests.oracles.recorded import check_family_logits, check_logits, read_recorded
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
@@ -24,3 +25,15 @@ def test_logits_are_the_recorded_ones_of_hugging_face(name):
 def test_the_check_fails_for_another_option(name, changes):
     with pytest.raises(AssertionError):
         check_logits(name, read_recorded()[name], **changes)
+
+
+@pytest.mark.parametrize("name", families.TINY)
+def test_a_family_has_the_recorded_logits_of_hugging_face(name):
+    check_family_logits(name, read_recorded()["families"][name])
+
+
+@pytest.mark.parametrize("name", families.WRONG)
+def test_the_family_check_fails_for_another_option(name):
+    changes = families.WRONG[name][0]  # the oracle lane tries them all
+    with pytest.raises(AssertionError):
+        check_family_logits(name, read_recorded()["families"][name], **changes)

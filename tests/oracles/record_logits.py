@@ -1,8 +1,9 @@
-"""Writes logits.json: what transformers' models give for the weights and batches of tiny_models.py.
+"""Writes logits.json: what transformers' models give for the weights and batches of tiny_models.py and tiny_families.py.
 
     python -m tests.oracles.record_logits        (needs torch and transformers)
 
-For each model the shapes of its weights and the logits of each row's first and last two real positions.
+For each model the shapes of its weights and the logits of each row's first and last two real positions; for those of
+tiny_families.py, whose shapes are in interop's tables, some logits at two positions.
 """
 
 import json
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 
+from tests.oracles import tiny_families as families
 from tests.oracles import tiny_models as tiny
 from tools import torch_reference
 
@@ -88,7 +90,50 @@ def record(name):
     return {"shapes": shapes, "positions": places, "logits": rows}
 
 
+def make_family_model(twin):
+    """The model of transformers, built from the config.json that the twin is built from."""
+    about = {k: v for k, v in twin.hf.items() if k not in ("model_type", "architectures")}
+    config = transformers.AutoConfig.for_model(twin.tiny.model_type, **about)
+    config._attn_implementation = "eager"
+    return getattr(transformers, twin.tiny.architecture)(config).eval()
+
+
+def run_family(name):
+    """(shapes of the parameters by name, logits) of a model of tiny_families.py in transformers."""
+    twin = families.Twin(name)
+    return run_model(make_family_model(twin), twin)
+
+
+def run_model(model, twin, weights=None):
+    """`weights` by name, drawn if None. Logits are (B, T, V or C), or (B, 1, C) of a pooled head."""
+    repeats = twin.family.repeats
+    named = {repeats.get(key, key): p for key, p in model.named_parameters()}
+    shapes = {key: tuple(p.shape) for key, p in named.items()}
+    weights = tiny.random_weights(shapes) if weights is None else weights
+    names = {"tokens": "input_ids", "segment_ids": "attention_mask"}
+    names["token_types"] = "token_type_ids"
+    with torch.no_grad():
+        for key, parameter in named.items():
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(weights[key])))
+        out = model(**{names[k]: torch.from_numpy(v).long() for k, v in twin.batch.items()})
+    if "start_logits" in out:
+        return shapes, torch.stack([out.start_logits, out.end_logits], dim=-1).numpy()
+    logits = out.logits.numpy()
+    pooled = twin.head and twin.head["pooling"]
+    if pooled:
+        return shapes, logits[:, None]
+    return shapes, logits if logits.ndim == 3 else logits[..., None]
+
+
+def record_family(name):
+    """[row, position, the first twelve logits…] at two real positions, the last one before padding among them."""
+    _, logits = run_family(name)
+    places = [(0, 0), (1, 0)] if logits.shape[1] == 1 else [(0, families.REAL - 1), (1, 7)]
+    return [[*place, *(float(f"{x:.6g}") for x in logits[place][:12])] for place in places]
+
+
 if __name__ == "__main__":
     recorded = {name: record(name) for name in HF_MODELS}
+    recorded["families"] = {name: record_family(name) for name in families.TINY}
     PATH.write_text(json.dumps(recorded, separators=(",", ":")) + "\n", encoding="utf-8")
     print(f"{PATH}: {PATH.stat().st_size} bytes")
