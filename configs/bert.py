@@ -133,8 +133,9 @@ def make_tiny(config: ConfigDict) -> dict:
 def make_roberta(
     config: ConfigDict, layers: int, width: int, heads: int, rate: float, warmup_steps: int
 ) -> dict:
+    # RoBERTa counts positions from pad_id + 1: 2 in the released models, 1 with the tokenizers that are made here.
     config.model = make_encoder(
-        layers, width, heads, vocab_size=50265, norm_eps=1e-5, num_token_types=1
+        layers, width, heads, vocab_size=50265, norm_eps=1e-5, num_token_types=1, position_offset=1
     )
     config.tokenizer.update(kind="byte_bpe", vocab_size=50265)
     config.batch_size, config.seq_len, config.num_train_steps = 8192, 512, 500_000

@@ -78,9 +78,9 @@ def test_a_gpt3_has_its_published_size(variant):
 @pytest.mark.parametrize("variant", ENCODERS)
 def test_an_encoder_with_its_pooler_has_its_published_size(variant):
     config = bert.get_config(f"{variant},objective=mlm_nsp")
-    # RoBERTa's table has two more rows, which it never uses. Our tiny has a vocabulary of its own.
+    # The released RoBERTa's padding is id 1, so positions start at row 2. Our tiny has a vocabulary of its own.
     roberta = variant.startswith("roberta")
-    fields = dict(max_len=514) if roberta else dict(vocab_size=30522)
+    fields = dict(position_offset=2) if roberta else dict(vocab_size=30522)
     shapes = param_shapes(config, **fields)
     assert count(shapes) - count([shapes["mlm_head"], shapes["pair_head"]]) == ENCODERS[variant]
 
