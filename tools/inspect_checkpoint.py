@@ -1,7 +1,8 @@
 """Looks into a checkpoint: `python tools/inspect_checkpoint.py PATH`, or compares two: `--diff A B`.
 
 PATH is a run's workdir, its checkpoints folder, or one step in it; of several steps the newest is read.
-Neither the config nor the code of the model is needed.
+Neither the config nor the code of the model is needed. PATH may also be a Hugging Face folder; --diff of one
+with a checkpoint compares the parameters tensor by tensor through the family's mapping table (jaxlm/interop).
 
 Without --diff it prints every array's name, shape, dtype and norm, and the number of parameters; the
 exit code is 1 if an array has a NaN or an infinity. With --diff the exit code is 0 only if every array
@@ -21,7 +22,11 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from jaxlm.training.checkpoints import find_step
+from jaxlm.interop.arrays import open_item, read_theirs
+from jaxlm.interop.mapping import bind, is_ignored, repeated_names
+from jaxlm.interop.safetensors_io import DTYPES
+from jaxlm.interop.source import open_source, read_tensors
+from jaxlm.training.checkpoints import evaluated_item, find_step
 
 ITEM_ORDER = ("params", "ema", "opt_state")
 
@@ -70,6 +75,36 @@ class Arrays:
         return ((name, self.read(name)) for name in self.about)
 
 
+class Folder:
+    """The tensors of a Hugging Face folder, with the attributes of `Arrays`; integer buffers are left out."""
+
+    def __init__(self, path: str | Path):
+        self.step_dir = Path(path)
+        tensors, self.format = read_tensors(self.step_dir, allow_pickle=False)
+        self._tensors = {f"tensors/{n}": t for n, t in sorted(tensors.items()) if _is_float(t)}
+        self.about = {n: jax.ShapeDtypeStruct(t.shape, t.dtype) for n, t in self._tensors.items()}
+
+    def items(self) -> list[str]:
+        return ["tensors"]
+
+    def read(self, name: str) -> np.ndarray:
+        return self._tensors[name].read()
+
+
+def _is_float(tensor: Any) -> bool:
+    return getattr(tensor, "kind", "F32") in DTYPES
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether `path` is a Hugging Face folder: it has a config.json and no checkpoints."""
+    path = Path(path)
+    return (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
+
+
+def open_path(path: str | Path, step: int | None = None) -> Arrays | Folder:
+    return Folder(path) if is_folder(path) else Arrays(path, step)
+
+
 def _key(key: Any) -> str:
     """A path entry's bare name, for dict keys, attributes and indices alike."""
     for attribute in ("key", "name", "idx"):
@@ -94,14 +129,14 @@ def non_finite(array: np.ndarray) -> int:
 
 def describe(path: str | Path, step: int | None = None) -> tuple[str, int]:
     """(the printed report, how many elements are NaN or infinite)."""
-    arrays = Arrays(path, step)
+    arrays = open_path(path, step)
     lines, bad_total = [f"checkpoint {arrays.step_dir}"], 0
     for item in arrays.items():
         names = [name for name in arrays.about if name.startswith(item + "/")]
         width = max(map(len, names), default=0)
         size = sum(arrays.about[n].size for n in names)
         nbytes = sum(arrays.about[n].size * arrays.about[n].dtype.itemsize for n in names)
-        what = "parameters" if item in ("params", "ema") else "elements"
+        what = "parameters" if item in ("params", "ema", "tensors") else "elements"
         lines += ["", f"{item}: {size:,} {what} in {len(names)} arrays, {nbytes / 1e6:,.1f} MB"]
         squares = 0.0
         for name in names:
@@ -123,7 +158,9 @@ def differences(a: str | Path, b: str | Path) -> list[str]:
 
     Bits decide: a NaN equals the same NaN, 0.0 does not equal -0.0.
     """
-    first, second = Arrays(a), Arrays(b)
+    if is_folder(a) != is_folder(b):
+        return differences_by_table(a, b) if is_folder(a) else differences_by_table(b, a)
+    first, second = open_path(a), open_path(b)
     lines = []
     for name in sorted(first.about.keys() | second.about.keys()):
         if name not in first.about or name not in second.about:
@@ -133,14 +170,45 @@ def differences(a: str | Path, b: str | Path) -> list[str]:
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             lines.append(f"{name}: {old.dtype}{old.shape} in {a}, {new.dtype}{new.shape} in {b}")
             continue
-        x, y = first.read(name), second.read(name)
-        unequal = _unequal(x, y)
-        if unequal.any():
-            gap = np.abs(x.astype(np.float64) - y.astype(np.float64)).max()
-            lines.append(
-                f"{name}: {np.count_nonzero(unequal):,} of {x.size:,} elements differ, by {gap:.3g} at most"
-            )
+        lines += _differing(name, first.read(name), second.read(name))
     return lines
+
+
+def differences_by_table(folder: str | Path, checkpoint: str | Path) -> list[str]:
+    """A line for each tensor of a Hugging Face folder that the newest step's parameters do not give, and for each
+    that they give and the folder lacks."""
+    source = open_source(folder)
+    step_dir = find_step(checkpoint)
+    arrays = open_item(step_dir / evaluated_item(step_dir))
+    shapes = {path: array.shape for path, array in arrays.items()}
+    pieces = {p.name: p for p in bind(source.family, shapes, source.config["vocab_size"])}
+    repeats = repeated_names(source.family, tied="unembed" not in shapes)
+    lines = []
+    for name in sorted(source.tensors.keys() | pieces.keys()):
+        if name not in pieces:
+            if name not in repeats and not is_ignored(source.family, name):
+                lines.append(f"{name}: only in {folder}")
+        elif name not in source.tensors:
+            lines.append(f"{name}: only in {checkpoint}")
+        else:
+            x, y = source.tensors[name].read(), read_theirs(pieces[name], arrays)
+            if (x.shape, x.dtype) != (y.shape, y.dtype):
+                lines.append(
+                    f"{name}: {x.dtype}{x.shape} in {folder}, {y.dtype}{y.shape} in {checkpoint}"
+                )
+            else:
+                lines += _differing(name, x, y)
+    return lines
+
+
+def _differing(name: str, x: np.ndarray, y: np.ndarray) -> list[str]:
+    unequal = _unequal(x, y)
+    if not unequal.any():
+        return []
+    gap = np.abs(x.astype(np.float64) - y.astype(np.float64)).max()
+    return [
+        f"{name}: {np.count_nonzero(unequal):,} of {x.size:,} elements differ, by {gap:.3g} at most"
+    ]
 
 
 def _unequal(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -172,12 +240,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(text)
             return int(bad > 0)
         lines = differences(*args.paths)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         print(f"found: {error}", file=sys.stderr)
         return 2
     for line in lines:
         print(line)
-    steps = " and ".join(str(find_step(path)) for path in args.paths)
+    steps = " and ".join(str(path if is_folder(path) else find_step(path)) for path in args.paths)
     print(f"{len(lines)} arrays differ" if lines else "bitwise equal", f"({steps})")
     return int(bool(lines))
 

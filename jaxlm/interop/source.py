@@ -84,14 +84,15 @@ def open_source(folder: str | Path, *, allow_pickle: bool = False) -> Source:
         raise FileNotFoundError(f"no folder {folder}")
     config = read_json(inside(folder, CONFIG), MAX_CONFIG)
     family = find_family(config.get("model_type", ""))
-    tensors, format = _read_tensors(folder, allow_pickle)
+    tensors, format = read_tensors(folder, allow_pickle)
     named = {new: tensors[old] for new, old in canonical_names(family, tensors).items()}
     if len(named) != len(tensors):
         raise BadModel(f"{folder}: two tensors have one name once old spellings are put right")
     return Source(folder, config, family, named, format)
 
 
-def _read_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Any], str]:
+def read_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Any], str]:
+    """(tensors by the names in the files, format) of any folder, whatever its architecture."""
     try:
         return read_folder(folder), "safetensors"
     except FileNotFoundError:

@@ -8,6 +8,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from tests.interop import tiny_hf
+from tests.interop.test_convert import from_hf
 from tools import inspect_checkpoint
 
 
@@ -154,3 +156,65 @@ def test_an_optimizer_array_that_differs_is_found(tmp_path, capsys):
     a, b = (save(tmp_path / str(step), small_params(), step=step) for step in (7, 8))
     code, out = run(capsys, "--diff", a, b)
     assert code == 1 and "opt_state/step" in out
+
+
+# --- Hugging Face folders ---------------------------------------------------------------------------------------------
+
+
+def test_a_hugging_face_folder_is_shown(tmp_path, capsys):
+    folder, weights = tiny_hf.write_recorded(tmp_path / "hf", "bert_pretraining")
+    code, out = run(capsys, folder)
+    assert code == 0 and f"tensors: {sum(w.size for w in weights.values()):,} parameters" in out
+    norm = np.linalg.norm(weights["cls.predictions.bias"].astype(np.float64))
+    (line,) = (row for row in out.splitlines() if "cls.predictions.bias" in row)
+    assert "(37,)" in line and f"norm {norm:.6g}" in line
+
+
+def check_table_diff(diff, tmp_path, name):
+    """A folder and its conversion are equal; a changed, a lost and an added tensor are each found."""
+    folder, weights = tiny_hf.write_recorded(tmp_path / "hf", name)
+    from_hf(folder, tmp_path / "w")
+    assert diff(folder, tmp_path / "w") == diff(tmp_path / "w", folder) == []
+    config = tiny_hf.read_recorded()[name]["config"]
+    key = next(n for n in weights if "layers.1" in n or "h.1" in n or "layer.1" in n)
+    changes = {
+        "changed": weights | {key: weights[key] * np.float32(1.5)},
+        "lost": {n: w for n, w in weights.items() if n != key},
+        "added": weights | {"more": np.ones(2, np.float32)},
+    }
+    for change, tensors in changes.items():
+        other = tiny_hf.write_source(tmp_path / change, config, tensors)
+        (line,) = diff(other, tmp_path / "w")
+        assert line.startswith("more" if change == "added" else key)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_a_folder_is_compared_with_a_checkpoint_through_the_table(name, tmp_path):
+    check_table_diff(inspect_checkpoint.differences, tmp_path, name)
+
+
+def test_a_diff_of_norms_would_be_caught(tmp_path):
+    def of_sizes(a, b):
+        arrays = [inspect_checkpoint.open_path(path) for path in (a, b)]
+        one, other = (sum(x.size for x in found.about.values()) for found in arrays)
+        return [] if one == other else ["sizes"]
+
+    with pytest.raises((AssertionError, ValueError)):
+        check_table_diff(of_sizes, tmp_path, "qwen3")
+
+
+def test_two_folders_are_compared_by_name(tmp_path, capsys):
+    one, _ = tiny_hf.write_recorded(tmp_path / "a", "gpt2")
+    other, weights = tiny_hf.write_recorded(tmp_path / "b", "gpt2")
+    assert run(capsys, "--diff", one, other)[0] == 0
+    changed = weights | {"transformer.ln_f.bias": -weights["transformer.ln_f.bias"]}
+    config = tiny_hf.read_recorded()["gpt2"]["config"]
+    code, out = run(capsys, "--diff", one, tiny_hf.write_source(tmp_path / "c", config, changed))
+    assert code == 1 and "transformer.ln_f.bias: 24 of 24 elements differ" in out
+
+
+def test_a_bad_folder_is_said_and_is_no_traceback(tmp_path, capsys):
+    folder, _ = tiny_hf.write_recorded(tmp_path / "hf", "gpt2")
+    (folder / "model.safetensors").write_bytes(b"nothing of the kind")
+    code, out = run(capsys, folder)
+    assert code == 2 and "not a safetensors file" in out
