@@ -45,11 +45,15 @@ from jaxlm.interop.mapping import (
 )
 from jaxlm.interop.safetensors_io import DTYPES, Planned, write_folder
 from jaxlm.interop.source import Source, Stored, open_source
-from jaxlm.models import MODELS, TransformerConfig
+from jaxlm.interop.task_heads import TASKS, head_fields, head_to_hf, with_head
+from jaxlm.models import MODELS, Head, TransformerConfig
 from jaxlm.parallel.mesh import path_names
 
 PyTree = Any
 MAX_SHARD_BYTES = 5 << 30
+# Groups of rows that stand on the pooled first token: a model with one of them has a pair head.
+LABELS = ("id2label", "label2id", "problem_type")
+PAIR_GROUPS = {"pooler", "nsp", "sop"}
 # Options of TransformerConfig that a run's config has at its top level.
 EXECUTION = ("dtype", "param_dtype", "remat", "unroll", "attention_kernel")
 
@@ -62,6 +66,7 @@ class Incoming:
     commit: str
     options: dict[str, Any]
     num_pair_classes: int
+    head: dict[str, Any]  # fields of models.Head, or {}
     vocab_size: int  # ours
     shapes: dict[str, Shape]  # of our parameters, by path
     pieces: list[Piece]
@@ -77,7 +82,15 @@ class Incoming:
         return [p for p in self.pieces if p.name not in names]
 
 
-def make_model(family: Family, config: TransformerConfig, num_pair_classes: int) -> nn.Module:
+def make_model(
+    family: Family,
+    config: TransformerConfig,
+    num_pair_classes: int = 0,
+    head: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """head: the fields of a task's Head; with one there is no other."""
+    if head:
+        return MODELS[family.model](config, head=Head(config, **head))
     pairs = {"num_pair_classes": num_pair_classes} if num_pair_classes else {}
     return MODELS[family.model](config, **pairs)
 
@@ -118,11 +131,14 @@ def read_source(source: str, *, allow_pickle: bool = False, least_vocab_size: in
     family, tensors = opened.family, opened.tensors
     options = config_from_hf(family, opened.config)
     groups = present_groups(family, tensors)
-    num_pair_classes = 2 if groups & {"pooler", "nsp"} else 0
+    num_pair_classes = 2 if groups & PAIR_GROUPS else 0
+    head: dict[str, Any] = {}
+    if opened.task:
+        head = head_fields(find_family(family.model_type), opened.task, opened.config)
     theirs = options["vocab_size"]
     ours = max(theirs, least_vocab_size)
     config = TransformerConfig(**options | {"vocab_size": ours})
-    shapes = parameter_shapes(make_model(family, config, num_pair_classes))
+    shapes = parameter_shapes(make_model(family, config, num_pair_classes, head))
     pieces = bind(family, shapes, theirs)
     absent, problems = match(family, pieces, opened.shapes(), tied=config.tie_embeddings)
     if not problems:
@@ -131,7 +147,7 @@ def read_source(source: str, *, allow_pickle: bool = False, least_vocab_size: in
         raise BadModel(
             repair_list(f"{folder} is not the model that its config.json says", problems)
         )
-    return Incoming(opened, commit, options, num_pair_classes, ours, shapes, pieces, absent)
+    return Incoming(opened, commit, options, num_pair_classes, head, ours, shapes, pieces, absent)
 
 
 def find_untrue_repeats(source: Source, tied: bool) -> list[str]:
@@ -339,13 +355,17 @@ def from_hf(
                 k: v for k, v in incoming.source.config.items() if k.endswith("_token_id")
             },
             "initialised": sorted({p.group for p in incoming.absent}),
+            "head": incoming.head,
+            "labels": {k: v for k, v in incoming.source.config.items() if k in LABELS},
         }
         write_manifest(step_dir, config, tokenizer, about)
         certificate = parity.certify(
             incoming.source,
             arrays,
             incoming.present,
-            model=make_model(incoming.family, model_config(config), incoming.num_pair_classes),
+            model=make_model(
+                incoming.family, model_config(config), incoming.num_pair_classes, incoming.head
+            ),
             tokenizer=tokenizer,
             against=against if incoming.source.format == "safetensors" else "round_trip",
         )
@@ -368,7 +388,8 @@ def make_config(
         own = {k: v for k, v in dataclasses.asdict(options).items() if k not in EXECUTION}
         config.model = ConfigDict(own)
         if incoming.num_pair_classes:
-            config.objective.name = "mlm_nsp"
+            is_order = any(p.group == "sop" for p in incoming.pieces)
+            config.objective.name = "mlm_sop" if is_order else "mlm_nsp"
         if tokenizer:
             config.tokenizer.update(
                 kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, path=str(target / "tokenizer")
@@ -428,6 +449,8 @@ def to_hf(
     *,
     item: str = "params",
     family: str = "",
+    head: Mapping[str, Any] | None = None,
+    kind: str = "",
     dtype: str = "",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     against: str = "auto",
@@ -435,6 +458,7 @@ def to_hf(
     """Writes the folder `target`, as huggingface_hub lays one out, of one checkpoint; returns its certificate.
 
     config: the run's. family: a `model_type`; '' takes the one it came from, else the first that can express the model.
+    head, kind: the fields of a fine-tuned model's Head and its key in models.HEADS; None is what it came with.
 
     Raises:
       BadModel: options that the family cannot express, by name; a tokenizer without a Hugging Face form.
@@ -446,6 +470,15 @@ def to_hf(
         came_from = about.get("huggingface", {})
         options = model_config(config)
         chosen = choose_family(family or came_from.get("model_type", ""), config.family, options)
+        head = came_from.get("head", {}) if head is None else head
+        task, about_head = "", {}
+        if head:
+            was = came_from.get("architecture", "")
+            known = TASKS.get(chosen.model_type, {})
+            kind = kind or (known[was].kind if was in known else "")
+            task, about_head = head_to_hf(chosen, head, kind)
+            about_head |= came_from.get("labels", {})
+            chosen = with_head(chosen, task)
         arrays = open_item(step_dir / item)
         shapes = {path: array.shape for path, array in arrays.items()}
         saved = step_dir.parent.parent / "tokenizer"
@@ -460,6 +493,7 @@ def to_hf(
         hf_config = {
             "architectures": [architecture.name],
             **config_to_hf(chosen, exported),
+            **about_head,
             "torch_dtype": kept.name,
             **came_from.get("token_ids", special_ids(tokenizer, vocab_size)),
         }
@@ -481,7 +515,7 @@ def to_hf(
             open_source(folder),
             arrays,
             pieces,
-            model=make_model(chosen, options, 2 if "pair_head/bias" in arrays else 0),
+            model=make_model(chosen, options, 2 if "pair_head/bias" in arrays else 0, head),
             tokenizer=tokenizer,
             against=against,
         )

@@ -135,15 +135,21 @@ def _free_bytes() -> float:
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
-def make_batch(tokenizer: Any, vocab_size: int, max_len: int) -> dict[str, np.ndarray]:
-    """Rows of text (if there is a tokenizer) and of random ids, of several lengths: tokens and segment_ids (B, T)."""
+def make_batch(
+    tokenizer: Any, vocab_size: int, max_len: int, pad_id: int = 0
+) -> dict[str, np.ndarray]:
+    """Rows of text (if there is a tokenizer) and of random ids, of several lengths: tokens and segment_ids (B, T).
+
+    Only padding is `pad_id`: some of transformers' models find a row's end, or count positions, by that.
+    """
     rng, length = np.random.default_rng(0), min(48, max_len)
-    rows = [rng.integers(0, vocab_size, size) for size in (length, max(1, length // 2))]
+    others = np.delete(np.arange(vocab_size), pad_id) if vocab_size > 1 else np.zeros(1, np.int64)
+    rows = [rng.choice(others, size) for size in (length, max(1, length // 2))]
     if tokenizer is not None:
         ids = [np.append(tokenizer.bos_id, tokenizer.encode(text))[:length] for text in TEXTS]
-        rows += [row[row < vocab_size] for row in ids]
+        rows += [row[(row < vocab_size) & (row != pad_id)] for row in ids]
     rows = [row for row in rows if len(row)]
-    tokens = np.zeros((len(rows), length), np.int32)
+    tokens = np.full((len(rows), length), pad_id, np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
     real = np.arange(length)[None] < np.array([len(row) for row in rows])[:, None]
@@ -159,27 +165,35 @@ def compare_outputs(
 ) -> dict[str, Any]:
     """Both models in float32 on `make_batch`; logits where both have the head, else the last hidden states."""
     config = model.config
-    groups = {piece.group for piece in pieces}
     params = load_float32(arrays)
-    batch = make_batch(tokenizer, source.config["vocab_size"], config.max_len)
+    pad_id, vocab_size = source.config.get("pad_token_id"), source.config["vocab_size"]
+    pad_id = pad_id if type(pad_id) is int and 0 <= pad_id < vocab_size else 0
+    batch = make_batch(tokenizer, vocab_size, config.max_len, pad_id)
     real = batch["segment_ids"] > 0
-    if source.family.model == "gpt":
-        has_logits = config.tie_embeddings or "lm" in groups
-        auto = "AutoModelForCausalLM" if has_logits else "AutoModel"
-    else:
-        has_logits = "mlm" in groups
-        auto = "AutoModelForMaskedLM" if has_logits else "AutoModel"
-    theirs, states = run_theirs(source.folder, auto, batch)
-    if has_logits:
-        ours = run_logits(model, params, batch)[..., : theirs.shape[-1]]
-    else:
-        ours = run_states(model, params, batch)
+    auto, compared = output_of(source, model, pieces)
+    theirs, states = run_theirs(source.folder, auto, batch, pad_id)
+    run = {"logit": run_logits, "hidden": run_states, "head": run_head}[compared]
+    ours = run(model, params, batch)[..., : theirs.shape[-1]]
+    if theirs.ndim == 2:  # one vector for each row
+        ours, real = ours[:, 0], np.ones(len(theirs), bool)
     result = compare(ours[real], theirs[real])
-    result["compared"] = "logit" if has_logits else "hidden"
+    result["compared"] = compared
     result["first_diverging_layer"] = None
     if not result["passed"]:
         result["first_diverging_layer"] = first_diverging_layer(model, params, batch, states)
     return result
+
+
+def output_of(source: Source, model: nn.Module, pieces: Sequence[Piece]) -> tuple[str, str]:
+    """(class of transformers, what is compared): a task's logits, the vocabulary's, or the last hidden states."""
+    groups = {piece.group for piece in pieces}
+    if source.task:
+        return source.task, "head"
+    if source.family.model == "gpt" and (model.config.tie_embeddings or "lm" in groups):
+        return "AutoModelForCausalLM", "logit"
+    if source.family.model != "gpt" and "mlm" in groups:
+        return "AutoModelForMaskedLM", "logit"
+    return "AutoModel", "hidden"
 
 
 def compare(ours_XV: np.ndarray, theirs_XV: np.ndarray) -> dict[str, Any]:
@@ -231,14 +245,19 @@ def run_logits(model: nn.Module, params: Params, batch: Mapping[str, np.ndarray]
 
 def run_states(model: nn.Module, params: Params, batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """Our last hidden states (B, T, D), of an encoder before its masked-token head."""
-    if hasattr(model, "num_pair_classes"):
-        model = type(model)(model.config, head=Head(model.config, 0))
+    model = type(model)(model.config, head=Head(model.config, 0))
     apply = jax.jit(lambda p, b: model.apply({"params": p}, b).hidden)
     return np.asarray(apply(params, batch))
 
 
+def run_head(model: nn.Module, params: Params, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The logits of our task's head, (B, 1, C) or (B, T, C)."""
+    apply = jax.jit(lambda p, b: model.apply({"params": p}, b).head_logits)
+    return np.asarray(apply(params, batch))
+
+
 def run_theirs(
-    folder: Path, auto: str, batch: Mapping[str, np.ndarray]
+    folder: Path, auto: str, batch: Mapping[str, np.ndarray], pad_id: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """(logits or last hidden states, hidden states of every layer with the embeddings first) of transformers' model.
 
@@ -261,13 +280,19 @@ def run_theirs(
     missing = [name for name in about["missing_keys"] if "pooler" not in name]
     if missing:
         raise Failed(f"transformers misses tensors in {folder}: {', '.join(sorted(missing)[:50])}")
+    model.config.pad_token_id = pad_id  # classifiers of several rows ask for one
     with torch.no_grad():
         out = model.eval()(
             input_ids=torch.from_numpy(batch["tokens"]).long(),
             attention_mask=torch.from_numpy(batch["segment_ids"]).long(),
             output_hidden_states=True,
         )
-    last = out.logits if "logits" in out else out.last_hidden_state
+    if "start_logits" in out:
+        last = torch.stack([out.start_logits, out.end_logits], -1)
+    else:
+        last = out.logits if "logits" in out else out.last_hidden_state
+    if type(model).__name__.endswith("ForPreTraining"):  # ELECTRA's: one logit a token
+        last = last[..., None]
     return last.numpy(), [state.numpy() for state in out.hidden_states]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxlm.interop import find_family
 from jaxlm.interop.mapping import BadModel, Family, Shape, canonical_names
 from jaxlm.interop.safetensors_io import DTYPES, BadFile, inside, read_folder, read_json
+from jaxlm.interop.task_heads import task_of, with_head
 
 log = logging.getLogger("jaxlm")
 CONFIG, MSGPACK, PICKLE = "config.json", "flax_model.msgpack", "pytorch_model.bin"
@@ -60,20 +61,26 @@ class Held:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """config: the whole config.json. tensors: by the names of the family's rows. format: of the files."""
+    """config: the whole config.json. family: its table, with the head of the task if there is one. tensors: by the
+    names of the table's rows. format: of the files. task: the class with a task's head, or ''."""
 
     folder: Path
     config: dict[str, Any]
     family: Family
     tensors: Mapping[str, Stored]
     format: str
+    task: str = ""
 
     def shapes(self) -> dict[str, Shape]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
 
-def open_source(folder: str | Path, *, allow_pickle: bool = False) -> Source:
+def open_source(
+    folder: str | Path, *, allow_pickle: bool = False, task: str | None = None
+) -> Source:
     """Reads config.json and the headers of the tensors; safetensors first, then msgpack, then a pickle if allowed.
+
+    task: read it through the table of this class with a task's head, '' through that without; None: as config.json says.
 
     Raises:
       FileNotFoundError: if the folder, its config.json or its tensors are not there.
@@ -84,11 +91,13 @@ def open_source(folder: str | Path, *, allow_pickle: bool = False) -> Source:
         raise FileNotFoundError(f"no folder {folder}")
     config = read_json(inside(folder, CONFIG), MAX_CONFIG)
     family = find_family(config.get("model_type", ""))
+    task = task_of(family, config) if task is None else task
+    family = with_head(family, task) if task else family
     tensors, format = read_tensors(folder, allow_pickle)
     named = {new: tensors[old] for new, old in canonical_names(family, tensors).items()}
     if len(named) != len(tensors):
         raise BadModel(f"{folder}: two tensors have one name once old spellings are put right")
-    return Source(folder, config, family, named, format)
+    return Source(folder, config, family, named, format, task)
 
 
 def read_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Any], str]:
