@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,21 @@ from jaxlm.interop.mapping import (
     config_from_hf,
     config_to_hf,
     match,
+    meaning,
     present_groups,
     repair_list,
     repeated_names,
 )
 from jaxlm.interop.safetensors_io import DTYPES, Planned, write_folder
-from jaxlm.interop.source import Source, Stored, open_source
-from jaxlm.interop.task_heads import TASKS, head_fields, head_to_hf, with_head
+from jaxlm.interop.source import Source, Stored, open_source, read_config
+from jaxlm.interop.task_heads import TASKS, head_fields, head_to_hf, task_of, with_head
 from jaxlm.models import MODELS, Head, TransformerConfig
 from jaxlm.parallel.mesh import path_names
 
 PyTree = Any
+log = logging.getLogger("jaxlm")
 MAX_SHARD_BYTES = 5 << 30
+HEAD_PATHS = ("head/", "pooler/", "pair_head/", "mlm_head/", "unembed")
 # Groups of rows that stand on the pooled first token: a model with one of them has a pair head.
 LABELS = ("id2label", "label2id", "problem_type")
 PAIR_GROUPS = {"pooler", "nsp", "sop"}
@@ -258,51 +262,86 @@ class InMemory:
 def load_params(spec: str, config: TransformerConfig, wanted: PyTree) -> PyTree:
     """The parameters of 'DIR_OR_HUB_ID[@revision]' for a model that exists already, as host arrays like `wanted`.
 
+    Heads that the source lacks are initialised; heads that the model lacks are left.
+
     Raises:
       BadModel: a repair list, if the run's model is another one than the source.
     """
-    shapes = {path: tuple(x.shape) for path, x in flatten(wanted).items()}
-    incoming = read_source(spec, least_vocab_size=config.vocab_size)
-    problems = find_differences(incoming, config)
+    folder, commit = hub.fetch(spec)
+    leaves = flatten(wanted)
+    shapes = {path: tuple(x.shape) for path, x in leaves.items()}
+    source = open_source(folder, task=fitting_task(folder, shapes))
+    family = source.family
+    options = config_from_hf(find_family(family.model_type), source.config)
+    problems = find_differences(options, config)
+    covered = {path for row in family.rows for path in row.paths}
+    own = {path: shape for path, shape in shapes.items() if path in covered}
     problems += [
-        f"parameter {path}: the source has {list(incoming.shapes[path]) if path in incoming.shapes else 'none'}, "
-        f"this run {list(shapes[path]) if path in shapes else 'none'}"
-        for path in sorted(shapes.keys() | incoming.shapes.keys())
-        if shapes.get(path) != incoming.shapes.get(path) and not _is_head(incoming, path)
+        f"parameter {path}: {family.model_type} has none"
+        for path in sorted(shapes.keys() - covered)
+        if not path.startswith(HEAD_PATHS)
     ]
-    if problems:
-        raise BadModel(repair_list(f"{spec} does not fit this run's model", problems))
-    dtypes = {path: x.dtype for path, x in flatten(wanted).items()}
-    held = {
-        path: InMemory(shapes.get(path, s), dtypes.get(path, np.float32))
-        for path, s in incoming.shapes.items()
-    }
+    pieces = bind(family, own, options["vocab_size"])
+    heads = head_names(family.model_type)
+    absent, unfit = match(family, pieces, source.shapes(), tied=config.tie_embeddings, left=heads)
+    if problems or unfit:
+        raise BadModel(repair_list(f"{spec} does not fit this run's model", problems + unfit))
+    incoming = Incoming(source, commit, options, 0, {}, config.vocab_size, own, pieces, absent)
+    held = {path: InMemory(shape, leaves[path].dtype) for path, shape in own.items()}
     convert_into(incoming, held, np.dtype(np.float32))
-    std = config.init_std
-    tree = {
-        path: held[path].array if path in held else initial(path, shape, std).astype(dtypes[path])
-        for path, shape in shapes.items()
-    }
-    return unflatten(tree)
+    new = [path for path in shapes if path not in own]
+    log_initialised(spec, [*new, *(path for piece in absent for path in piece.paths)])
+    arrays = {path: array.array for path, array in held.items()}
+    for path in new:
+        arrays[path] = initial(path, shapes[path], config.init_std).astype(leaves[path].dtype)
+    return unflatten(arrays)
 
 
-def _is_head(incoming: Incoming, path: str) -> bool:
-    """Whether a path belongs to a head, which one side may lack."""
-    rows = [row for row in incoming.family.rows if path in row.paths]
-    return bool(rows) and all(row.group for row in rows)
+def log_initialised(spec: str, paths: Sequence[str]) -> None:
+    if paths:
+        log.info("%s has no %s: initialised", spec, ", ".join(sorted(set(paths))))
 
 
-def find_differences(incoming: Incoming, config: TransformerConfig) -> list[str]:
+def fitting_task(folder: Path, paths: Iterable[str]) -> str:
+    """The class of transformers through whose table a model with these parameters reads the folder; '' = the plain one.
+
+    The class that config.json names, if its head has these parameters; else the one with the smallest head that has.
+    (A class may have biases that a model without biases has not.)
+    """
+    head = {path for path in paths if path.startswith("head/")}
+    config, family = read_config(folder)
+    tasks = TASKS.get(family.model_type, {}) if head else {}
+    paths_of = {name: {p for row in t.rows for p in row.paths} for name, t in tasks.items()}
+    fitting = sorted((len(has), name) for name, has in paths_of.items() if head <= has)
+    named = task_of(family, config)
+    if named in paths_of and head <= paths_of[named]:
+        return named
+    return fitting[0][1] if fitting else ""
+
+
+def head_names(model_type: str) -> set[str]:
+    """The tensors of a family that belong to heads."""
+    rows = [row for row in find_family(model_type).rows if row.group]
+    rows += [row for task in TASKS.get(model_type, {}).values() for row in task.rows]
+    return {row.theirs for row in rows}
+
+
+def find_differences(options: Mapping[str, Any], config: TransformerConfig) -> list[str]:
     """A line for each option by which the run's model would compute something else from the same parameters."""
-    theirs = incoming.options | {"vocab_size": incoming.vocab_size}
-    reference = TransformerConfig(**theirs)
+    reference = TransformerConfig(**options)
     free = set(FREE) | ({"max_len"} if config.position == "rotary" else set())
-    return [
+    lines = [
         f"model.{field.name}={getattr(config, field.name)!r}: the source has "
         f"{getattr(reference, field.name)!r}"
         for field in dataclasses.fields(TransformerConfig)
-        if field.name not in free and getattr(config, field.name) != getattr(reference, field.name)
+        if field.name not in free | {"vocab_size"}
+        and meaning(config, field.name) != meaning(reference, field.name)
     ]
+    if config.vocab_size < reference.vocab_size:
+        lines.append(
+            f"model.vocab_size={config.vocab_size}: the source has {reference.vocab_size}; more are made, fewer are not"
+        )
+    return lines
 
 
 def from_hf(

@@ -14,7 +14,7 @@ import dataclasses
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -317,14 +317,14 @@ def config_to_hf(family: Family, config: TransformerConfig) -> dict[str, Any]:
         problems = [
             f"{name}={getattr(config, name)!r}: {family.model_type} would read {getattr(back, name)!r}"
             for name in _defaults()
-            if name not in FREE and _meaning(config, name) != _meaning(back, name)
+            if name not in FREE and meaning(config, name) != meaning(back, name)
         ]
     if problems:
         raise BadModel(repair_list(f"{family.model_type} cannot express", problems))
     return hf
 
 
-def _meaning(config: TransformerConfig, name: str) -> Any:
+def meaning(config: TransformerConfig, name: str) -> Any:
     """An option's value; (4096,) and (4096, 4096) are the same windows for two layers."""
     return getattr(config, "layer_windows" if name == "attention_windows" else name)
 
@@ -447,12 +447,23 @@ def repeated_names(family: Family, tied: bool) -> dict[str, str]:
 
 
 def match(
-    family: Family, pieces: Sequence[Piece], found: Mapping[str, Shape], *, tied: bool
+    family: Family,
+    pieces: Sequence[Piece],
+    found: Mapping[str, Shape],
+    *,
+    tied: bool,
+    left: Set[str] = frozenset(),
 ) -> tuple[list[Piece], list[str]]:
-    """(the pieces whose group the source lacks as a whole, every problem) of a source with these shapes by name."""
+    """(the pieces whose group the source lacks as a whole, every problem) of a source with these shapes by name.
+
+    left: tensors of heads, which may be there although the model has no place for them; those of a task's head
+    ('head/…') that the model has and the source lacks are then no problem either, but absent.
+    """
     groups = {p.group for p in pieces if p.name in found}
     absent = [p for p in pieces if p.group and p.group not in groups]
-    wanted = [p for p in pieces if not p.group or p.group in groups]
+    absent += [p for p in pieces if left and p.name not in found and p.paths[0].startswith("head/")]
+    names = {p.name for p in absent}
+    wanted = [p for p in pieces if p.name not in names]
     missing = [
         f"{p.name}: missing, expected {list(p.shape)}" for p in wanted if p.name not in found
     ]
@@ -461,7 +472,7 @@ def match(
         for p in wanted
         if p.name in found and tuple(found[p.name]) != p.shape
     ]
-    known = {p.name for p in wanted} | set(repeated_names(family, tied))
+    known = {p.name for p in wanted} | set(repeated_names(family, tied)) | left
     extra = [
         f"{name}: {list(shape)} has no place in this model"
         for name, shape in found.items()

@@ -67,6 +67,9 @@ ROBERTA = dataclasses.replace(
         *body_rows("roberta."),
         Row("pooler/kernel", "roberta.pooler.dense.weight", linear(), "pooler"),
         Row("pooler/bias", "roberta.pooler.dense.bias", group="pooler"),
+        # Our pooler has a pair head above it, which no class of theirs has: one that was trained is refused.
+        Row("pair_head/kernel", "cls.seq_relationship.weight", linear(), "nsp"),
+        Row("pair_head/bias", "cls.seq_relationship.bias", group="nsp"),
         Row("mlm_head/dense", "lm_head.dense.weight", linear(), "mlm"),
         Row("mlm_head/bias", "lm_head.dense.bias", group="mlm"),
         Row("mlm_head/norm/scale", "lm_head.layer_norm.weight", group="mlm"),

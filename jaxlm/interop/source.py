@@ -87,10 +87,7 @@ def open_source(
       BadFile, BadModel: for what is in them.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
-    config = read_json(inside(folder, CONFIG), MAX_CONFIG)
-    family = find_family(config.get("model_type", ""))
+    config, family = read_config(folder)
     task = task_of(family, config) if task is None else task
     family = with_head(family, task) if task else family
     tensors, format = read_tensors(folder, allow_pickle)
@@ -98,6 +95,14 @@ def open_source(
     if len(named) != len(tensors):
         raise BadModel(f"{folder}: two tensors have one name once old spellings are put right")
     return Source(folder, config, family, named, format, task)
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], Family]:
+    """config.json, and the family that it names."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    config = read_json(inside(folder, CONFIG), MAX_CONFIG)
+    return config, find_family(config.get("model_type", ""))
 
 
 def read_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Any], str]:

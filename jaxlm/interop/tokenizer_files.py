@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import sentencepiece
 import tokenizers as hf
-from sentencepiece import sentencepiece_model_pb2
 
 from jaxlm.interop import hub
 from jaxlm.interop.mapping import BadModel
@@ -236,6 +235,8 @@ def _plain_bpe(tokenizer: Any, vocab: dict[str, int], pre_tokenizer: Any, decode
 
 def _sentencepiece_json(tokenizer: Any) -> bytes:
     """The pieces and scores of a SentencePiece model as a Unigram or BPE of `tokenizers`."""
+    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, and nothing else does
+
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.blob)
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     ids = {piece: i for i, (piece, _) in enumerate(pieces)}

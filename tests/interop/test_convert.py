@@ -378,3 +378,67 @@ def test_a_transform_that_is_none_would_be_caught():
     )
     with pytest.raises(AssertionError):
         check_inverse(forgets, [(5, 3, 4)])
+
+
+# --- into a model that exists already ---------------------------------------------------------------------------------
+
+
+def load(source, name, **head):
+    """`load_params` of a folder into a new model with a task's head (or without one); (params, the twin)."""
+    twin = tiny_families.Twin(name, **head)
+    wanted = convert.unflatten(
+        {p: np.broadcast_to(np.float32(0), shape) for p, shape in twin.paths.items()}
+    )
+    return convert.load_params(str(source), twin.config, wanted), twin
+
+
+def test_a_new_head_stands_on_a_body_of_published_parameters(tmp_path):
+    """A masked-LM checkpoint into a classifier: its layers and its pooler, a new last layer, always the same one."""
+    shapes = tiny_hf.read_recorded()["bert_pretraining"]["shapes"]
+    body = tiny_families.Twin("bert_sequence")
+    weights = tiny_hf.make_weights(body.shapes)
+    del weights["classifier.weight"], weights["classifier.bias"]
+    heads = {n: (20, 32) if "weight" in n else (20,) for n in shapes if n.startswith("cls.")}
+    plain = body.hf | {"architectures": ["BertForPreTraining"]}
+    source = tiny_hf.write_source(tmp_path / "hf", plain, weights | tiny_hf.make_weights(heads))
+    params, twin = load(source, "bert_sequence")
+    expected = twin(tiny_hf.make_weights(twin.shapes))
+    flat, wanted = convert.flatten(params), convert.flatten(expected)
+    assert flat.keys() == wanted.keys()
+    for path in flat.keys() - {"head/out/kernel", "head/out/bias"}:
+        np.testing.assert_array_equal(flat[path], wanted[path], err_msg=path)
+    assert 0 < np.std(flat["head/out/kernel"]) < 0.1 and not flat["head/out/bias"].any()
+    again, _ = load(source, "bert_sequence")
+    np.testing.assert_array_equal(again["head"]["out"]["kernel"], flat["head/out/kernel"])
+
+
+@pytest.mark.parametrize("name", ["bert_sequence", "modernbert_tokens", "llama_spans"])
+def test_a_fine_tuned_head_comes_along_where_the_model_has_it(name, tmp_path):
+    twin = tiny_families.Twin(name)
+    weights = tiny_hf.make_weights(twin.shapes)
+    params, _ = load(tiny_hf.write_source(tmp_path / "hf", twin.hf, weights), name)
+    flat, wanted = convert.flatten(params), convert.flatten(twin(weights))
+    for piece in twin.pieces:
+        for path in piece.paths:
+            if piece.layer in (None, 1):
+                at = ... if piece.layer is None else piece.layer
+                np.testing.assert_array_equal(flat[path][at], wanted[path][at], err_msg=path)
+
+
+def test_a_head_with_another_number_of_classes_is_refused(tmp_path):
+    twin = tiny_families.Twin("bert_sequence")
+    source = tiny_hf.write_source(tmp_path / "hf", twin.hf, tiny_hf.make_weights(twin.shapes))
+    with pytest.raises(
+        mapping.BadModel, match=r"classifier.weight: found \[3, 32\], expected \[5, 32\]"
+    ):
+        load(source, "bert_sequence", num_classes=5)
+
+
+def test_a_missing_layer_is_not_initialised_in_silence(tmp_path):
+    twin = tiny_families.Twin("bert_sequence")
+    weights = tiny_hf.make_weights(twin.shapes)
+    lost = next(name for name in weights if "layer.1.output.dense.weight" in name)
+    del weights[lost]
+    source = tiny_hf.write_source(tmp_path / "hf", twin.hf, weights)
+    with pytest.raises(mapping.BadModel, match=f"{lost}: missing"):
+        load(source, "bert_sequence")

@@ -125,7 +125,11 @@ def test_a_run_of_another_shape_gets_a_repair_list(tmp_path):
     made = build.make_run(config, tmp_path / "run")
     with pytest.raises(BadModel) as error:
         build.initial_state(made)
-    for part in ("model.emb_dim=16: the source has 24", "num_layers", "parameter layers/mlp/up"):
+    for part in (
+        "model.emb_dim=16: the source has 24",
+        "num_layers",
+        "up_proj.weight: found [20, 24], expected",
+    ):
         assert part in str(error.value)
 
 
