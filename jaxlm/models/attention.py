@@ -65,7 +65,7 @@ def _attend(softcap, query_BKGTH, key_BKSH, value_BKSH, bias, kept_BKGTS):
 
     Its gradient is written out for two savings that XLA does not find: the softmax's row sums come from the output,
     H terms each instead of S (arXiv:2205.14135, appendix B.4), and no product wants scores transposed. For those sums
-    the output is kept in float32: with a bfloat16 one, 200 steps ended 1.2% away from float32, twice as far.
+    the output is kept in float32.
     """
     return _attend_forward(softcap, query_BKGTH, key_BKSH, value_BKSH, bias, kept_BKGTS)[0]
 

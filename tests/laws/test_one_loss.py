@@ -191,7 +191,9 @@ def test_the_law_fails_if_attention_crosses_segments():
 
 
 def test_two_hundred_bfloat16_steps_end_within_one_percent_of_float32():
-    single, _, _ = train(steps=200, batch=lambda step: packed(step))
-    half, _, _ = train(steps=200, batch=lambda step: packed(step), dtype="bfloat16")
+    # Four times as wide as CONFIG, at whose width the ends of two equally good runs are up to 2% apart.
+    wide = dict(emb_dim=64, mlp_dim=128, head_dim=16, steps=200, batch=packed)
+    single, _, _ = train(**wide)
+    half, _, _ = train(**wide, dtype="bfloat16")
     np.testing.assert_allclose(half[-50:].mean(), single[-50:].mean(), rtol=0.01)
     assert single[-50:].mean() < 0.6 * single[:8].mean()
