@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm import build
-from jaxlm.interop import convert, parity
+from jaxlm.interop import FAMILIES, convert, parity
 from jaxlm.interop.mapping import BadModel
 from jaxlm.interop.source import open_source
 from tests.interop import tiny_hf
@@ -86,3 +86,46 @@ def test_a_pooler_that_a_class_does_not_use_is_passed_over(tmp_path):
     extra = {"bert.pooler.dense.weight": np.zeros((32, 32), np.float32)}
     into, out, _ = both_ways(tmp_path, "bert_tokens", weights=weights | extra)
     assert into["passed"] and extra.keys() & open_source(tmp_path / "out").tensors.keys() == set()
+
+
+BASES = {
+    "RobertaModel": "roberta",
+    "ElectraModel": "electra_generator",
+    "DistilBertModel": "distilbert",
+    "ModernBertModel": "modernbert",
+    "MistralModel": "mistral",
+    "Gemma2Model": "gemma2",
+    "Gemma3TextModel": "gemma3",
+    "AlbertModel": "albert",
+    "AlbertForPreTraining": "albert",
+}
+
+
+@pytest.mark.oracles
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_model_with_its_pooler_comes_back_as_it_was(name, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is missing: bash tools/check.sh --oracles")
+    transformers = pytest.importorskip("transformers")
+    twin = Twin(BASES[name])
+    about = {k: v for k, v in twin.hf.items() if k not in ("model_type", "architectures")}
+    config = transformers.AutoConfig.for_model(twin.tiny.model_type, **about)
+    model = getattr(transformers, name)(config).eval()
+    weights = random_weights({key: tuple(p.shape) for key, p in model.named_parameters()})
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(weights[key]))
+    model.save_pretrained(tmp_path / "hf")
+    into = convert.from_hf(str(tmp_path / "hf"), tmp_path / "w", TEMPLATES, against="transformers")
+    run_config = build.saved_config(tmp_path / "w" / "config.json")
+    step_dir = tmp_path / "w" / "checkpoints" / "0"
+    out = convert.to_hf(step_dir, tmp_path / "out", run_config, against="transformers")
+    assert into["max_abs_difference"] < 1e-4 and out["max_abs_difference"] < 1e-4
+    again, about = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not about["missing_keys"] and not about["unexpected_keys"]
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]), key
+
+
+def test_a_head_that_no_class_has_is_refused():
+    with pytest.raises(BadModel, match="no class with the heads.*nsp"):
+        FAMILIES["roberta"].architecture({"mlm", "pooler", "nsp"})
