@@ -24,6 +24,21 @@ from jaxlm.training.checkpoints import evaluated_item, find_step
 ROOT = Path(__file__).resolve().parents[1]
 # What a Hugging Face folder does not say (optimizer, data, …) comes from these.
 TEMPLATES = {"gpt": "configs/gpt.py:gpt2", "bert": "configs/bert.py:base"}
+# A run that goes on from a published model on one machine, and an evaluation on little text.
+CONTINUED = {
+    "batch_size": 16,
+    "seq_len": 512,
+    "num_train_steps": 1000,
+    "log_every_steps": 10,
+    "eval_every_steps": 200,
+    "checkpoint_every_steps": 200,
+    "checkpoint.keep_every": 0,
+    "eval.batch_size": 16,
+    "eval.num_batches": 16,
+    "data.validation_fraction": 0.05,
+    "optimizer.learning_rate": 5e-5,
+    "optimizer.schedule.warmup_steps": 100,
+}
 
 
 def define_arguments() -> argparse.ArgumentParser:
@@ -49,7 +64,9 @@ def define_arguments() -> argparse.ArgumentParser:
 
 
 def from_hf(args: argparse.Namespace) -> dict:
-    templates = {name: build.read_config(str(ROOT / spec)) for name, spec in TEMPLATES.items()}
+    templates = {
+        name: build.read_config(str(ROOT / spec), CONTINUED) for name, spec in TEMPLATES.items()
+    }
     return convert.from_hf(
         args.source,
         args.target,

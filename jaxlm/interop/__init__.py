@@ -2,7 +2,8 @@
 
     safetensors_io  files and folders of tensors: checked, lazy, streamed
     mapping         what a family's table is made of, and what binds it to a model
-    gpt2 llama bert one module for each family or group of them: its table
+    gpt2 llama …    one module for each family or group of them: its table
+    task_heads      the classes with the head of a task, by family
     arrays          the arrays of an Orbax item, read and written slice by slice
     source          a Hugging Face folder, whatever its files are, as tensors by name
     convert         from_hf, to_hf, and parameters on the fly
@@ -20,7 +21,8 @@ To add a family, write a `Family` (see `mapping`) in a module of its own and add
    a transform is an invertible pair: SAME, FLAT, linear(), conv1d(), fused(). Rows of a head carry its group.
 3. `architectures`: the classes of transformers and which groups each has. `prefix`, `ties`, `repeats`, `ignored`,
    `renames`: how files spell and repeat names.
-4. A line in `tests/interop/tiny_hf.py`: the laws (every tensor equal after both ways, logits within 1e-4) run it.
+4. Classes with the head of a task: a line of `task_heads.TASKS`.
+5. A case in `tests/interop/tiny_hf.py` or `tests/oracles/tiny_families.py`: the laws (every tensor equal after both ways, logits within 1e-4) run it.
 """
 
 from jaxlm.interop.albert import ALBERT
