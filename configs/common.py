@@ -146,7 +146,7 @@ def base() -> ConfigDict:
             log_every_steps=10,
             eval_every_steps=200,
             checkpoint_every_steps=200,
-            # where from: another run's workdir[@step]; init: 'params', 'ema' or 'state'
+            # where from: another run's workdir[@step], or hf:DIR_OR_HUB_ID[@revision]; init: 'params', 'ema' or 'state'
             init_from="",
             init="params",
             # 'auto': bfloat16 on TPU and GPU, float32 on CPU
