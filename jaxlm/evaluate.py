@@ -100,7 +100,7 @@ def main(argv):
     del argv
     keep_freed_memory()
     args = flags.FLAGS
-    logging.set_verbosity(logging.WARNING)  # of libraries: Orbax writes dozens of lines
+    logging.set_verbosity(logging.ERROR)  # of libraries: Orbax warns of a file that nothing needs
     metrics = evaluate(args.checkpoint, args.step)
     print(json.dumps(metrics, indent=2))
     if args.baselines:

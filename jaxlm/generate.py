@@ -23,7 +23,7 @@ def define_flags() -> None:
 def main(argv):
     del argv
     args = flags.FLAGS
-    logging.set_verbosity(logging.WARNING)  # of libraries: Orbax writes dozens of lines
+    logging.set_verbosity(logging.ERROR)  # of libraries: Orbax warns of a file that nothing needs
     loaded = build.load_checkpoint(args.checkpoint, step=args.step)
     parts = (loaded.model, loaded.params, loaded.tokenizer, args.prompt)
     max_len = loaded.config.seq_len
