@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from flax.traverse_util import unflatten_dict
 
 from jaxlm.interop.mapping import LAYERS, VOCAB_PATHS, Piece, Shape
 
@@ -48,15 +49,9 @@ def row_blocks(shape: Shape, dtype: np.dtype) -> list[slice]:
 
 def create_item(directory: Path, shapes: Mapping[str, Shape], dtype: np.dtype) -> dict[str, Array]:
     """An Orbax item of arrays of these shapes, by path ('layers/mlp/up'), whose contents are to be written."""
-    skeleton: dict[str, Any] = {}
-    for path, shape in shapes.items():
-        *parents, name = path.split("/")
-        node = skeleton
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = np.zeros((1,) * len(shape), dtype)
+    elements = {path: np.zeros((1,) * len(shape), dtype) for path, shape in shapes.items()}
     with ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
-        checkpointer.save(directory.resolve(), skeleton)
+        checkpointer.save(directory.resolve(), unflatten_dict(elements, sep="/"))
     return {path: _replace(directory, path, shape) for path, shape in shapes.items()}
 
 

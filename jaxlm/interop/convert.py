@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from jaxlm.interop import FAMILIES, find_family, hub, parity, tokenizer_files
@@ -42,10 +43,9 @@ from jaxlm.interop.mapping import (
     match,
     meaning,
     present_groups,
-    repair_list,
     repeated_names,
 )
-from jaxlm.interop.safetensors_io import DTYPES, Planned, write_folder
+from jaxlm.interop.safetensors_io import DTYPES, Planned, repair_list, write_folder
 from jaxlm.interop.source import Source, Stored, open_source, read_config
 from jaxlm.interop.task_heads import TASKS, head_fields, head_to_hf, task_of, with_head
 from jaxlm.models import MODELS, Head, TransformerConfig
@@ -67,7 +67,6 @@ class Incoming:
     """A source, and what it is in our terms. absent: the pieces of heads that it lacks."""
 
     source: Source
-    commit: str
     options: dict[str, Any]
     num_pair_classes: int
     head: dict[str, Any]  # fields of models.Head, or {}
@@ -110,17 +109,6 @@ def flatten(tree: PyTree) -> dict[str, Any]:
     return {"/".join(path_names(p)): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def unflatten(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, array in arrays.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = array
-    return tree
-
-
 # --- in ---------------------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +118,7 @@ def read_source(source: str, *, allow_pickle: bool = False, least_vocab_size: in
     Raises:
       BadModel, BadFile, FileNotFoundError, ImportError: with everything that is in the way.
     """
-    folder, commit = hub.fetch(source)
+    folder, _ = hub.fetch(source)
     opened = open_source(folder, allow_pickle=allow_pickle)
     family, tensors = opened.family, opened.tensors
     options = config_from_hf(family, opened.config)
@@ -151,7 +139,7 @@ def read_source(source: str, *, allow_pickle: bool = False, least_vocab_size: in
         raise BadModel(
             repair_list(f"{folder} is not the model that its config.json says", problems)
         )
-    return Incoming(opened, commit, options, num_pair_classes, head, ours, shapes, pieces, absent)
+    return Incoming(opened, options, num_pair_classes, head, ours, shapes, pieces, absent)
 
 
 def find_untrue_repeats(source: Source, tied: bool) -> list[str]:
@@ -267,7 +255,7 @@ def load_params(spec: str, config: TransformerConfig, wanted: PyTree) -> PyTree:
     Raises:
       BadModel: a repair list, if the run's model is another one than the source.
     """
-    folder, commit = hub.fetch(spec)
+    folder, _ = hub.fetch(spec)
     leaves = flatten(wanted)
     shapes = {path: tuple(x.shape) for path, x in leaves.items()}
     source = open_source(folder, task=fitting_task(folder, shapes))
@@ -286,7 +274,7 @@ def load_params(spec: str, config: TransformerConfig, wanted: PyTree) -> PyTree:
     absent, unfit = match(family, pieces, source.shapes(), tied=config.tie_embeddings, left=heads)
     if problems or unfit:
         raise BadModel(repair_list(f"{spec} does not fit this run's model", problems + unfit))
-    incoming = Incoming(source, commit, options, 0, {}, config.vocab_size, own, pieces, absent)
+    incoming = Incoming(source, options, 0, {}, config.vocab_size, own, pieces, absent)
     held = {path: InMemory(shape, leaves[path].dtype) for path, shape in own.items()}
     convert_into(incoming, held, np.dtype(np.float32))
     new = [path for path in shapes if path not in own]
@@ -294,7 +282,7 @@ def load_params(spec: str, config: TransformerConfig, wanted: PyTree) -> PyTree:
     arrays = {path: array.array for path, array in held.items()}
     for path in new:
         arrays[path] = initial(path, shapes[path], config.init_std).astype(leaves[path].dtype)
-    return unflatten(arrays)
+    return unflatten_dict(arrays, sep="/")
 
 
 def log_initialised(spec: str, paths: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlm.interop.safetensors_io import repair_list
 from jaxlm.models.config import TransformerConfig
 
 Shape = tuple[int, ...]
@@ -29,11 +30,6 @@ VOCAB_PATHS = ("embed/embedding", "unembed", "mlm_head/vocab_bias")
 
 class BadModel(ValueError):
     """A folder or a config that cannot be converted; the message lists everything that is in the way."""
-
-
-def repair_list(title: str, problems: Sequence[str], limit: int = 200) -> str:
-    more = [f"and {len(problems) - limit} more"] if len(problems) > limit else []
-    return title + ":\n" + "\n".join(f"  - {p}" for p in [*problems[:limit], *more])
 
 
 # --- transforms -------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import unflatten_dict
 
 from jaxlm.interop.arrays import Array, read_theirs
 from jaxlm.interop.mapping import Piece
@@ -220,14 +221,8 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def load_float32(arrays: Mapping[str, Array]) -> Params:
-    tree: dict[str, Any] = {}
-    for path, array in arrays.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = jnp.asarray(array.read().astype(np.float32))
-    return tree
+    held = {path: jnp.asarray(array.read().astype(np.float32)) for path, array in arrays.items()}
+    return unflatten_dict(held, sep="/")
 
 
 def run_logits(model: nn.Module, params: Params, batch: Mapping[str, np.ndarray]) -> np.ndarray:

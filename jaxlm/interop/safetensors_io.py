@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
             tensors[name] = tensor
     problems += [] if problems else _find_gaps(tensors, 8 + length, size)
     if problems:
-        raise BadFile(_repair_list(f"{path} is not a sound safetensors file", problems))
+        raise BadFile(repair_list(f"{path} is not a sound safetensors file", problems))
     return tensors
 
 
@@ -222,9 +222,7 @@ def _read_sharded(folder: Path) -> dict[str, Tensor]:
         ]
         tensors |= header
     if problems:
-        raise BadFile(
-            _repair_list(f"{folder / INDEX} and its files do not agree", sorted(problems))
-        )
+        raise BadFile(repair_list(f"{folder / INDEX} and its files do not agree", sorted(problems)))
     return tensors
 
 
@@ -246,7 +244,7 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _repair_list(title: str, problems: list[str], limit: int = 200) -> str:
+def repair_list(title: str, problems: Sequence[str], limit: int = 200) -> str:
     more = [f"and {len(problems) - limit} more"] if len(problems) > limit else []
     return title + ":\n" + "\n".join(f"  - {p}" for p in [*problems[:limit], *more])
 

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from jaxlm import build, interop
 from jaxlm.interop import convert, mapping, parity
@@ -200,7 +201,7 @@ def test_a_flax_msgpack_is_read_like_the_safetensors(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(recorded["config"]))
-        blob = flax.serialization.msgpack_serialize(convert.unflatten(flat))
+        blob = flax.serialization.msgpack_serialize(unflatten_dict(flat, sep="/"))
         (folder / "flax_model.msgpack").write_bytes(blob)
         from_hf(folder, tmp_path / f"{name}_w")
         check_outputs(name, tmp_path / f"{name}_w")
@@ -386,8 +387,8 @@ def test_a_transform_that_is_none_would_be_caught():
 def load(source, name, **head):
     """`load_params` of a folder into a new model with a task's head (or without one); (params, the twin)."""
     twin = tiny_families.Twin(name, **head)
-    wanted = convert.unflatten(
-        {p: np.broadcast_to(np.float32(0), shape) for p, shape in twin.paths.items()}
+    wanted = unflatten_dict(
+        {p: np.broadcast_to(np.float32(0), shape) for p, shape in twin.paths.items()}, sep="/"
     )
     return convert.load_params(str(source), twin.config, wanted), twin
 
