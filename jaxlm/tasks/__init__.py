@@ -1,0 +1,9 @@
+"""Tasks to fine-tune for: records -> features, a head, a loss, predictions, scores and a report.
+
+A task is one file and one line here. What it must have is in CONTRIBUTING.md, "Add a task"; the shortest example is
+`sequence_classification`.
+"""
+
+from jaxlm.tasks.sequence_classification import SequenceClassification
+
+TASKS = {"sequence_classification": SequenceClassification}
