@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,7 @@ from jaxlm.training.step import make_eval_step, make_train_step
 from jaxlm.training.throughput import peak_flops
 
 PyTree = Any
+log = logging.getLogger("jaxlm")
 
 # A run may be resumed with other values of these: they change how it runs, not what it computes.
 EXECUTION_FIELDS = (
@@ -501,6 +503,7 @@ def initial_state(run: Run) -> TrainState:
     `init='params'` or 'ema' takes those arrays and starts at step 0; `init='state'` goes on from the
     other run's step with its optimizer state, e.g. to fork the cooldown of a WSD run.
     `init_from='hf:DIR_OR_HUB_ID[@REVISION]'` takes the parameters of a Hugging Face folder.
+    What was taken is written to the workdir's origin.json: the checkpoint, or the commit of the hub.
     """
     config = run.config
     if not config.init_from:
@@ -509,15 +512,26 @@ def initial_state(run: Run) -> TrainState:
         if config.init != "params":
             raise ValueError(f"init {config.init!r}: a Hugging Face folder has only 'params'")
         spec = config.init_from.removeprefix(HUGGING_FACE)
-        wanted = run.state_shape.params
-        return run.init_state(convert.load_params(spec, run.model.config, wanted))
+        weights = convert.load_params(spec, run.model.config, run.state_shape.params)
+        if weights.new:
+            log.info("%s has no %s: initialised", spec, ", ".join(weights.new))
+        write_origin(run, commit=weights.commit)
+        return run.init_state(weights.params)
     path, _, step = config.init_from.partition("@")
     source = find_step(path, int(step) if step else None)
+    write_origin(run, checkpoint=str(source))
     if config.init in ("params", "ema"):
         return run.init_state(load_item(source, run.state_shape.params, config.init))
     if config.init == "state":
         return restore_state(source, run.state_shape)
     raise ValueError(f"init {config.init!r} must be 'params', 'ema' or 'state'")
+
+
+def write_origin(run: Run, **found: Any) -> None:
+    """origin.json: what `init_from` was when the run began, which a revision or a newest step does not say later."""
+    content = {"init_from": run.config.init_from, "init": run.config.init, **found}
+    text = json.dumps(content, indent=2) + "\n"
+    (run.workdir / "origin.json").write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)

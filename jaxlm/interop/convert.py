@@ -19,7 +19,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -247,15 +247,32 @@ class InMemory:
         self.array[index] = array
 
 
-def load_params(spec: str, config: TransformerConfig, wanted: PyTree) -> PyTree:
+class Weights(NamedTuple):
+    """Parameters from elsewhere for a model that exists already, and what became of each name.
+
+    params: host arrays like the model's. commit: of the hub, '' for a folder. restored: our paths that were read.
+    new: our paths that the source lacks, initialised. mismatched: of these, heads that it has in another shape.
+    dropped: the source's tensors that the model has no use for.
+    """
+
+    params: PyTree
+    commit: str
+    restored: list[str]
+    new: list[str]
+    mismatched: list[str]
+    dropped: list[str]
+
+
+def load_params(spec: str, config: TransformerConfig, wanted: PyTree) -> Weights:
     """The parameters of 'DIR_OR_HUB_ID[@revision]' for a model that exists already, as host arrays like `wanted`.
 
-    Heads that the source lacks are initialised; heads that the model lacks are left.
+    Heads that the source lacks, or has for another number of classes, are initialised; heads that the model lacks are
+    left.
 
     Raises:
       BadModel: a repair list, if the run's model is another one than the source.
     """
-    folder, _ = hub.fetch(spec)
+    folder, commit = hub.fetch(spec)
     leaves = flatten(wanted)
     shapes = {path: tuple(x.shape) for path, x in leaves.items()}
     source = open_source(folder, task=fitting_task(folder, shapes))
@@ -263,12 +280,14 @@ def load_params(spec: str, config: TransformerConfig, wanted: PyTree) -> PyTree:
     options = config_from_hf(find_family(family.model_type), source.config)
     problems = find_differences(options, config)
     covered = {path for row in family.rows for path in row.paths}
-    own = {path: shape for path, shape in shapes.items() if path in covered}
     problems += [
         f"parameter {path}: {family.model_type} has none"
         for path in sorted(shapes.keys() - covered)
         if not path.startswith(HEAD_PATHS)
     ]
+    own = {path: shape for path, shape in shapes.items() if path in covered}
+    mismatched = other_heads(source, bind(family, own, options["vocab_size"]))
+    own = {path: shape for path, shape in own.items() if path not in mismatched}
     pieces = bind(family, own, options["vocab_size"])
     heads = head_names(family.model_type)
     absent, unfit = match(family, pieces, source.shapes(), tied=config.tie_embeddings, left=heads)
@@ -277,17 +296,29 @@ def load_params(spec: str, config: TransformerConfig, wanted: PyTree) -> PyTree:
     incoming = Incoming(source, options, 0, {}, config.vocab_size, own, pieces, absent)
     held = {path: InMemory(shape, leaves[path].dtype) for path, shape in own.items()}
     convert_into(incoming, held, np.dtype(np.float32))
-    new = [path for path in shapes if path not in own]
-    log_initialised(spec, [*new, *(path for piece in absent for path in piece.paths)])
     arrays = {path: array.array for path, array in held.items()}
-    for path in new:
+    for path in shapes.keys() - own.keys():
         arrays[path] = initial(path, shapes[path], config.init_std).astype(leaves[path].dtype)
-    return unflatten_dict(arrays, sep="/")
+    new = {path for piece in absent for path in piece.paths} | (shapes.keys() - own.keys())
+    return Weights(
+        unflatten_dict(arrays, sep="/"),
+        commit,
+        restored=sorted(shapes.keys() - new),
+        new=sorted(new),
+        mismatched=sorted(mismatched),
+        dropped=sorted(source.tensors.keys() - {piece.name for piece in incoming.present}),
+    )
 
 
-def log_initialised(spec: str, paths: Sequence[str]) -> None:
-    if paths:
-        log.info("%s has no %s: initialised", spec, ", ".join(sorted(set(paths))))
+def other_heads(source: Source, pieces: Sequence[Piece]) -> set[str]:
+    """Paths of a task's head that the source has in another shape: for another number of classes."""
+    stored = source.shapes()
+    return {
+        path
+        for piece in pieces
+        for path in piece.paths
+        if path.startswith("head/") and stored.get(piece.name, piece.shape) != piece.shape
+    }
 
 
 def fitting_task(folder: Path, paths: Iterable[str]) -> str:

@@ -390,7 +390,7 @@ def load(source, name, **head):
     wanted = unflatten_dict(
         {p: np.broadcast_to(np.float32(0), shape) for p, shape in twin.paths.items()}, sep="/"
     )
-    return convert.load_params(str(source), twin.config, wanted), twin
+    return convert.load_params(str(source), twin.config, wanted).params, twin
 
 
 def test_a_new_head_stands_on_a_body_of_published_parameters(tmp_path):
@@ -426,13 +426,17 @@ def test_a_fine_tuned_head_comes_along_where_the_model_has_it(name, tmp_path):
                 np.testing.assert_array_equal(flat[path][at], wanted[path][at], err_msg=path)
 
 
-def test_a_head_with_another_number_of_classes_is_refused(tmp_path):
+def test_a_head_for_another_number_of_classes_is_new_and_named(tmp_path):
     twin = tiny_families.Twin("bert_sequence")
     source = tiny_hf.write_source(tmp_path / "hf", twin.hf, tiny_hf.make_weights(twin.shapes))
-    with pytest.raises(
-        mapping.BadModel, match=r"classifier.weight: found \[3, 32\], expected \[5, 32\]"
-    ):
-        load(source, "bert_sequence", num_classes=5)
+    other = tiny_families.Twin("bert_sequence", num_classes=5)
+    wanted = unflatten_dict({p: np.zeros(s, np.float32) for p, s in other.paths.items()}, sep="/")
+    weights = convert.load_params(str(source), other.config, wanted)
+    out = ["head/out/bias", "head/out/kernel"]
+    assert weights.mismatched == out and weights.new == out and weights.commit == ""
+    assert weights.dropped == ["classifier.bias", "classifier.weight"]
+    assert "head/dense" in weights.restored and "embed/embedding" in weights.restored
+    assert weights.params["head"]["out"]["kernel"].shape == (32, 5)
 
 
 def test_a_missing_layer_is_not_initialised_in_silence(tmp_path):

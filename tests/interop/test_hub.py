@@ -12,7 +12,7 @@ import pytest
 from jaxlm.interop import hub
 from jaxlm.interop.mapping import BadModel
 from tests.interop import tiny_hf
-from tests.tiny import ROOT, environment
+from tests.tiny import ROOT, environment, make_store
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny"
@@ -81,13 +81,17 @@ def server(tmp_path):
     httpd.server_close()
 
 
-def convert(server, source, target, tmp_path):
+def run(server, tmp_path, *arguments):
     # The endpoint is read when huggingface_hub is imported, so this is another process.
     env = environment() | {"HF_ENDPOINT": server, "HF_HOME": str(tmp_path / "home")}
     env |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
-    arguments = ["from_hf", "--source", source, "--target", str(target), "--certificate=round_trip"]
-    command = [sys.executable, "tools/convert_checkpoint.py", *arguments]
+    command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+
+
+def convert(server, source, target, tmp_path):
+    flags = ["--source", source, "--target", target, "--certificate=round_trip"]
+    return run(server, tmp_path, "tools/convert_checkpoint.py", "from_hf", *flags)
 
 
 def test_an_id_is_fetched_without_pickles_and_code_and_its_commit_recorded(server, tmp_path):
@@ -107,6 +111,30 @@ def test_an_id_is_fetched_without_pickles_and_code_and_its_commit_recorded(serve
     }
     assert not fetched & unwanted
     assert not any("onnx" in path for path in Hub.asked)
+
+
+def test_a_run_that_starts_from_an_id_records_its_commit(server, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    assert convert(server, REPO, tmp_path / "w", tmp_path).returncode == 0
+    store = make_store(tmp_path / "store")
+    fields = {
+        "init_from": f"hf:{REPO}@main",
+        "data.sources": f"('{store}',)",
+        "tokenizer.path": store / "tokenizer",
+        "model.vocab_size": 264,
+        "num_train_steps": 1,
+        "batch_size": 2,
+        "eval.batch_size": 2,
+        "eval.num_batches": 1,
+        "seq_len": 16,
+    }
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    config = f"--config={tmp_path / 'w/config.json'}"
+    run_dir = tmp_path / "run"
+    result = run(server, tmp_path, "-m", "jaxlm.pretrain", config, f"--workdir={run_dir}", *flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    origin = json.loads((run_dir / "origin.json").read_text())
+    assert origin == {"init_from": f"hf:{REPO}@main", "init": "params", "commit": COMMIT}
 
 
 def test_an_id_that_the_hub_does_not_have_is_one_line(server, tmp_path):

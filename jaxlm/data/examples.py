@@ -1,0 +1,311 @@
+"""Batches of labelled examples by number: batch k is a pure function of (seed, k), and of nothing else.
+
+    k * batch_size + i = draw ──permutation of its epoch──▶ example ──features──▶ tokens and labels ──pack or pad──▶ rows
+
+A batch has `batch_size` examples, however they are laid into rows:
+
+    packed   tokens       a a a b b b b c c .        padded   a a a .
+             segment_ids  1 1 1 2 2 2 2 3 3 0                 b b b b
+             positions    0 1 2 0 1 2 3 0 1 0                 c c . .
+             example_ids  7 4 9                               7 / 4 / 9
+
+What a feature holds is said in `Feature`; a feature with several segments (the choices of a question) has as many slots.
+Rows come in a fixed few shapes, so that a fixed few programs are compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.data.packing import permute
+
+Batch = dict[str, np.ndarray]
+
+# tokens (n,) int32; segments (n,) 1..m, if m > 1; per token also token_types, labels, weights (n,); per slot
+# example_labels, example_weights and other example_* (m, ...), of which those that end in _positions are places in the
+# feature. Every feature of a task has the same keys.
+Feature = dict[str, np.ndarray]
+
+LENGTHS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+_ORDER = 0  # first word of the seed sequence after the seed
+
+
+class Place(NamedTuple):
+    """Where a feature lies in a batch: its row, the place of its first token and the number of its first slot."""
+
+    row: int
+    start: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes that batches may have: the smallest that holds one is taken.
+
+    packed: several features in a row. lengths: of rows (packed: only one). rows: how many, ascending; the last is
+    enough for any batch. slots: of a row.
+    """
+
+    packed: bool
+    lengths: tuple[int, ...]
+    rows: tuple[int, ...]
+    slots: int
+
+
+class Examples:
+    """Features in a fixed order, with their sizes.
+
+    lengths, slots: int (n,), tokens and segments of each.
+    """
+
+    def __init__(self, features: Sequence[Feature]):
+        if not features:
+            raise ValueError("found no example that can be used")
+        self.features = features
+        self.lengths = np.array([len(f["tokens"]) for f in features])
+        self.slots = np.array([num_slots(f) for f in features])
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 over all tokens and labels, in order."""
+        digest = hashlib.sha256()
+        for feature in self.features:
+            for key in sorted(feature):
+                digest.update(key.encode() + np.ascontiguousarray(feature[key]).tobytes())
+        return digest.hexdigest()
+
+
+def num_slots(feature: Feature) -> int:
+    return int(feature["segments"].max()) if "segments" in feature else 1
+
+
+class TrainExamples:
+    """Endless epochs over the examples, each in a new order, all of them before any comes again.
+
+    `batches[k]` is a dict of arrays (rows, …), as `lay_out` makes them; examples k * batch_size … + batch_size - 1.
+
+    local_rows: number of rows of the global batch -> those of this process; None = all.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        shapes: Shapes,
+        batch_size: int,
+        seed: int,
+        num_steps: int = 2**62,
+        local_rows: Callable[[int], np.ndarray] | None = None,
+    ):
+        self.examples, self.shapes, self.batch_size = examples, shapes, batch_size
+        self.seed, self.num_steps, self.local_rows = seed, num_steps, local_rows
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, k: int) -> Batch:
+        if not 0 <= k < len(self):
+            raise IndexError(f"found batch {k}; expected 0 <= k < {len(self)}")
+        batch, _ = lay_out(self.examples, self.ids(k), self.shapes, self.local_rows)
+        return batch
+
+    def ids(self, k: int) -> list[int]:
+        """The numbers of the examples of batch k."""
+        return draw(len(self.examples), self.batch_size, self.seed, k)
+
+    def epochs_seen(self, k: int) -> dict[str, float]:
+        return {"train": k * self.batch_size / len(self.examples)}
+
+
+class EvalExamples:
+    """Every example once, those of one length together; the last batch has fewer."""
+
+    def __init__(
+        self,
+        examples: Examples,
+        shapes: Shapes,
+        batch_size: int,
+        local_rows: Callable[[int], np.ndarray] | None = None,
+    ):
+        self.examples, self.shapes, self.batch_size = examples, shapes, batch_size
+        self.local_rows = local_rows
+        self.order = np.argsort(examples.lengths, kind="stable")
+
+    def __len__(self) -> int:
+        return -(-len(self.examples) // self.batch_size)
+
+    def __getitem__(self, k: int) -> Batch:
+        return self.laid_out(k)[0]
+
+    def laid_out(self, k: int) -> tuple[Batch, dict[int, Place]]:
+        """Batch k, and where each of its examples is."""
+        ids = self.order[k * self.batch_size : (k + 1) * self.batch_size].tolist()
+        return lay_out(self.examples, ids, self.shapes, self.local_rows)
+
+    def taken_apart(
+        self, k: int, outputs: dict[str, np.ndarray]
+    ) -> dict[int, dict[str, np.ndarray]]:
+        """What a model says about each example of batch k, from the global arrays slot_* (B, E, …) and token_* (B, T, …).
+
+        Returns {number: {slot_*: (m, …), token_*: (n, …)}}.
+        """
+        _, places = self.laid_out(k)
+        result = {}
+        for number, (row, start, slot) in places.items():
+            slots = slice(slot, slot + self.examples.slots[number])
+            tokens = slice(start, start + self.examples.lengths[number])
+            result[number] = {
+                key: value[row, slots if key.startswith("slot_") else tokens]
+                for key, value in outputs.items()
+            }
+        return result
+
+
+def draw(size: int, batch_size: int, seed: int, k: int) -> list[int]:
+    """Which of `size` examples are in batch k: an epoch's permutation, read on over the end of the epoch."""
+    ids = []
+    for number in range(k * batch_size, (k + 1) * batch_size):
+        epoch, index = divmod(number, size)
+        ids.append(permute(index, size, _order_key(seed, epoch)))
+    return ids
+
+
+@functools.lru_cache(maxsize=64)
+def _order_key(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence([seed, _ORDER, epoch]).generate_state(1, np.uint64)[0])
+
+
+def lay_out(
+    examples: Examples,
+    ids: Sequence[int],
+    shapes: Shapes,
+    local_rows: Callable[[int], np.ndarray] | None = None,
+) -> tuple[Batch, dict[int, Place]]:
+    """The batch of these examples in the smallest shape that holds it, and the place of each."""
+    lengths, slots = examples.lengths[ids], examples.slots[ids]
+    length = _smallest(shapes.lengths, int(lengths.max()), "row length")
+    places = (
+        pack(lengths, slots, length, shapes.slots)
+        if shapes.packed
+        else [Place(row, 0, 0) for row in range(len(ids))]
+    )
+    rows = _smallest(shapes.rows, 1 + max(place.row for place in places), "number of rows")
+    kept = np.arange(rows) if local_rows is None else local_rows(rows)
+    batch = fill([examples.features[i] for i in ids], ids, places, (rows, length, shapes.slots))
+    return {key: value[kept] for key, value in batch.items()}, dict(zip(ids, places, strict=True))
+
+
+def pack(lengths: np.ndarray, slots: np.ndarray, row_length: int, row_slots: int) -> list[Place]:
+    """Each feature into the first row with room for it, the longest first (first fit decreasing)."""
+    used: list[list[int]] = []  # of each row: tokens, slots
+    places: list[Place] = [Place(0, 0, 0)] * len(lengths)
+    for index in np.argsort(-lengths, kind="stable"):
+        length, count = int(lengths[index]), int(slots[index])
+        fits = (
+            row
+            for row, (tokens, taken) in enumerate(used)
+            if tokens + length <= row_length and taken + count <= row_slots
+        )
+        row = next(fits, len(used))
+        if row == len(used):
+            used.append([0, 0])
+        places[index] = Place(row, *used[row])
+        used[row][0] += length
+        used[row][1] += count
+    return places
+
+
+def fill(
+    features: Sequence[Feature],
+    ids: Sequence[int],
+    places: Sequence[Place],
+    shape: tuple[int, int, int],
+) -> Batch:
+    """The arrays of a batch of (rows, tokens, slots); what no feature fills is 0, and -1 in example_ids."""
+    rows, length, slots = shape
+    batch: Batch = {
+        "segment_ids": np.zeros((rows, length), np.int32),
+        "positions": np.zeros((rows, length), np.int32),
+        "example_ids": np.full((rows, slots), -1, np.int32),
+        "example_weights": np.zeros((rows, slots), np.float32),
+    }
+    for key, value in features[0].items():
+        if key != "segments" and key not in batch:
+            size = (rows, slots) if key.startswith("example_") else (rows, length)
+            batch[key] = np.zeros((*size, *value.shape[1:]), _dtype(value))
+    for number, feature, (row, start, slot) in zip(ids, features, places, strict=True):
+        n, m = len(feature["tokens"]), num_slots(feature)
+        segments = feature.get("segments", np.ones(n, np.int32))
+        here, these = (row, slice(start, start + n)), (row, slice(slot, slot + m))
+        batch["segment_ids"][here] = segments + slot
+        batch["positions"][here] = places_in_segments(segments)
+        batch["example_ids"][these] = number
+        batch["example_weights"][these] = 1
+        for key, value in feature.items():
+            if key.startswith("example_"):
+                batch[key][these] = value + start if key.endswith("_positions") else value
+            elif key != "segments":
+                batch[key][here] = value
+    return batch
+
+
+def places_in_segments(segments: np.ndarray) -> np.ndarray:
+    """(n,) 1 1 1 2 2 -> 0 1 2 0 1."""
+    index = np.arange(len(segments))
+    begins = np.r_[True, segments[1:] != segments[:-1]]
+    return index - np.maximum.accumulate(np.where(begins, index, 0))
+
+
+def _dtype(value: np.ndarray) -> type:
+    return np.float32 if value.dtype.kind == "f" else np.int32
+
+
+def _smallest(sizes: Sequence[int], needed: int, what: str) -> int:
+    for size in sizes:
+        if size >= needed:
+            return size
+    raise ValueError(f"{what} {needed}: the largest shape of this run has {sizes[-1]}")
+
+
+def plan_shapes(
+    examples: Examples,
+    batch_size: int,
+    seed: int,
+    *,
+    packed: bool,
+    seq_len: int,
+    row_multiple: int = 1,
+    num_batches: int = 200,
+) -> Shapes:
+    """The shapes for batches of these examples.
+
+    Packed, rows are as long as the longest example's bucket, and their number is that which half of the first
+    `num_batches` batches need, that which nine tenths need, that which all need, or enough for any batch.
+    Padded, a row is one example, and a batch as long as the bucket of its longest.
+
+    seq_len: the longest that a feature can be. row_multiple: devices that share the rows.
+    """
+    up = lambda n: -(-int(n) // row_multiple) * row_multiple
+    buckets = sorted({min(size, seq_len) for size in LENGTHS} | {seq_len})
+    if not packed:
+        return Shapes(False, tuple(buckets), (up(batch_size),), int(examples.slots.max()))
+    length = _smallest(buckets, int(examples.lengths.max()), "example of length")
+    most = int(examples.slots.max())
+    slots = max(most, round(2 * length * examples.slots.mean() / examples.lengths.mean()))
+    needed = []
+    for k in range(min(num_batches, -(-len(examples) // batch_size))):
+        ids = draw(len(examples), batch_size, seed, k)
+        places = pack(examples.lengths[ids], examples.slots[ids], length, slots)
+        needed.append(1 + max(place.row for place in places))
+    quantiles = np.quantile(needed, (0.5, 0.9, 1.0), method="higher")
+    return Shapes(
+        True, (length,), tuple(sorted({up(q) for q in quantiles} | {up(batch_size)})), slots
+    )
