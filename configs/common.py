@@ -222,6 +222,9 @@ def make_model(**fields: Any) -> ConfigDict:
         final_softcap=0.0,
         zero_init_out=False,
         init_std=0.02,
+        lora_rank=0,
+        lora_alpha=16.0,
+        lora_targets=("query", "value"),
     )
     unknown = sorted(set(fields) - set(model))
     if unknown:

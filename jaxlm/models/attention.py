@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm.models import lora
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.layers import (
     add_bias,
@@ -149,12 +150,13 @@ class Attention(nn.Module):
     def project(self, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
         c = self.config
         init = nn.initializers.normal(c.init_std)
-        shape = (c.emb_dim, heads, c.head_dim)
-        kernel = make_param(self, name, init, shape, ("embed", axis, "head_dim"), c.param_dtype)
+        shape, axes = (c.emb_dim, heads, c.head_dim), ("embed", axis, "head_dim")
+        kernel = make_param(self, name, init, shape, axes, c.param_dtype)
         y = project(x_BTD, kernel.astype(c.dtype))
+        y = lora.adapt(self, c, name, x_BTD, y, shape, axes)
         if c.qkv_bias:
-            zeros, axes = nn.initializers.zeros, (axis, "head_dim")
-            bias = make_param(self, f"{name}_bias", zeros, shape[1:], axes, c.param_dtype)
+            zeros = nn.initializers.zeros
+            bias = make_param(self, f"{name}_bias", zeros, shape[1:], axes[1:], c.param_dtype)
             y = add_bias(y, bias)
         return y
 
@@ -190,6 +192,7 @@ class Attention(nn.Module):
         shape, axes = (c.num_heads, c.head_dim, c.emb_dim), ("heads", "head_dim", "embed")
         kernel = make_param(self, "out", init, shape, axes, c.param_dtype)
         y = project(x_BTNH, kernel.astype(c.dtype), axes=2)
+        y = lora.adapt(self, c, "out", x_BTNH, y, shape, axes, num_in=2)
         if c.out_bias:
             zeros = nn.initializers.zeros
             bias = make_param(self, "out_bias", zeros, (c.emb_dim,), ("norm",), c.param_dtype)

@@ -10,6 +10,7 @@ from jaxlm.models.layers import ACTIVATIONS, GATED
 NORMS = ("layer_norm", "rms_norm")
 NORM_POSITIONS = ("pre", "post", "sandwich")
 POSITIONS = ("learned", "sinusoidal", "rotary", "none")
+PROJECTIONS = ("query", "key", "value", "out", "up", "gate", "down")  # that adapters can have
 REMATS = ("none", "attention", "dots", "full")
 
 
@@ -28,6 +29,7 @@ class TransformerConfig:
     embed_factor_dim: width of the embedding tables, which a matrix then brings to emb_dim (arXiv:1909.11942,
     section 3.1); 0 means emb_dim and no matrix. share_layers: one layer's parameters serve all (ibid.).
     num_token_types 0 means none. zero_init_out starts every block as the identity.
+    lora_rank: of the adapters that the projections `lora_targets` have, times lora_alpha / lora_rank (`lora`); 0: none.
     Execution (never changes the parameters): dtype is the compute dtype; unroll 0 means all layers; remat says
     what is recomputed in the backward pass: nothing; attention's scores; all but the matmul outputs; the whole layer.
     """
@@ -69,6 +71,9 @@ class TransformerConfig:
     final_softcap: float = 0.0
     zero_init_out: bool = False
     init_std: float = 0.02
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_targets: tuple[str, ...] = ("query", "value")
     # execution
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -151,4 +156,24 @@ def find_problems(config: TransformerConfig) -> list[str]:
             problems.append(f"{field}={getattr(config, field)}: must be in [0, 1)")
     if not 0 <= config.unroll <= config.num_layers:
         problems.append(f"unroll={config.unroll}: 0 (all) to num_layers={config.num_layers}")
+    return problems + find_adapter_problems(config)
+
+
+def find_adapter_problems(config: TransformerConfig) -> list[str]:
+    """What is wrong with the adapters, where there are some."""
+    c, problems = config, []
+    if c.lora_rank < 0:
+        problems.append(f"lora_rank={c.lora_rank}: 0 (no adapters) or more")
+    if c.lora_rank <= 0:
+        return problems
+    if c.lora_alpha <= 0:
+        problems.append(f"lora_alpha={c.lora_alpha}: must be over 0, or the adapters do nothing")
+    if not c.lora_targets:
+        problems.append(f"lora_targets=(): name some of {', '.join(PROJECTIONS)}, or lora_rank=0")
+    if unknown := [name for name in c.lora_targets if name not in PROJECTIONS]:
+        problems.append(f"lora_targets has {unknown}: use some of {', '.join(PROJECTIONS)}")
+    if "gate" in c.lora_targets and not c.is_gated:
+        problems.append(
+            f"lora_targets has 'gate': activation={c.activation!r} has no gate, remove it"
+        )
     return problems

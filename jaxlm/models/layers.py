@@ -4,7 +4,7 @@ Shape letters (einsums and variable suffixes use the same ones):
 
     B batch   T query length   S key length   D width   N heads   K kv heads   G = N / K
     H head dim   F mlp dim   V vocab   P positions in a table   L layers
-    M masked positions   E examples in a row   C classes
+    M masked positions   E examples in a row   C classes   R rank of an adapter
 
 Parameters and activations name their axes by the logical names in `LOGICAL_AXES`; which mesh axis a name means is
 decided in one table elsewhere. An unknown name raises here, because Flax would ignore it in silence.
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 PARAM_AXES = frozenset(
-    {"embed", "mlp", "heads", "kv", "head_dim", "vocab", "layers", "norm", "pos"}
+    {"embed", "mlp", "heads", "kv", "head_dim", "vocab", "layers", "norm", "pos", "rank"}
 )
 ACTIVATION_AXES = frozenset(
     {"batch", "length", "act_embed", "act_heads", "act_kv", "act_mlp", "act_vocab"}

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm.models import lora
 from jaxlm.models.attention import Attention, is_unrolled, residual_std
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.layers import (
@@ -142,6 +143,7 @@ class MLP(nn.Module):
         init = nn.initializers.normal(std)
         kernel = make_param(self, name, init, shape, axes, c.param_dtype)
         y = project(x, kernel.astype(c.dtype))
+        y = lora.adapt(self, c, name, x, y, shape, axes)
         if c.mlp_bias:
             axis = "mlp" if axes[1] == "mlp" else "norm"
             zeros = nn.initializers.zeros

@@ -31,6 +31,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("layers", None),
     ("norm", None),
     ("pos", None),
+    ("rank", None),
     # activations
     ("length", None),
     ("act_embed", None),

@@ -1,7 +1,8 @@
-"""Orbax checkpoints of a run: `checkpoints/<step>/` with the items params, ema, opt_state and manifest.
+"""Orbax checkpoints of a run: `checkpoints/<step>/` with the items params, ema, frozen, opt_state and manifest.
 
-`params` (and `ema`) stand alone, so that fine-tuning, evaluation and export read them without knowing
-which optimizer made them. `opt_state` holds every other array of the state. `manifest` is JSON.
+`params` (and `ema`, where the run averages) stand alone, so that fine-tuning, evaluation and export read them without
+knowing which optimizer made them; where a part of the parameters did not train, it is in `frozen`, and together they
+are the model's. `opt_state` holds every other array of the state. `manifest` is JSON.
 """
 
 import json
@@ -14,6 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from jaxlm.parallel.mesh import path_names
+from jaxlm.training import partition
 from jaxlm.training.state import TrainState
 
 PyTree = Any
@@ -102,19 +104,15 @@ class Checkpoints:
 
 
 def split_state(state: TrainState) -> dict[str, PyTree]:
-    """The array items of a checkpoint: params, ema if there is one, and opt_state with all the rest."""
+    """The array items of a checkpoint: params, ema and frozen if there are any, and opt_state with all the rest."""
     rest = {
         "step": state.step,
         "opt_state": state.opt_state,
         "plateau": state.plateau,
         "skipped": state.skipped,
     }
-    if state.frozen is not None:
-        rest["frozen"] = state.frozen
-    items = {"params": state.params, "opt_state": rest}
-    if state.ema is not None:
-        items["ema"] = state.ema
-    return items
+    items = {"params": state.params, "opt_state": rest, "ema": state.ema, "frozen": state.frozen}
+    return {name: tree for name, tree in items.items() if tree is not None}
 
 
 def evaluated_item(step_dir: Path) -> str:
@@ -128,24 +126,28 @@ def restore_state(step_dir: Path, abstract_state: TrainState) -> TrainState:
     Raises:
       ValueError: a repair list, if the stored names, shapes or dtypes are others.
     """
-    items = split_state(abstract_state)
-    _refuse_mismatches(step_dir, items)
-    loaded = {
-        name: ocp.StandardCheckpointer().restore(step_dir / name, tree)
-        for name, tree in items.items()
-    }
+    loaded = _load(step_dir, split_state(abstract_state))
     rest = loaded["opt_state"]
-    return abstract_state.replace(params=loaded["params"], ema=loaded.get("ema"), **rest)
+    parts = {name: loaded.get(name) for name in ("params", "ema", "frozen")}
+    return abstract_state.replace(**parts, **rest)
 
 
 def load_item(step_dir: Path, abstract_tree: PyTree, item: str = "params") -> PyTree:
     """One item of a checkpoint, with exactly the names, shapes and dtypes of `abstract_tree`.
 
+    What the item lacks because it did not train comes from `frozen`, so the whole model's parameters are loaded in the
+    same way whatever part of them was trained.
+
     Raises:
       ValueError: a repair list, if the stored arrays are others.
     """
-    _refuse_mismatches(step_dir, {item: abstract_tree})
-    return ocp.StandardCheckpointer().restore(step_dir / item, abstract_tree)
+    items = {item: abstract_tree}
+    if (step_dir / item).is_dir() and (step_dir / "frozen").is_dir():
+        own = stored_arrays(step_dir / item)
+        items[item], rest = partition.split(abstract_tree, lambda path: path in own)
+        items |= {"frozen": rest} if rest else {}
+    loaded = _load(step_dir, items)
+    return partition.join(loaded[item], loaded.get("frozen"))
 
 
 def read_manifest(step_dir: Path) -> dict:
@@ -153,25 +155,32 @@ def read_manifest(step_dir: Path) -> dict:
     return json.loads((step_dir / "manifest" / "metadata").read_text(encoding="utf-8"))
 
 
-def _refuse_mismatches(step_dir: Path, items: dict[str, PyTree]) -> None:
+def _load(step_dir: Path, items: dict[str, PyTree]) -> dict[str, PyTree]:
     # Orbax casts dtypes in silence, so they are compared here, too.
     problems = [line for name, tree in items.items() for line in mismatches(step_dir / name, tree)]
     if problems:
         raise ValueError(
             f"{step_dir} does not fit this model and optimizer:\n" + "\n".join(problems)
         )
+    checkpointer = ocp.StandardCheckpointer()
+    return {name: checkpointer.restore(step_dir / name, tree) for name, tree in items.items()}
+
+
+def stored_arrays(item: Path) -> dict[str, str]:
+    """Path -> 'float32[8, 4]' of every array in the folder of an item."""
+    return describe(ocp.StandardCheckpointer().metadata(item).item_metadata)
+
+
+def describe(tree: PyTree) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(path_names(p)): f"{np.dtype(x.dtype).name}{list(x.shape)}" for p, x in leaves}
 
 
 def mismatches(item: Path, wanted_tree: PyTree) -> list[str]:
     """Where the arrays stored in `item` differ from `wanted_tree` in name, shape or dtype: a line each."""
     if not item.is_dir():
         return [f"  {item.name}: not in the checkpoint"]
-    describe = lambda x: f"{np.dtype(x.dtype).name}{list(x.shape)}"
-    stored_tree = ocp.StandardCheckpointer().metadata(item).item_metadata
-    stored, wanted = (
-        {"/".join(path_names(p)): describe(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (stored_tree, wanted_tree)
-    )
+    stored, wanted = stored_arrays(item), describe(wanted_tree)
     return [
         f"  {item.name}/{name}: stored {stored.get(name, 'nothing')}, "
         f"expected {wanted.get(name, 'nothing')}"

@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax import contrib
 
+from jaxlm.parallel.mesh import path_names
 from jaxlm.training.schedules import (
     SCHEDULES,
     Plateau,
@@ -32,6 +34,7 @@ __all__ = [
     "global_norm",
     "make_optimizer",
     "make_schedule",
+    "scale_layers",
 ]
 
 PyTree = Any
@@ -49,11 +52,12 @@ def is_stacked(axes: Axes) -> bool:
 
 
 def is_decayed(axes: Axes) -> bool:
-    """Whether weight decay acts: on matrices and embeddings, which all have an 'embed' axis and another one.
+    """Whether weight decay acts: on matrices and embeddings, which all have an 'embed' axis (adapters: 'rank') and another.
 
     Biases and norm scales have no 'embed' axis ('norm', 'mlp', 'heads' and 'head_dim' instead).
     """
-    return "embed" in axes and len([name for name in axes if name != "layers"]) > 1
+    is_matrix = len([name for name in axes if name != "layers"]) > 1
+    return is_matrix and ("embed" in axes or "rank" in axes)
 
 
 def muon_dimensions(axes: Axes) -> contrib.MuonDimensionNumbers | None:
@@ -237,6 +241,89 @@ def make_optimizer(name: str, *, axes: PyTree, **hyper) -> optax.GradientTransfo
     if problems:
         raise ValueError(f"optimizer {name!r}:\n" + "\n".join(f"  - {p}" for p in problems))
     return OPTIMIZERS[name](axes, **hyper)
+
+
+# --- layers that learn slower, or not at all --------------------------------------------------------------------------
+
+
+def scale_layers(
+    transform: optax.GradientTransformation,
+    axes: PyTree,
+    *,
+    num_layers: int,
+    layer_decay: float = 1.0,
+    frozen_layers: int = 0,
+) -> optax.GradientTransformation:
+    """`transform`, whose updates are scaled by depth: as if each layer had a learning rate of its own.
+
+    Layer l of L (from 0) has layer_decay^(L - l) of it, the embeddings layer_decay^(L + 1), and all that stands on the
+    layers (final norm, heads) the whole of it (arXiv:2106.08254; before it arXiv:2003.10555, appendix B). With
+    frozen_layers the embeddings and so many of the lowest layers have none, and stay what they are bit by bit; their
+    gradients still count in the global norm.
+    Weight decay is part of an update and is scaled with it. Without both options it is `transform` itself.
+
+        embed  layers 0 1 2  head        decay 0.5, L = 3:  1/16  1/8 1/4 1/2  1        frozen_layers 1:  0  0 1 1  1
+
+    Args:
+      axes: of the parameters that `transform` is given. 'embed/…' are the embeddings, 'layers/…' is stacked, or
+        'layers/<l>/…' if it is not.
+      layer_decay: over 0, at most 1.
+
+    Raises:
+      ValueError: if an option is out of its range, and in `init` if the layers share their parameters.
+    """
+    problems = []
+    if not 0 < layer_decay <= 1:
+        problems.append(f"layer_decay={layer_decay}: must be over 0 and at most 1 (no decay)")
+    if not 0 <= frozen_layers <= num_layers:
+        problems.append(f"frozen_layers={frozen_layers}: 0 (none) to num_layers={num_layers}")
+    if problems:
+        raise ValueError("the layers' learning rates:\n" + "\n".join(f"  - {p}" for p in problems))
+    if layer_decay == 1 and frozen_layers == 0:
+        return transform
+    depths = np.arange(
+        num_layers + 2
+    )  # 0 the embeddings, then the layers, then what stands on them
+    factors = layer_decay ** (num_layers + 1.0 - depths)
+    factors[: frozen_layers + 1 if frozen_layers else 0] = 0.0
+    factor_of = jax.tree_util.tree_map_with_path(
+        lambda path, a: factors[_depth(path_names(path), a, num_layers)], axes, is_leaf=is_axes
+    )
+
+    def init(params):
+        _refuse_shared_layers(axes, params, num_layers)
+        return transform.init(params)
+
+    def update(updates, state, params=None):
+        updates, state = transform.update(updates, state, params)
+        return jax.tree.map(_scale_first_axis, updates, factor_of), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _depth(names: tuple[str, ...], axes: Axes, num_layers: int) -> int | slice:
+    """Of a parameter; all depths of the layers for a stacked one."""
+    if is_stacked(axes):
+        return slice(1, num_layers + 1)
+    if names[0] == "layers":
+        return 1 + int(names[1])
+    return 0 if names[0] == "embed" else num_layers + 1
+
+
+def _scale_first_axis(update: jax.Array, factor: Any) -> jax.Array:
+    """update * factor, where factor is one number, or one for each layer; where it is 0 also NaN and -0 become 0."""
+    factor = np.asarray(factor, update.dtype)
+    factor = factor.reshape(*factor.shape, *(1,) * (update.ndim - factor.ndim))
+    return jnp.where(factor > 0, update * factor, jnp.zeros_like(update))
+
+
+def _refuse_shared_layers(axes: PyTree, params: PyTree, num_layers: int) -> None:
+    sizes = map_axes(lambda a, p: p.shape[0] if is_stacked(a) else num_layers, axes, params)
+    if found := set(jax.tree.leaves(sizes)) - {num_layers}:
+        raise ValueError(
+            f"found a stack of {min(found)} where {num_layers} layers are expected: they share their parameters, so no "
+            "layer can learn slower than another; set layer_decay=1.0 and frozen_layers=0"
+        )
 
 
 # --- around the optimizer ---------------------------------------------------------------------------------------------

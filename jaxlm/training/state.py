@@ -19,7 +19,8 @@ class TrainState:
       opt_state: the optimizer's state.
       ema: an exponential moving average of `params`, or None.
       plateau: state of reduce-on-plateau, or None.
-      frozen: parameters of a second, fixed network, outside gradients and optimizer, or None.
+      frozen: parameters that do not train (see `partition`), outside gradients and optimizer, or None. What the model
+        is called with is `partition.join(params, frozen)`.
       skipped: int32, how many steps were not applied because their loss or gradient was not finite.
     """
 
@@ -32,7 +33,9 @@ class TrainState:
     skipped: Any = 0
 
 
-def new_state(params: PyTree, optimizer, *, ema: bool = False, plateau=None) -> TrainState:
+def new_state(
+    params: PyTree, optimizer, *, ema: bool = False, plateau=None, frozen: PyTree | None = None
+) -> TrainState:
     """The state before the first step. Call it under jit: nothing is placed on a device by hand."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -40,5 +43,6 @@ def new_state(params: PyTree, optimizer, *, ema: bool = False, plateau=None) -> 
         opt_state=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params) if ema else None,
         plateau=plateau.init() if plateau else None,
+        frozen=frozen or None,
         skipped=jnp.zeros((), jnp.int32),
     )

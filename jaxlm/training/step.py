@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.training.optimizers import clip_scale, ema_update, global_norm
+from jaxlm.training.partition import join
 from jaxlm.training.state import TrainState
 
 PyTree = Any
@@ -30,7 +31,7 @@ def make_train_step(
 
     The loss of a batch is the sum of its totals over the sum of its weights, so it does not depend on
     how rows are spread over devices or micro-batches. A step whose loss or gradient is not finite leaves
-    everything but `step` and `skipped` as it was.
+    everything but `step` and `skipped` as it was. `state.frozen` passes through untouched.
 
     Args:
       model: a Linen module, `apply({'params': p}, batch, deterministic, rngs) -> outputs`.
@@ -50,7 +51,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def total_loss(params, batch, key):
-            variables = {"params": params}
+            variables = {"params": join(params, state.frozen)}
             outputs = model.apply(variables, batch, deterministic=False, rngs={"dropout": key})
             (total, weight), metrics = loss(outputs, batch)
             return total, (weight, metrics)
@@ -80,8 +81,8 @@ def make_train_step(
 
         # A branch and not a select: a select made XLA:CPU copy all parameters and moments, and took twice as long.
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"][0])
-        new_state = jax.lax.cond(finite, update, skip, state)
-        new_state = new_state.replace(step=state.step + 1)
+        new_state = jax.lax.cond(finite, update, skip, state.replace(frozen=None))
+        new_state = new_state.replace(step=state.step + 1, frozen=state.frozen)
         scalars = {
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
@@ -126,11 +127,12 @@ def _sum_gradients(total_loss, params, batch, key, accumulation_steps):
     return sums
 
 
-def make_eval_step(model, loss: Callable) -> Callable[[PyTree, Batch], Metrics]:
-    """A function (params, batch) -> metrics, without dropout; to be jitted."""
+def make_eval_step(model, loss: Callable) -> Callable[..., Metrics]:
+    """A function (params, batch, frozen=None) -> metrics, without dropout; to be jitted."""
 
-    def eval_step(params: PyTree, batch: Batch) -> Metrics:
-        outputs = model.apply({"params": params}, batch, deterministic=True)
+    def eval_step(params: PyTree, batch: Batch, frozen: PyTree | None = None) -> Metrics:
+        variables = {"params": join(params, frozen)}
+        outputs = model.apply(variables, batch, deterministic=True)
         _, metrics = loss(outputs, batch)
         return metrics
 
