@@ -89,6 +89,25 @@ class Tokenizer:
         parts = [list(itertools.islice(encoded, len(text))) for text in split]
         return [p[0] if len(p) == 1 else np.concatenate(p) for p in parts]
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """`encode`, and the characters of `text` that each id stands for: int32 (n,) and int64 (n, 2), [start, end).
+
+            text     Two cafés        ids     Two   _caf  é (byte 1)  é (byte 2)  s
+                     012345678        spans   0 3   3 7   7 8         7 8         8 9
+
+        Starts and ends ascend. A character that was cut into bytes is in the span of each. Where a tokenizer is not
+        exact, a span is that of the text which was normalised into the piece (ﬁ -> f i), it may be empty, and what the
+        normalisation drops (spaces, control characters, accents) is in none.
+        """
+        ids = self.encode(text)
+        if self.is_exact and self.num_bytes[ids].sum() == len(text.encode()):
+            return ids, byte_spans(text, self.num_bytes[ids])
+        spans, start = [], 0
+        for chunk in chunks(text):
+            spans.append(np.asarray(self._spans(chunk), np.int64).reshape(-1, 2) + start)
+            start += len(chunk)
+        return ids, np.concatenate(spans)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; specials are skipped, broken UTF-8 becomes U+FFFD."""
         ids = [int(i) for i in ids if int(i) not in self.special_ids]
@@ -146,6 +165,10 @@ class Tokenizer:
     def _encode_many(self, texts: list[str]) -> Iterable[np.ndarray]:
         return map(self._encode, texts)
 
+    def _spans(self, text: str) -> Sequence[tuple[int, int]]:
+        """The characters of `text` behind each id of `_encode(text)`, where bytes do not say it."""
+        raise NotImplementedError
+
     def _decode(self, ids: list[int]) -> str:
         return self._join(ids)
 
@@ -202,6 +225,15 @@ def chunks(text: str) -> Iterator[str]:
         yield text[start : match.end()]
         start = match.end()
     yield text[start:] if start else text
+
+
+def byte_spans(text: str, num_bytes: np.ndarray) -> np.ndarray:
+    """The characters of `text` that pieces touch which are together its UTF-8 bytes: (n,) -> int64 (n, 2)."""
+    begins = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
+    begun = np.concatenate([[0], np.cumsum(begins, dtype=np.int64)])  # before each byte
+    ends = np.cumsum(num_bytes)
+    first_begun = begun[np.minimum(ends - num_bytes + 1, len(begins))]
+    return np.stack([first_begun - (num_bytes > 0), begun[ends]], axis=1)
 
 
 def _starts_word(text: str) -> bool:

@@ -56,6 +56,9 @@ class CharTokenizer(Tokenizer):
         known = self._codes[index] == codes
         return np.where(known, index + len(ROLES), self.roles["unk"]).astype(np.int32)
 
+    def _spans(self, text):
+        return [(i, i + 1) for i in range(len(text))]
+
     def _is_exact(self):
         return True  # for texts of its characters
 
@@ -93,6 +96,21 @@ class SentencePieceTokenizer(Tokenizer):
             ids += self._model.encode(part, out_type=int)
         return np.array(ids, np.int32)
 
+    def _spans(self, text):
+        spans: list[tuple[int, int]] = []
+        start = 0
+        for number, part in enumerate(text.split("▁") if self._escape else [text]):
+            spans += [(start - 1, start)] * len(self._escape) if number else []
+            spans += [(start + a, start + b) for a, b in self._part_spans(part)]
+            start += len(part) + 1
+        return spans
+
+    def _part_spans(self, text):
+        if hasattr(self._model, "EncodeAsOffsetMapping"):
+            return self._model.EncodeAsOffsetMapping(text)["offsets"]
+        # before sentencepiece 0.2.2
+        return [(p.begin, p.end) for p in self._model.encode_as_immutable_proto(text).pieces]
+
     def _decode(self, ids):
         return self._model.decode([i for i in ids if i < self._num_model_ids])
 
@@ -122,6 +140,9 @@ class JSONTokenizer(Tokenizer):
 
     def _encode(self, text):
         return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def _spans(self, text):
+        return self._model.encode(text, add_special_tokens=False).offsets
 
     def _encode_many(self, texts):
         for text in texts:
