@@ -148,5 +148,9 @@ def test_spans_go_on_in_the_parts_of_a_long_text(kind, kinds, monkeypatch):
     monkeypatch.setattr(tokenizers.base, "_CHUNK", 30)
     assert len(list(tokenizers.base.chunks(text))) > 2
     check_offsets(kinds[kind], text)
-    if not kind.startswith("sentencepiece"):  # which writes a space before each part
+    if kind not in (
+        "sentencepiece",
+        "sentencepiece_bytes",
+        "prefix_space",
+    ):  # a space before each part
         np.testing.assert_array_equal(kinds[kind].encode_with_offsets(text)[1], whole)
