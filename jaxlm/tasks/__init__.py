@@ -4,6 +4,12 @@ A task is one file and one line here. What it must have is in CONTRIBUTING.md, "
 `sequence_classification`.
 """
 
+from jaxlm.tasks.embedding import Embedding
+from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.sequence_classification import SequenceClassification
 
-TASKS = {"sequence_classification": SequenceClassification}
+TASKS = {
+    "sequence_classification": SequenceClassification,
+    "multiple_choice": MultipleChoice,
+    "embedding": Embedding,
+}
