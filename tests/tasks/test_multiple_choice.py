@@ -64,7 +64,7 @@ def test_the_loss_is_that_of_one_record_after_the_other():
 def test_a_softmax_over_the_whole_row_is_found(monkeypatch):
     over_row = lambda scores_BE, ids_BE: jax.nn.log_softmax(scores_BE, axis=-1)
     monkeypatch.setattr(multiple_choice, "choice_log_probs", over_row)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check_loss_is_that_of_one_record_after_the_other(make_task(MultipleChoice))
 
 
