@@ -7,9 +7,11 @@ A task is one file and one line here. What it must have is in CONTRIBUTING.md, "
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.sequence_classification import SequenceClassification
+from jaxlm.tasks.token_classification import TokenClassification
 
 TASKS = {
     "sequence_classification": SequenceClassification,
+    "token_classification": TokenClassification,
     "multiple_choice": MultipleChoice,
     "embedding": Embedding,
 }
