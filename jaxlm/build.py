@@ -23,10 +23,11 @@ from jaxlm.data.token_store import TokenStore
 from jaxlm.interop import convert, tokenizer_files
 from jaxlm.models import MODELS
 from jaxlm.models.flops import train_step_flops
+from jaxlm.models.heads import Head
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.parallel import mesh as meshes
-from jaxlm.training import optimizers
+from jaxlm.training import optimizers, partition
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_item, restore_state
 from jaxlm.training.metrics import MetricSums, with_perplexity
 from jaxlm.training.state import TrainState, new_state
@@ -231,8 +232,11 @@ def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:
         unroll=config.unroll,
         attention_kernel=config.attention_kernel,
     )
+    model = pick(MODELS, config.family, "family")
+    if "head" in config:  # a fine-tuning run has a task's head instead of an objective's
+        return model(options, head=Head(options, **config.head))
     pairs = {"num_pair_classes": 2} if config.objective.name in ("mlm_nsp", "mlm_sop") else {}
-    return pick(MODELS, config.family, "family")(options, **pairs)
+    return model(options, **pairs)
 
 
 def make_objective(config: ConfigDict, tokenizer: Any) -> Any:
@@ -242,7 +246,13 @@ def make_objective(config: ConfigDict, tokenizer: Any) -> Any:
 
 @dataclass
 class Run:
-    """Every part of a training run, built and sharded; see `make_run`."""
+    """Every part of a training run, built and sharded; see `make_run`.
+
+    objective: what has `loss`: an objective of pretraining or a task of fine-tuning.
+    dummy: one row of a batch, which parameters are initialised with. boxed: abstract parameters with their axis names.
+    step_tokens, step_flops: real tokens and model FLOPs (forward and backward, no recomputation) of a mean step.
+    is_trained: whether the parameter of a path trains.
+    """
 
     config: ConfigDict
     workdir: Path
@@ -250,12 +260,16 @@ class Run:
     tokenizer: Any
     model: nn.Module
     objective: Any
-    train_batches: TrainBatches
-    eval_batches: dict[str, EvalBatches]
+    train_batches: Any
+    eval_batches: Mapping[str, Any]
     optimizer: Any
     plateau: Any
-    boxed: PyTree  # abstract parameters with their axis names
+    dummy: Mapping[str, jax.Array]
+    boxed: PyTree
     data_fingerprint: dict[str, str]
+    step_tokens: float
+    step_flops: float
+    is_trained: Callable[[str], bool] = lambda path: True
 
     def in_mesh(self, function: Callable) -> Callable:
         """`function`, traced and run with the mesh and the axis rules in force."""
@@ -270,32 +284,40 @@ class Run:
     def state_shape(self) -> TrainState:
         """The state as ShapeDtypeStructs with shardings: what is restored, compiled for, and made."""
         params = nn.meta.unbox(self.boxed)
-        shapes = jax.eval_shape(self._new_state, params)
+        shapes = jax.eval_shape(self.new_state, params)
         shardings = meshes.param_shardings(self.mesh, self.boxed)
         state_shardings = meshes.mirror_shardings(self.mesh, shapes, params, shardings)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings
         )
 
-    def _new_state(self, params: PyTree) -> TrainState:
-        return new_state(
-            params, self.optimizer, ema=self.config.ema_decay > 0, plateau=self.plateau
-        )
+    @property
+    def param_shapes(self) -> PyTree:
+        """All parameters, those that do not train included, as ShapeDtypeStructs with shardings."""
+        return partition.join(self.state_shape.params, self.state_shape.frozen)
+
+    def new_state(self, params: PyTree) -> TrainState:
+        trained, frozen = partition.split(params, self.is_trained)
+        ema = self.config.ema_decay > 0
+        return new_state(trained, self.optimizer, ema=ema, plateau=self.plateau, frozen=frozen)
+
+    def evaluated_params(self, state: TrainState) -> tuple[PyTree, str]:
+        """What evaluation takes: the averaged parameters where there are some; and 'ema' or 'raw'."""
+        if state.ema is None:
+            return partition.join(state.params, state.frozen), "raw"
+        return partition.join(state.ema, state.frozen), "ema"
 
     def init_state(self, params: PyTree | None = None) -> TrainState:
         """A fresh state, sharded from birth; with `params`, those instead of random ones."""
         shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
         if params is not None:
-            return self.in_mesh(jax.jit(self._new_state, out_shardings=shardings))(params)
+            return self.in_mesh(jax.jit(self.new_state, out_shardings=shardings))(params)
 
         def make(seed):
-            variables = self.model.init(jax.random.key(seed), self.dummy_batch())
-            return self._new_state(nn.meta.unbox(variables["params"]))
+            variables = self.model.init(jax.random.key(seed), self.dummy)
+            return self.new_state(nn.meta.unbox(variables["params"]))
 
         return self.in_mesh(jax.jit(make, out_shardings=shardings))(self.config.seed)
-
-    def dummy_batch(self) -> dict[str, jax.Array]:
-        return dummy_batch(self.objective, self.config.seq_len)
 
     @cached_property
     def train_step(self) -> Callable:
@@ -358,25 +380,13 @@ class Run:
                 results |= {f"{name}/{key}": value for key, value in means.items()}
         return with_perplexity(pooled.means()) | results
 
-    @property
-    def step_flops(self) -> float:
-        """Analytic model FLOPs of one train step (forward and backward, no recomputation)."""
-        config = self.config
-        return train_step_flops(
-            self.model.config,
-            batch_size=config.batch_size,
-            seq_len=config.seq_len,
-            num_predictions=self.objective.num_predictions(config.seq_len),
-            causal=config.family == "gpt",
-        )
-
     @cached_property
     def peak(self) -> tuple[float, str]:
         return peak_flops(list(self.mesh.devices.flat), self.model.config.dtype)
 
     @property
     def num_params(self) -> int:
-        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.state_shape.params))
+        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.param_shapes))
 
 
 def dummy_batch(objective: Any, seq_len: int) -> dict[str, jax.Array]:
@@ -455,9 +465,8 @@ def make_run(
         )
         for name, path in stores.items()
     }
-    boxed = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), dummy_batch(objective, config.seq_len))
-    )["params"]
+    dummy = dummy_batch(objective, config.seq_len)
+    boxed = abstract_params(model, dummy)
     optimizer, plateau = make_optimizer(config, boxed)
     return Run(
         config=config,
@@ -470,9 +479,23 @@ def make_run(
         eval_batches=eval_batches,
         optimizer=optimizer,
         plateau=plateau,
+        dummy=dummy,
         boxed=boxed,
         data_fingerprint={name: store.fingerprint for name, store in train.items()},
+        step_tokens=config.batch_size * config.seq_len,
+        step_flops=train_step_flops(
+            model.config,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            num_predictions=objective.num_predictions(config.seq_len),
+            causal=config.family == "gpt",
+        ),
     )
+
+
+def abstract_params(model: nn.Module, batch: Mapping[str, jax.Array]) -> PyTree:
+    """The model's parameters as boxed ShapeDtypeStructs; nothing is allocated."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), batch))["params"]
 
 
 def check_config(config: ConfigDict, tokenizer: Any) -> None:
@@ -512,7 +535,7 @@ def initial_state(run: Run) -> TrainState:
         if config.init != "params":
             raise ValueError(f"init {config.init!r}: a Hugging Face folder has only 'params'")
         spec = config.init_from.removeprefix(HUGGING_FACE)
-        weights = convert.load_params(spec, run.model.config, run.state_shape.params)
+        weights = convert.load_params(spec, run.model.config, run.param_shapes)
         if weights.new:
             log.info("%s has no %s: initialised", spec, ", ".join(weights.new))
         write_origin(run, commit=weights.commit)
@@ -521,7 +544,7 @@ def initial_state(run: Run) -> TrainState:
     source = find_step(path, int(step) if step else None)
     write_origin(run, checkpoint=str(source))
     if config.init in ("params", "ema"):
-        return run.init_state(load_item(source, run.state_shape.params, config.init))
+        return run.init_state(load_item(source, run.param_shapes, config.init))
     if config.init == "state":
         return restore_state(source, run.state_shape)
     raise ValueError(f"init {config.init!r} must be 'params', 'ema' or 'state'")
@@ -560,9 +583,7 @@ def load_checkpoint(path: str | Path, *, step: int | None = None, item: str = ""
     tokenizer = tokenizers.load_tokenizer(workdir / "tokenizer")
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
     model, objective = make_model(config, mesh), make_objective(config, tokenizer)
-    boxed = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), dummy_batch(objective, config.seq_len))
-    )["params"]
+    boxed = abstract_params(model, dummy_batch(objective, config.seq_len))
     shardings = meshes.param_shardings(mesh, boxed)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -29,7 +29,7 @@ def evaluate(checkpoint: str | Path, step: int | None = None) -> dict:
     """Held-out metrics of the whole validation split, and whose parameters ('raw' or 'ema') they are of."""
     run, step_dir = open_run(checkpoint, step)
     item = evaluated_item(step_dir)
-    metrics = run.evaluate(load_item(step_dir, run.state_shape.params, item))
+    metrics = run.evaluate(load_item(step_dir, run.param_shapes, item))
     says = "ema" if item == "ema" else "raw"
     return {"step": int(step_dir.name), "params": says, **metrics}
 

@@ -66,7 +66,8 @@ def as_role_records(
 ) -> tuple[list[Record], list[Problem]]:
     """Records whose fields are named by role and have the role's type, and the rows where that fails.
 
-    text, text_pair, negative, question, context, id: str, as in the file ('' for a null)
+    text, text_pair, negative, question, context, id: str, as in the file ('' for a null); a question without an
+        id has its line for it
     label: str ('class'), list[str] ('multilabel': a list, a string cut at `label_separator`, or the
         names of the columns with a 1), finite float ('number'), or int ('choice': a number from 0, a
         letter from A, or the text of a choice). An empty cell is no label, in 'multilabel' an empty list.
@@ -86,6 +87,8 @@ def as_role_records(
         except ValueError as error:
             problems.append(Problem(record.source, record.line, str(error)))
         else:
+            if "context" in columns:
+                fields.setdefault("id", str(record.line))
             found.append(Record(record.source, record.line, fields))
     return found, problems
 
@@ -149,16 +152,16 @@ def _by_elimination(records, columns: list[str], chosen: Columns, missing: set[s
     free = [c for c in columns if c not in _flat(chosen)]
     if missing <= {"words", "labels"} and all(re.fullmatch(r"column\d+", c) for c in columns):
         ends = {"words": free[:1], "labels": free[-1:] if len(free) >= len(missing) else []}
-        return {role: ends[role][0] for role in missing if ends[role]}
+        return {role: found[0] for role, found in ends.items() if role in missing and found}
     if "text" in missing and len(free) == 1:
         return {"text": free[0]}
     pair = free if "text" in missing else [*_flat({"text": chosen.get("text", ())}), *free]
-    if not {"label"} <= missing <= {"text", "label"} or len(pair) != 2:
+    if "label" not in missing or not missing <= {"text", "label"} or len(pair) != 2:
         return {}
-    text, label = sorted(pair, key=lambda column: column == _label_of_two(records, pair))
-    if label != _label_of_two(records, pair) or text != chosen.get("text", text):
+    label = _label_of_two(records, pair)
+    if label is None or label == chosen.get("text"):
         return {}
-    return {"text": text, "label": label}
+    return {"text": pair[1 - pair.index(label)], "label": label}
 
 
 def _label_of_two(records: Sequence[Record], pair: list[str]) -> str | None:
@@ -200,7 +203,10 @@ def _role_fields(
         elif role == "label":
             raw[role] = label_of_columns(fields, column)
         else:
-            raw[role] = [fields[c] for c in column if fields.get(c) not in (None, "")]
+            cells = [fields.get(c) for c in column]
+            while cells and cells[-1] in (None, ""):  # fewer choices than the others have
+                cells.pop()
+            raw[role] = ["" if cell is None else cell for cell in cells]
     result = {}
     for role in raw:
         value = LABELS[label_kind](raw, separator) if role == "label" else CONVERTERS[role](raw)

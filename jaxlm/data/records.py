@@ -118,16 +118,11 @@ def _sniffed_format(path: Path) -> str:
         return "json"
     if RELATION_LINE.fullmatch(first) and "<e1>" in first:
         return "semeval"
-    widths = Counter(len(line.split()) for line in filled)
-    if len(filled) < len(lines) and widths and _is_usual(widths, len(filled)):
+    widths = Counter(len(line.split()) for line in filled if not line.startswith("#"))
+    width, count = widths.most_common(1)[0] if widths else (0, 0)
+    if len(filled) < len(lines) and width > 1 and count > 0.9 * widths.total():
         return "conll"
     raise ValueError(
         f"found: {path}, whose ending and first lines are of no known format"
         f"\nexpected: one of {', '.join(sorted(_ENDINGS))}\nchange: data.format={'|'.join(FORMATS)}"
     )
-
-
-def _is_usual(widths: Counter, num_lines: int) -> bool:
-    """Whether nearly all lines have the same number of columns, of two or more."""
-    width, count = widths.most_common(1)[0]
-    return width > 1 and count > 0.9 * num_lines

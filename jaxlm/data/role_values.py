@@ -41,14 +41,20 @@ def _is_missing(value: Any) -> bool:
 
 def _list(value: Any, what: str) -> list:
     """A list, or a string with one in JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{what} is no list in JSON: {value[:40]!r}") from error
+    value = _unpacked(value, what)
     if not isinstance(value, list):
         raise ValueError(f"{what} is {_kind(value)}, expected a list")
     return value
+
+
+def _unpacked(value: Any, what: str) -> Any:
+    """What a string has in JSON; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is broken JSON: {value[:40]!r}") from error
 
 
 def _strings(value: Any, what: str) -> list[str]:
@@ -68,7 +74,7 @@ def _class(raw: Raw, separator: str) -> str | None:
 
 def _multilabel(raw: Raw, separator: str) -> list[str] | None:
     value = raw["label"]
-    if value is None:
+    if _is_missing(value) and value != "":
         return None
     if not isinstance(value, str) or _PYTHON_LIST.match(value) or value.strip() == "[]":
         names = [_string(part, "one of label") for part in _list(value, "label")]
@@ -171,7 +177,7 @@ def _answers(raw: Raw) -> list[dict[str, Any]] | None:
         value = value.strip()
         if not value.startswith(("[{", "{")):
             return _one_answer(raw, value) if value else []
-        value = json.loads(value)
+        value = _unpacked(value, "answers")
     if isinstance(value, dict):  # as `datasets` writes it: an object of lists
         texts, starts = value.get("text"), value.get("answer_start", value.get("start"))
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):

@@ -321,6 +321,31 @@ def other_heads(source: Source, pieces: Sequence[Piece]) -> set[str]:
     }
 
 
+def usual_family(model: str, config: TransformerConfig) -> str:
+    """The model_type of the first family that can express this model, '' if none can."""
+    for family in FAMILIES.values():
+        if family.model == model and expresses(family, config):
+            return family.model_type
+    return ""
+
+
+def expresses(family: Family, config: TransformerConfig) -> bool:
+    try:
+        config_to_hf(family, config)
+    except BadModel:
+        return False
+    return True
+
+
+def usual_head(model_type: str, kind: str) -> dict[str, Any]:
+    """The fields of `Head` that a family has for a kind of task (a key of HEADS), {} if it has no class for it."""
+    for task in TASKS.get(model_type, {}).values():
+        if task.kind == kind:
+            _, fields = task.variants[0]
+            return dict(fields)
+    return {}
+
+
 def fitting_task(folder: Path, paths: Iterable[str]) -> str:
     """The class of transformers through whose table a model with these parameters reads the folder; '' = the plain one.
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxlm.tasks import scores
 from jaxlm.tasks.base import Feature, Layout, Metrics, fit_lengths, real_weights, share
-from jaxlm.tasks.segments import make_segments
+from jaxlm.tasks.segments import check_usable, make_segments
 
 LOSSES = ("contrastive", "cosine")
 # What the option is called -> the head's pooling.
@@ -146,6 +146,7 @@ class Embedding:
 
     def features(self, record: Any) -> tuple[list[Feature], bool]:
         """Together the texts have at most seq_len tokens: where they are too long, the longest is cut first."""
+        check_usable(self, record)
         ids = self.tokenizer.encode_batch(_texts(record))
         overhead = self.layout.seq_len - self.layout.room(1)
         full = [len(text) for text in ids]

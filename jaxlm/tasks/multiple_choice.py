@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.tasks.base import Feature, Layout, Metrics, fit_lengths, real_weights, share
-from jaxlm.tasks.segments import make_segments
+from jaxlm.tasks.segments import check_usable, make_segments
 
 NEVER = (
     -1e9
@@ -70,6 +70,7 @@ class MultipleChoice:
         return ""
 
     def features(self, record: Any) -> tuple[list[Feature], bool]:
+        check_usable(self, record)
         question, choices = _texts(record)
         ids = self.tokenizer.encode_batch([question, *choices] if question else choices)
         asked, answers = (ids[0], ids[1:]) if question else (ids[0][:0], ids)

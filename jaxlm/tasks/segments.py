@@ -26,3 +26,9 @@ def make_segments(parts: Sequence[Laid], **keys: Any) -> Feature:
         "example_positions": (starts + [part.pool_position for part in parts]).astype(np.int32),
         **{key: np.asarray(value) for key, value in keys.items()},
     }
+
+
+def check_usable(task: Any, record: Any) -> None:
+    """Raises ValueError, with file and line, for a record of which no feature can be made, be it for prediction only."""
+    if why := task.problem(record, training=False):
+        raise ValueError(f"{record.source}:{record.line}: {why}")

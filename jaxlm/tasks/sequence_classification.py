@@ -181,7 +181,7 @@ class SequenceClassification:
             return scores.regression_scores(gold, [p["score"] for p in predictions])
         said = [p["label"] for p in predictions]
         if self.problem_type == "multi_label":
-            return scores.multi_label_scores(self._hot(gold), self._hot(said))
+            return scores.multi_label_scores(self._hot(gold), self._hot(said), self._unknown(gold))
         return scores.classification_scores(self._ids(gold), self._ids(said), self.labels)
 
     def report(self, records: Sequence[Any], predictions: Sequence[Mapping]) -> str:
@@ -190,7 +190,8 @@ class SequenceClassification:
             return ""
         said = [p["label"] for p in predictions]
         if self.problem_type == "multi_label":
-            return scores.multi_label_report(self._hot(gold), self._hot(said), self.labels)
+            unknown = self._unknown(gold)
+            return scores.multi_label_report(self._hot(gold), self._hot(said), self.labels, unknown)
         return scores.classification_report(self._ids(gold), self._ids(said), self.labels)
 
     def confusion(
@@ -215,3 +216,7 @@ class SequenceClassification:
     def _hot(self, labels: Sequence[Sequence[str]]) -> np.ndarray:
         """(rows, C) 0 or 1."""
         return np.array([[name in row for name in self.labels] for row in labels], np.int64)
+
+    def _unknown(self, labels: Sequence[Sequence[str]]) -> list[int]:
+        """How many labels of each row training does not know; none of them can be predicted."""
+        return [len(set(row) - set(self.ids)) for row in labels]

@@ -69,6 +69,10 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def best_step(self) -> int | None:
+        """The step with the best metric so far; the newest one if none competed."""
+        return self._manager.best_step() if self.best_metric else self._manager.latest_step()
+
     def save(
         self, step: int, state: TrainState, manifest: dict, metrics: dict[str, float] | None
     ) -> None:
@@ -147,7 +151,32 @@ def load_item(step_dir: Path, abstract_tree: PyTree, item: str = "params") -> Py
         items[item], rest = partition.split(abstract_tree, lambda path: path in own)
         items |= {"frozen": rest} if rest else {}
     loaded = _load(step_dir, items)
-    return partition.join(loaded[item], loaded.get("frozen"))
+    return partition.join(loaded.pop(item), loaded.get("frozen"))
+
+
+def load_tree(step_dir: Path, item: str, like: PyTree) -> PyTree:
+    """One item of a checkpoint whole, whatever is in it, together with what did not train.
+
+    like: ShapeDtypeStructs with shardings; an array of the same path and shape gets its sharding, any other array the
+    sharding of a scalar on the same devices.
+    """
+    leaves = {"/".join(path_names(p)): x for p, x in jax.tree_util.tree_leaves_with_path(like)}
+    mesh = next(iter(leaves.values())).sharding.mesh
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def place(path, x):
+        twin = leaves.get("/".join(path_names(path)))
+        sharding = twin.sharding if twin is not None and twin.shape == x.shape else replicated
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    checkpointer = ocp.StandardCheckpointer()
+    trees = []
+    for folder in (step_dir / item, step_dir / "frozen"):
+        if folder.is_dir():
+            stored = checkpointer.metadata(folder).item_metadata
+            wanted = jax.tree_util.tree_map_with_path(place, stored)
+            trees.append(checkpointer.restore(folder, wanted))
+    return partition.join(trees[0], trees[1] if len(trees) > 1 else None)
 
 
 def read_manifest(step_dir: Path) -> dict:

@@ -33,7 +33,7 @@ class Intervals:
 class Work:
     """The size of a step, from which the loop derives tokens/s and MFU."""
 
-    tokens_per_step: int
+    tokens_per_step: float
     flops_per_step: float
     peak_flops: float
 
@@ -73,6 +73,7 @@ def fit(
     evaluate: Callable[[TrainState, int], dict[str, float]] | None = None,
     on_evaluation: Callable[[TrainState, dict[str, float]], TrainState] | None = None,
     callbacks: Sequence[Callable[[TrainState, int], None]] = (),
+    should_stop: Callable[[], bool] = lambda: False,
     checkpoints: Checkpoints | None = None,
     writer: MetricWriter | None = None,
     describe: Callable[[int], dict[str, Any]] = lambda step: {},
@@ -92,6 +93,7 @@ def fit(
       evaluate: (state, step) -> metrics of the held-out text, before the checkpoint of the same step.
       on_evaluation: (state, metrics) -> state, e.g. reduce-on-plateau.
       callbacks: called as (state, step) after each evaluation, e.g. to write samples.
+      should_stop: asked after each evaluation; True saves a checkpoint and ends the run.
       describe: step -> further fields of a training log line.
       manifest: step -> what a checkpoint's manifest says besides the metric window.
       window: metric sums since the last log line, from the checkpoint that a run resumes.
@@ -122,7 +124,7 @@ def fit(
             continue
         reader.flush()
         paused = time.perf_counter()
-        values = None
+        values, stopping = None, False
         if evaluating:
             values = evaluate(state, step)
             if writer:
@@ -131,11 +133,14 @@ def fit(
                 state = on_evaluation(state, values)
             for callback in callbacks:
                 callback(state, step)
-        if saving:
+            stopping = should_stop()
+        if checkpoints and (saving or stopping):
             # A copy: the manifest is written in the background, while the sums go on.
             content = manifest(step) | {"window": reader.window.copy()}
             checkpoints.save(step, state, content, values)
         reader.clock.since += time.perf_counter() - paused
+        if stopping:
+            break
     reader.flush()
     bar.close()
     if checkpoints:

@@ -17,6 +17,8 @@ class Row(NamedTuple):
     """A record as tasks see it."""
 
     fields: dict[str, Any]
+    source: str = "rows.csv"
+    line: int = 7
 
 
 def layout(seq_len: int = 64, **changes):

@@ -165,6 +165,11 @@ def test_rows_that_cannot_be_used_are_named(fields, training, expected):
     assert (expected in problem) if expected else problem == ""
 
 
+def test_a_row_without_choices_is_named_before_it_is_laid_out():
+    with pytest.raises(ValueError, match="rows.csv:7: there are no choices"):
+        make_task(MultipleChoice).features(Row(dict(question="q", choices=[])))
+
+
 def test_a_label_that_names_no_choice_counts_as_wrong_and_has_no_loss():
     task = make_task(MultipleChoice)
     rows = [Row(dict(question="q", choices=["a", "b"], label=7)), ROWS[0]]

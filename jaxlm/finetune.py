@@ -1,0 +1,138 @@
+"""Fine-tunes a pretrained model for a task: `python -m jaxlm.finetune --config=configs/finetune/classification.py:train=my.csv
+--config.init_from=W --workdir=F`, where W is a pretraining run or hf:FOLDER_OR_HUB_ID.
+
+The same command again goes on from the newest checkpoint. At the end the best checkpoint is evaluated on the development
+file and on the test file, if there is one. Read `finetune` from top to bottom.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from absl import app
+from absl import flags as absl_flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict
+
+from jaxlm import reports, tuning
+from jaxlm.host import keep_freed_memory
+from jaxlm.training import checkpoints as checkpointing
+from jaxlm.training.loop import Intervals, Work, fit
+from jaxlm.training.metrics import MetricSums, MetricWriter, read_metrics
+from jaxlm.training.plots import plot_run
+from jaxlm.workdir import accept_config, define_flags, manifest, write_environment
+
+log = logging.getLogger("jaxlm")
+
+
+def finetune(
+    config: ConfigDict, workdir: Path, *, allow_config_change: bool = False
+) -> dict[str, Any]:
+    """Trains for `config.num_epochs`, or until the best metric stands still, and returns what report.json says."""
+    prepared = tuning.prepare(config, workdir)
+    config = prepared.config
+    accept_config(config, workdir, allow_config_change)
+    run = tuning.make_run(prepared, workdir)
+    best = {name: config.checkpoint[name] for name in ("best_metric", "best_mode")}
+    store = checkpointing.Checkpoints(workdir, **config.checkpoint)
+    latest = store.latest_step()
+    window: MetricSums | None = None
+    if latest is None:
+        state = tuning.initial_state(run, prepared.source)
+    else:
+        step_dir = checkpointing.find_step(workdir, latest)
+        state = checkpointing.restore_state(step_dir, run.state_shape)
+        window = MetricSums(checkpointing.read_manifest(step_dir)["window"])
+        log.info("resumed from step %d", latest)
+    start_step = int(state.step)
+
+    peak, peak_says = run.peak
+    write_environment(workdir, run, peak_says)
+    writer = MetricWriter(
+        workdir,
+        start_step=start_step,
+        tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
+        config=config.to_dict(),
+    )
+    stopping = EarlyStopping(config.patience, **best)
+    for line in read_metrics(workdir):
+        if line["split"] == "eval":
+            stopping.see(line)
+
+    def evaluate(state, step):
+        params, says = run.evaluated_params(state)
+        metrics = {"params": says, **run.evaluate(params)}
+        stopping.see(metrics)
+        return metrics
+
+    if not stopping.is_over:
+        fit(
+            state,
+            train_step=run.train_step,
+            batches=run.device_batches(start_step),
+            num_train_steps=config.num_train_steps,
+            intervals=Intervals(
+                config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps
+            ),
+            work=Work(run.step_tokens, run.step_flops, peak),
+            evaluate=evaluate,
+            should_stop=lambda: stopping.is_over,
+            checkpoints=store,
+            writer=writer,
+            describe=lambda step: {"epochs/train": run.train_batches.epochs_seen(step)["train"]},
+            manifest=lambda step: manifest(run, step),
+            window=window,
+            progress=config.log.progress,
+        )
+    best_step = store.best_step()
+    store.close()
+    writer.close()
+    plot_run(workdir)
+    params = checkpointing.load_item(
+        checkpointing.find_step(workdir, best_step),
+        run.param_shapes,
+        checkpointing.evaluated_item(checkpointing.find_step(workdir, best_step)),
+    )
+    return reports.write_reports(run, params, best_step, workdir)
+
+
+@dataclasses.dataclass
+class EarlyStopping:
+    """Over when the metric has not become better in `patience` evaluations in a row; patience 0 never is.
+
+    It is a function of the evaluations alone, so a resumed run stops where the unbroken one does.
+    """
+
+    patience: int
+    best_metric: str
+    best_mode: str
+    best: float | None = None
+    waited: int = 0
+
+    def see(self, metrics) -> None:
+        value = metrics[self.best_metric]
+        sign = -1 if self.best_mode == "min" else 1
+        if self.best is None or sign * value > sign * self.best:
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+
+    @property
+    def is_over(self) -> bool:
+        return 0 < self.patience <= self.waited
+
+
+def main(argv):
+    del argv
+    args = absl_flags.FLAGS
+    absl_logging.set_verbosity(absl_logging.WARNING)  # of libraries: Orbax writes dozens of lines
+    keep_freed_memory()
+    log.setLevel(logging.INFO)
+    finetune(args.config, Path(args.workdir), allow_config_change=args.allow_config_change)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,61 @@
+"""What a fine-tuned model leaves for a reader: report.json, predictions.jsonl, a printed report, a confusion picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.training.confusion import plot_confusion
+from jaxlm.tuning import Split, TaskRun
+
+PyTree = Any
+
+
+def write_reports(run: TaskRun, params: PyTree, step: int, workdir: Path) -> dict[str, Any]:
+    """Evaluates the development and the test split, prints their reports and writes report.json, predictions.jsonl (of the
+    test split, or of the development split if there is none) and plots/confusion.png."""
+    report: dict[str, Any] = {
+        "step": step,
+        "task": run.config.task.name,
+        "records": {name: len(split.records) for name, split in run.splits.items()},
+        "truncated": {name: split.truncated for name, split in run.splits.items()},
+    }
+    for name in [name for name in ("dev", "test") if name in run.splits]:
+        split = run.splits[name]
+        if split.is_labelled:
+            report[name], predictions = run.scored(params, name)
+            print(f"\n{name}: {len(split.records)} records, step {step}")
+            print_scores(report[name])
+            print(run.objective.report(split.records, predictions))
+        else:
+            _, predictions = run.predict(params, name)
+        write_predictions(workdir / "predictions.jsonl", split, predictions)
+        draw_confusion(run.objective, split, predictions, workdir / "plots" / "confusion.png")
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    (workdir / "report.json").write_text(text, encoding="utf-8")
+    return report
+
+
+def print_scores(scores: Mapping[str, float]) -> None:
+    for name, value in scores.items():
+        print(f"  {name:<22} {value:.4f}")
+
+
+def write_predictions(path: Path, split: Split, predictions: Sequence[Mapping[str, Any]]) -> None:
+    """One JSON line for each record, in the file's order: where it stands, its fields, and `prediction`."""
+    with open(path, "w", encoding="utf-8") as file:
+        for record, prediction in zip(split.records, predictions, strict=True):
+            line = {"source": record.source, "line": record.line, **record.fields}
+            file.write(json.dumps({**line, "prediction": prediction}, ensure_ascii=False) + "\n")
+
+
+def draw_confusion(task: Any, split: Split, predictions: Sequence[Mapping], path: Path) -> None:
+    """The confusion matrix of tasks that have one."""
+    if not split.is_labelled or not hasattr(task, "confusion"):
+        return
+    counts = task.confusion(split.records, predictions)
+    if counts is not None:
+        path.parent.mkdir(exist_ok=True)
+        plot_confusion(counts, task.labels, path)
