@@ -47,8 +47,14 @@ def read_tokens(batch, width: int):
 
 
 def predict(task, outputs, batch):
-    said = jax.jit(lambda x, batch: task.predict(SimpleNamespace(head_logits=x), batch))
-    return {key: np.asarray(value) for key, value in said(outputs.head_logits, batch).items()}
+    said = _compiled(type(task))(outputs.head_logits, batch)
+    return {key: np.asarray(value) for key, value in said.items()}
+
+
+@functools.cache
+def _compiled(kind):
+    """The predict of tasks that read tokens, which no option changes: so it is compiled once for each shape."""
+    return jax.jit(lambda x, batch: kind.predict(None, SimpleNamespace(head_logits=x), batch))
 
 
 def taken_apart(said, places, features):
