@@ -64,7 +64,8 @@ def as_role_records(
     label_kind: str = "class",
     label_separator: str = "",
 ) -> tuple[list[Record], list[Problem]]:
-    """Records whose fields are named by role and have the role's type, and the rows where that fails.
+    """Records whose fields are named by role and have the role's type, and the rows where that fails, or
+    which lack an input of their task.
 
     text, text_pair, negative, question, context, id: str, as in the file ('' for a null); a question without an
         id has its line for it
@@ -75,15 +76,17 @@ def as_role_records(
     predicate: int, from a number or from a column of marks, one of which is set
     answers: list of {"text": str, "start": int}, from SQuAD's lists, `datasets`' lists in an object, or
         a string: then start is `answer_start`'s, or the first place in the context, -1 without one
-    choices: list[str]
+    choices: list[str]; of several columns without the empty ones at the end
     spans: two [start, end] pairs
     """
     if label_kind not in LABELS:
         raise ValueError(f"found: label_kind={label_kind!r}; expected: one of {', '.join(LABELS)}")
+    inputs = [set(roles.inputs) for roles in ROLES.values()]
+    needed = set().union(*(roles for roles in inputs if roles <= columns.keys()))
     found, problems = [], []
     for record in records:
         try:
-            fields = _role_fields(record.fields, columns, label_kind, label_separator)
+            fields = _role_fields(record.fields, columns, needed, label_kind, label_separator)
         except ValueError as error:
             problems.append(Problem(record.source, record.line, str(error)))
         else:
@@ -193,23 +196,32 @@ def _repair_list(records, columns: list[str], problems: dict[str, str]) -> str:
 
 
 def _role_fields(
-    fields: Mapping[str, Any], columns: Mapping[str, Any], label_kind: str, separator: str
+    fields: Mapping[str, Any],
+    columns: Mapping[str, str | tuple[str, ...]],
+    needed: set[str],
+    label_kind: str,
+    separator: str,
 ) -> dict[str, Any]:
     raw: dict[str, Any] = {}
     for role, column in columns.items():
-        if isinstance(column, str):
-            if column in fields:
-                raw[role] = fields[column]
-        elif role == "label":
-            raw[role] = label_of_columns(fields, column)
-        else:
-            cells = [fields.get(c) for c in column]
-            while cells and cells[-1] in (None, ""):  # fewer choices than the others have
-                cells.pop()
-            raw[role] = ["" if cell is None else cell for cell in cells]
-    result = {}
-    for role in raw:
-        value = LABELS[label_kind](raw, separator) if role == "label" else CONVERTERS[role](raw)
-        if value is not None:
-            result[role] = value
-    return result
+        if not isinstance(column, str):
+            raw[role] = (
+                label_of_columns(fields, column) if role == "label" else _cells(fields, column)
+            )
+        elif column in fields:
+            raw[role] = fields[column]
+        elif role in needed:
+            raise ValueError(f"there is no {column!r}")
+    values = {
+        role: LABELS[label_kind](raw, separator) if role == "label" else CONVERTERS[role](raw)
+        for role in raw
+    }
+    return {role: value for role, value in values.items() if value is not None}
+
+
+def _cells(fields: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
+    """The choices of a row, without empty ones at its end: it may have fewer than others."""
+    cells = ["" if fields.get(c) is None else fields[c] for c in columns]
+    while cells and cells[-1] == "":
+        cells.pop()
+    return cells

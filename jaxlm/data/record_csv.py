@@ -98,8 +98,8 @@ def guess_delimiter(lines: Sequence[str], prefer_tab: bool = False) -> str:
 
 
 def _best_table(lines: Sequence[str], delimiter: str) -> tuple[Table, bool]:
-    """The table read with quotes, or without (False) where that leaves fewer bad rows, or where quotes
-    would join lines that are whole rows already: many .tsv files have quotes as text."""
+    """The table read with quotes, or without (False) where that leaves fewer bad rows, or, in files with
+    tabs, where quotes would join lines that are whole rows already: such files often have quotes as text."""
     quoted = _quoted_table(lines, delimiter)
     if delimiter == _ONE_COLUMN or not any('"' in line for line in lines):
         return quoted, True
@@ -111,8 +111,8 @@ def _best_table(lines: Sequence[str], delimiter: str) -> tuple[Table, bool]:
         ],
         [],
     )
-    joined = plain.num_bad == 0 and plain.width > 1 and len(plain.rows) != len(quoted.rows)
-    if joined or plain.num_bad < quoted.num_bad:
+    joined = delimiter == "\t" and plain.num_bad == 0 and len(plain.rows) > len(quoted.rows)
+    if (joined and plain.width > 1) or plain.num_bad < quoted.num_bad:
         return plain, False
     return quoted, True
 

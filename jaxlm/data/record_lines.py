@@ -40,6 +40,8 @@ def read_conllu(path: Path, options: ReadOptions) -> Found:
 
 def _read_sentences(path: Path, names: tuple[str, ...]) -> Found:
     lines = _column_lines(read_text(path))
+    if names == CONLLU_COLUMNS:
+        lines = [line for line in lines if not _PART_OF_WORD.fullmatch("".join(line.cells[:1]))]
     width = len(names) or _usual_width(lines)
     names = names or tuple(map(unnamed, range(width)))
     records: list[Record] = []
@@ -55,8 +57,6 @@ def _read_sentences(path: Path, names: tuple[str, ...]) -> Found:
                 Problem(str(path), bad.number, f"found {found} {where}, expected {width} columns")
             )
             continue
-        if names == CONLLU_COLUMNS:
-            sentence = [line for line in sentence if not _PART_OF_WORD.fullmatch(line.cells[0])]
         columns = zip(*(line.cells for line in sentence), strict=True)
         fields = {name: list(column) for name, column in zip(names, columns, strict=True)}
         records.append(Record(str(path), sentence[0].number, fields))

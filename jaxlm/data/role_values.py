@@ -137,7 +137,7 @@ def label_of_columns(fields: Mapping[str, Any], columns: Sequence[str]) -> list[
 
 
 def _words(raw: Raw) -> list[str]:
-    return _strings([] if raw["words"] is None else raw["words"], "words")
+    return _strings([] if raw.get("words") is None else raw["words"], "words")
 
 
 def _word_labels(raw: Raw) -> list[str] | None:
