@@ -36,6 +36,8 @@ def choose_columns(
 
     Raises ValueError that lists the columns and says which option decides.
     """
+    if not records:
+        raise ValueError("found: no row that can be read; expected: some, to choose columns from")
     columns = columns_of(records)
     given = {role: value for role, value in (given or {}).items() if value not in ("", (), None)}
     chosen, problems = _given_columns(columns, roles, given, labelled)
@@ -44,7 +46,7 @@ def choose_columns(
         if len(fitting) == 1:
             chosen[role] = fitting[0]
         elif fitting:
-            problems[role] = f"several columns may be it: {', '.join(map(str, fitting))}"
+            problems[role] = f"several columns may be it: {', '.join(map(repr, fitting))}"
     needed = roles.inputs + (roles.targets if labelled else ())
     missing = {role for role in needed if role not in chosen and role not in given}
     if missing and not problems:
@@ -52,9 +54,10 @@ def choose_columns(
     problems |= {r: "no column is it" for r in needed if r not in chosen and r not in problems}
     if problems:
         raise ValueError(_repair_list(records, columns, problems))
-    source = records[0].source if records else ""
-    said = "; ".join(f"{role} is {', '.join(_flat({role: chosen[role]}))}" for role in chosen)
-    log.info("%s: %s", source, said)
+    for role, column in chosen.items():
+        log.info(
+            "%s: %s is %s", records[0].source, role, ", ".join(map(repr, _flat({role: column})))
+        )
     return chosen
 
 
@@ -173,20 +176,17 @@ def _label_of_two(records: Sequence[Record], pair: list[str]) -> str | None:
     kinds = {c: len(set(values[c])) for c in pair}
     lengths = {c: sum(map(len, values[c])) for c in pair}
     label, text = sorted(pair, key=kinds.__getitem__)
-    again = kinds[label] <= max(len(records) / 2, 2)
-    return (
-        label if again and kinds[label] < kinds[text] and lengths[label] < lengths[text] else None
-    )
+    fewer = kinds[label] < kinds[text] and kinds[label] <= max(len(records) / 2, 2)
+    return label if fewer and lengths[label] < lengths[text] else None
 
 
 def _repair_list(records, columns: list[str], problems: dict[str, str]) -> str:
-    source = records[0].source if records else "the file"
     examples = {c: next((r.fields[c] for r in records if r.fields.get(c)), "") for c in columns}
-    listed = [f"    {c}: for example {str(value)[:60]!r}" for c, value in examples.items()]
+    listed = [f"    {c!r}: for example {str(value)[:60]!r}" for c, value in examples.items()]
     options = " ".join(f"--config.data.{role}_column=NAME" for role in problems)
     return "\n".join(
         [
-            f"which column of {source} is which is not clear:",
+            f"which column of {records[0].source} is which is not clear:",
             *(f"  {role}: {problem}" for role, problem in problems.items()),
             "found: the columns",
             *listed,

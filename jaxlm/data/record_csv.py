@@ -63,7 +63,7 @@ def read_csv(path: Path, options: ReadOptions, prefer_tab: bool = False) -> Foun
         "one column" if delimiter == _ONE_COLUMN else DELIMITERS.get(delimiter, repr(delimiter)),
         "a header" if header else "no header",
         why,
-        ", ".join(names),
+        ", ".join(map(repr, names)),  # a name may have any characters
         "" if quoted else "; quotes are read as text",
     )
     problems = [Problem(str(path), line, text) for line, text in table.broken]

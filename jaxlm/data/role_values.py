@@ -128,7 +128,9 @@ def label_of_columns(fields: Mapping[str, Any], columns: Sequence[str]) -> list[
     cells = {
         c: str(fields.get(c, "") if fields.get(c) is not None else "").lower() for c in columns
     }
-    if bad := [f"{c}={cell!r}" for c, cell in cells.items() if cell.strip() not in _TRUE | _FALSE]:
+    if bad := [
+        f"{c!r}: {cell!r}" for c, cell in cells.items() if cell.strip() not in _TRUE | _FALSE
+    ]:
         raise ValueError(f"found {', '.join(bad)}, expected 0 or 1 in each label's column")
     return [c for c in columns if cells[c].strip() in _TRUE] if any(cells.values()) else None
 

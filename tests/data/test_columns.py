@@ -83,13 +83,13 @@ def test_what_is_not_clear_is_one_error_with_columns_examples_and_options():
         choose_columns(records, CLASSES)
     assert str(error.value).split("\n") == [
         "which column of a.csv is which is not clear:",
-        "  text: several columns may be it: tweet, body",
-        "  label: several columns may be it: category, target",
+        "  text: several columns may be it: 'tweet', 'body'",
+        "  label: several columns may be it: 'category', 'target'",
         "found: the columns",
-        "    tweet: for example 'so long'",
-        "    body: for example 'b'",
-        "    category: for example 'c'",
-        "    target: for example 'd'",
+        "    'tweet': for example 'so long'",
+        "    'body': for example 'b'",
+        "    'category': for example 'c'",
+        "    'target': for example 'd'",
         "change: --config.data.text_column=NAME --config.data.label_column=NAME"
         " (or the column's number, from 0)",
     ]
@@ -174,7 +174,15 @@ def test_the_choices_may_be_one_column_or_several():
 def test_what_was_chosen_is_said(caplog):
     caplog.set_level(logging.INFO, "jaxlm")
     choose_columns(table(tweet=["a"], intent=["b"]), CLASSES)
-    assert "a.csv: text is tweet; label is intent" in caplog.text
+    assert [record.getMessage() for record in caplog.records] == [
+        "a.csv: text is 'tweet'",
+        "a.csv: label is 'intent'",
+    ]
+
+
+def test_without_a_readable_row_there_are_no_columns():
+    with pytest.raises(ValueError, match="found: no row that can be read"):
+        choose_columns([], CLASSES)
 
 
 # --- values ---
@@ -213,7 +221,7 @@ def test_several_labels_may_have_a_column_each():
         {},
     ]
     assert [(p.line, p.text) for p in found[1]] == [
-        (6, "found rude='7', expected 0 or 1 in each label's column")
+        (6, "found 'rude': '7', expected 0 or 1 in each label's column")
     ]
 
 

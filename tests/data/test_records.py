@@ -195,9 +195,9 @@ def test_the_user_decides_about_the_header_and_the_log_says_what_was_done(tmp_pa
     caplog.set_level(logging.INFO, "jaxlm")
     path = written(tmp_path / "a.csv", "text,label\na,x\n")
     assert rows_of(read_records(path, header="no")) == [("text", "label"), ("a", "x")]
-    assert "comma; no header (as given): columns column0, column1" in caplog.text
+    assert "comma; no header (as given): columns 'column0', 'column1'" in caplog.text
     read_records(path)
-    assert "a header (well-known names): columns text, label" in caplog.text
+    assert "a header (well-known names): columns 'text', 'label'" in caplog.text
     assert rows_of(read_records(path, delimiter=";", header="yes")) == [("a,x",)]
     with pytest.raises(ValueError, match="one of auto, yes, no"):
         read_records(path, header="maybe")
