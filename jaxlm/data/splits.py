@@ -20,11 +20,14 @@ _NOT_COMPARED = frozenset({"label", "labels", "answers", "id", "negative", "pred
 
 
 def split_train_dev(
-    records: Sequence[Record], fraction: float, seed: int = 0, labels: Sequence[str] | None = None
+    records: Sequence[Record],
+    fraction: float,
+    seed: int = 0,
+    labels: Sequence[str | None] | None = None,
 ) -> tuple[list[Record], list[Record]]:
     """(train, dev), both in the order of the records and neither empty; dev has about `fraction` of them.
 
-    records: with fields named by role. labels: each record's class; None splits without regard to it
+    records: with fields named by role. labels: each record's class, or None where one has none; without any, it splits without regard to it
     (numbers, several labels, words, answers). A label of which there are two different texts or more is
     shared out in proportion, and always has one in training. Records with the same inputs (case and
     white space apart), or for question answering the same context, are never on both sides.
@@ -33,7 +36,7 @@ def split_train_dev(
     """
     if not 0 < fraction < 1:
         raise ValueError(f"found: dev_fraction={fraction}; expected: above 0 and below 1")
-    labels = [""] * len(records) if labels is None else labels
+    labels = [""] * len(records) if labels is None else [label or "" for label in labels]
     groups: dict[str, list[int]] = defaultdict(list)
     for index, record in enumerate(records):
         groups[group_key(record)].append(index)

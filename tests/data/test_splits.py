@@ -109,6 +109,12 @@ def test_a_label_with_one_text_stays_in_training():
     assert {r.fields["label"] for r in dev} == {"common", "rare", "pair"}
 
 
+def test_records_without_a_label_are_a_class_of_their_own():
+    labels = [None if i % 2 else "a" for i in range(100)]
+    dev = split_train_dev(records_of(TEXTS), 0.1, 0, labels)[1]
+    assert Counter(record.line % 2 for record in dev) == {0: 5, 1: 5}
+
+
 def test_the_split_is_said_with_its_size_and_seed(caplog):
     caplog.set_level("INFO", "jaxlm")
     split_train_dev(records_of(TEXTS, LABELS), 0.1, 7, LABELS)
