@@ -27,10 +27,12 @@ def split_train_dev(
 ) -> tuple[list[Record], list[Record]]:
     """(train, dev), both in the order of the records and neither empty; dev has about `fraction` of them.
 
-    records: with fields named by role. labels: each record's class, or None where one has none; without any, it splits without regard to it
-    (numbers, several labels, words, answers). A label of which there are two different texts or more is
-    shared out in proportion, and always has one in training. Records with the same inputs (case and
-    white space apart), or for question answering the same context, are never on both sides.
+    records: with fields named by role. labels: each record's class, or None where it has none. Without
+    labels (numbers, several labels, words, answers) the split does not regard them.
+
+    A label with two different texts or more is shared out in proportion and always has one in training.
+    Records with the same inputs (case and white space apart), or for question answering with the same
+    context, are never on both sides.
 
     Raises ValueError for a fraction outside (0, 1) and where all inputs are equal.
     """
