@@ -35,13 +35,13 @@ def transform(
     *,
     use_norm: bool,
 ) -> jax.Array:
-    """activation(x W + b), normed if `use_norm`: (B, M, D) to (B, M, size).
+    """activation(x W + b), normed if `use_norm`: (B, M, D) or wider to (B, M, size).
 
     The parameters `dense`, `bias` (where MLPs have biases) and `norm` are the module's own.
     """
     c = config
     init, zeros = nn.initializers.normal(c.init_std), nn.initializers.zeros
-    shape = (c.emb_dim, size)
+    shape = (x.shape[-1], size)
     dense = make_param(module, "dense", init, shape, ("embed", None), c.param_dtype)
     x = project(x, dense.astype(c.dtype))
     if c.mlp_bias:
@@ -73,7 +73,8 @@ class Head(nn.Module):
     """A task's logits: pool, transform, dropout, dense, each of them optional.
 
     pooling: 'first' token (of each example, with example_positions (B, E) in the batch), 'last' real token, 'mean' of
-    the real tokens (of segment e for example e, with example_positions), or '' for logits at every token.
+    the real tokens (of segment e for example e, with example_positions), 'entities', the vectors at both
+    example_entity_positions (B, E, 2) side by side, or '' for logits at every token.
     transform: the activation after a dense layer as wide as the model, '' for no such layer; use_norm: a norm after it.
     num_classes: C, or 0 for the vectors themselves.
     Returns float32 (B, E, C), where E is 1 without example_positions, or (B, T, C) at every token.
@@ -131,13 +132,28 @@ def pool_mean(x_BTD: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
     return mean.astype(x_BTD.dtype)
 
 
-POOLINGS = {"": lambda x, batch: x, "first": pool_first, "last": pool_last, "mean": pool_mean}
+def pool_entities(x_BTD: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The vectors at example_entity_positions (B, E, 2), or at each row's first, side by side: (B, E, 2 D)."""
+    first = jnp.zeros((x_BTD.shape[0], 1, 2), jnp.int32)
+    places = batch.get("example_entity_positions", first)
+    flat = gather_positions(x_BTD, places.reshape(len(places), -1))
+    return flat.reshape(*places.shape[:2], -1)
+
+
+POOLINGS = {
+    "": lambda x, batch: x,
+    "first": pool_first,
+    "last": pool_last,
+    "mean": pool_mean,
+    "entities": pool_entities,
+}
 HEAD_ACTIVATIONS = {**ACTIVATIONS, "tanh": jnp.tanh}
 
 # name: (config, num_classes=…, …) -> Head, as BERT and ELECTRA have them; other families change fields.
 HEADS: dict[str, Callable[..., Head]] = {
     "sequence_classification": functools.partial(Head, pooling="first", transform="tanh"),
     "token_classification": Head,
+    "relation_classification": functools.partial(Head, pooling="entities"),
     "question_answering": functools.partial(Head, num_classes=2),
     "replaced_token_detection": functools.partial(Head, num_classes=1, transform="gelu"),
 }

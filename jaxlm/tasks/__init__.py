@@ -7,6 +7,7 @@ A task is one file and one line here. What it must have is in CONTRIBUTING.md, "
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.question_answering import QuestionAnswering
+from jaxlm.tasks.relation_classification import RelationClassification
 from jaxlm.tasks.sequence_classification import SequenceClassification
 from jaxlm.tasks.token_classification import TokenClassification
 
@@ -14,6 +15,7 @@ TASKS = {
     "sequence_classification": SequenceClassification,
     "token_classification": TokenClassification,
     "question_answering": QuestionAnswering,
+    "relation_classification": RelationClassification,
     "multiple_choice": MultipleChoice,
     "embedding": Embedding,
 }

@@ -1,5 +1,7 @@
 """The heads of tasks on a decoder and on an encoder."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,33 @@ def test_the_packing_check_fails_for_another_place():
         check_packed_examples("first", [0, 6])
 
 
+@functools.cache
+def two_packed_examples_with_entities():
+    model, batch = make_model(pooling="entities", transform="tanh"), make_rows([7, 4])
+    batch["example_entity_positions"] = np.array([[[5, 2], [7, 10]]], np.int32)
+    params = init_params(model, batch)
+    return params, run(model, params, batch)
+
+
+def check_entities(*places):
+    """Each example's logits are those of its two vectors side by side."""
+    params, out = two_packed_examples_with_entities()
+    assert out.head_logits.shape == (1, 2, 3) and params["head"]["dense"].shape == (32, 16)
+    for logits, pair in zip(out.head_logits[0], places, strict=True):
+        expected = expected_logits(params, np.concatenate(np.asarray(out.hidden[0])[pair]))
+        assert is_close(logits, expected, 1e-4), "other vectors"
+
+
+def test_the_entities_head_reads_two_places_of_each_packed_example():
+    check_entities([5, 2], [7, 10])
+
+
+@pytest.mark.parametrize("places", [([2, 5], [7, 10]), ([5, 2], [0, 3])])
+def test_the_check_of_entities_fails_for_another_order_and_for_places_in_the_example(places):
+    with pytest.raises(AssertionError, match="other vectors"):
+        check_entities(*places)
+
+
 def test_a_head_at_every_token_has_logits_there_and_a_head_without_classes_the_vectors():
     batch = make_rows([7], [12])
     for fields, shape in (
@@ -123,6 +152,7 @@ def test_every_named_head_runs(name):
     )
     model = BERT(config, head=HEADS[name](config, **classes))
     shape = {"sequence_classification": (2, 1, 5), "token_classification": (2, 12, 5)}
+    shape |= {"relation_classification": (2, 1, 5)}
     shape |= {"question_answering": (2, 12, 2), "replaced_token_detection": (2, 12, 1)}
     assert logits_of(model, init_params(model, batch), batch).shape == shape[name]
 
