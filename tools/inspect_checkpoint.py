@@ -22,13 +22,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from jaxlm.interop.arrays import open_item, read_theirs
+from jaxlm.interop.arrays import read_theirs
+from jaxlm.interop.finetuned import open_parameters
 from jaxlm.interop.mapping import bind, is_ignored, repeated_names
 from jaxlm.interop.safetensors_io import DTYPES
 from jaxlm.interop.source import open_source, read_tensors
 from jaxlm.training.checkpoints import evaluated_item, find_step
 
-ITEM_ORDER = ("params", "ema", "opt_state")
+ITEM_ORDER = ("params", "ema", "frozen", "opt_state")
 
 
 class Arrays:
@@ -136,7 +137,7 @@ def describe(path: str | Path, step: int | None = None) -> tuple[str, int]:
         width = max(map(len, names), default=0)
         size = sum(arrays.about[n].size for n in names)
         nbytes = sum(arrays.about[n].size * arrays.about[n].dtype.itemsize for n in names)
-        what = "parameters" if item in ("params", "ema", "tensors") else "elements"
+        what = "elements" if item == "opt_state" else "parameters"
         lines += ["", f"{item}: {size:,} {what} in {len(names)} arrays, {nbytes / 1e6:,.1f} MB"]
         squares = 0.0
         for name in names:
@@ -179,7 +180,7 @@ def differences_by_table(folder: str | Path, checkpoint: str | Path) -> list[str
     that they give and the folder lacks."""
     source = open_source(folder)
     step_dir = find_step(checkpoint)
-    arrays = open_item(step_dir / evaluated_item(step_dir))
+    arrays = open_parameters(step_dir, evaluated_item(step_dir))
     shapes = {path: array.shape for path, array in arrays.items()}
     pieces = {p.name: p for p in bind(source.family, shapes, source.config["vocab_size"])}
     repeats = repeated_names(source.family, tied="unembed" not in shapes)

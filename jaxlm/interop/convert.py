@@ -29,7 +29,8 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from jaxlm.interop import FAMILIES, find_family, hub, parity, tokenizer_files
-from jaxlm.interop.arrays import Array, create_item, open_item, read_theirs, row_blocks
+from jaxlm.interop.arrays import Array, create_item, read_theirs, row_blocks
+from jaxlm.interop.finetuned import find_head, open_parameters
 from jaxlm.interop.mapping import (
     FREE,
     SAME,
@@ -48,7 +49,7 @@ from jaxlm.interop.mapping import (
 from jaxlm.interop.safetensors_io import DTYPES, Planned, repair_list, write_folder
 from jaxlm.interop.source import Source, Stored, open_source, read_config
 from jaxlm.interop.task_heads import TASKS, head_fields, head_to_hf, task_of, with_head
-from jaxlm.models import MODELS, Head, TransformerConfig
+from jaxlm.models import MODELS, Head, TransformerConfig, lora
 from jaxlm.parallel.mesh import path_names
 
 PyTree = Any
@@ -58,6 +59,9 @@ HEAD_PATHS = ("head/", "pooler/", "pair_head/", "mlm_head/", "unembed")
 # Groups of rows that stand on the pooled first token: a model with one of them has a pair head.
 LABELS = ("id2label", "label2id", "problem_type")
 PAIR_GROUPS = {"pooler", "nsp", "sop"}
+# What classes of transformers with an Auto class of that name end with.
+AUTO_TASKS = ("ForCausalLM", "ForMaskedLM", "ForQuestionAnswering")
+AUTO_TASKS += ("ForSequenceClassification", "ForTokenClassification")
 # Options of TransformerConfig that a run's config has at its top level.
 EXECUTION = ("dtype", "param_dtype", "remat", "unroll", "attention_kernel")
 
@@ -540,8 +544,10 @@ def to_hf(
 ) -> dict[str, Any]:
     """Writes the folder `target`, as huggingface_hub lays one out, of one checkpoint; returns its certificate.
 
+    Of a fine-tuned run that is the whole model, adapters merged, with the names of its labels (see `finetuned`).
+
     config: the run's. family: a `model_type`; '' takes the one it came from, else the first that can express the model.
-    head, kind: the fields of a fine-tuned model's Head and its key in models.HEADS; None is what it came with.
+    head, kind: the fields of the model's Head and its key in models.HEADS; None is the run's own.
 
     Raises:
       BadModel: options that the family cannot express, by name; a tokenizer without a Hugging Face form.
@@ -551,18 +557,17 @@ def to_hf(
     with written_beside(target) as folder:
         about = json.loads((step_dir / "manifest" / "metadata").read_text(encoding="utf-8"))
         came_from = about.get("huggingface", {})
-        options = model_config(config)
-        chosen = choose_family(family or came_from.get("model_type", ""), config.family, options)
-        head = came_from.get("head", {}) if head is None else head
-        task, about_head = "", {}
+        options = lora.without_adapters(model_config(config))
+        found = find_head(step_dir.parent.parent, config, came_from)
+        head, kind = found.fields if head is None else head, kind or found.kind
+        wanted = family or came_from.get("model_type", "")
+        chosen = choose_family(wanted, config.family, options, head, kind)
+        about_head: dict[str, Any] = {}
         if head:
-            was = came_from.get("architecture", "")
-            known = TASKS.get(chosen.model_type, {})
-            kind = kind or (known[was].kind if was in known else "")
             task, about_head = head_to_hf(chosen, head, kind)
-            about_head |= came_from.get("labels", {})
+            about_head |= found.about
             chosen = with_head(chosen, task)
-        arrays = open_item(step_dir / item)
+        arrays = open_parameters(step_dir, item)
         shapes = {path: array.shape for path, array in arrays.items()}
         saved = step_dir.parent.parent / "tokenizer"
         tokenizer = tokenizer_files.load_tokenizer(saved) if saved.is_dir() else None
@@ -609,8 +614,14 @@ def to_hf(
     return certificate
 
 
-def choose_family(wanted: str, model: str, config: TransformerConfig) -> Family:
-    """The family to export as.
+def choose_family(
+    wanted: str,
+    model: str,
+    config: TransformerConfig,
+    head: Mapping[str, Any] | None = None,
+    kind: str = "",
+) -> Family:
+    """The family to export as: of the wanted one, or of all, the first that has this model and this head.
 
     Raises:
       BadModel: the options in the way, for the wanted family or for each that is possible.
@@ -626,6 +637,8 @@ def choose_family(wanted: str, model: str, config: TransformerConfig) -> Family:
             )
         try:
             config_to_hf(family, config)
+            if head:
+                head_to_hf(family, head, kind)
             return family
         except BadModel as error:
             problems.append(str(error))
@@ -636,7 +649,7 @@ def exported_vocab_size(config: ConfigDict, tokenizer: Any, came_from: Mapping[s
     """Rows to export: without those appended for reserved ids that the tokenizer's own files do not have.
 
     Raises:
-      BadModel: if training has used such a row: masked-token training, and the mask is one of the appended ids.
+      BadModel: if training has used such a row, e.g. masked-token training, and the mask is one of the appended ids.
     """
     ours = config.model.vocab_size
     if came_from:
@@ -644,12 +657,19 @@ def exported_vocab_size(config: ConfigDict, tokenizer: Any, came_from: Mapping[s
     if tokenizer is None or ours != tokenizer.vocab_size:
         return ours
     size = tokenizer_files.num_model_ids(tokenizer)
-    if tokenizer.mask_id >= size and config.objective.name != "causal":
+    if lacking := [role for role in trained_roles(config) if tokenizer.roles[role] >= size]:
         raise BadModel(
-            "the mask token is an id that was appended to the tokenizer's vocabulary, and its files have no place for "
-            "it: train with a tokenizer that has a mask token"
+            f"tokens that training has used ({', '.join(lacking)}) are ids that were appended to the tokenizer's "
+            "vocabulary, and its files have no place for them: train with a tokenizer that has them"
         )
     return size
+
+
+def trained_roles(config: ConfigDict) -> tuple[str, ...]:
+    """The special tokens without which the exported model could not be asked what it was trained for."""
+    if "objective" in config:
+        return () if config.objective.name == "causal" else ("mask",)
+    return ("bos", "eos") if config.family == "gpt" else ("cls", "sep")
 
 
 def special_ids(tokenizer: Any, vocab_size: int) -> dict[str, int]:
@@ -685,11 +705,9 @@ def model_card(
     name: str, architecture: str, planned: Sequence[Planned], certificate: Mapping[str, Any]
 ) -> str:
     size = sum(int(np.prod(t.shape)) for t in planned)
-    auto = (
-        "AutoModelForCausalLM"
-        if "CausalLM" in architecture or "LMHead" in architecture
-        else "AutoModel"
-    )
+    task = "For" + architecture.partition("For")[2]
+    auto = "AutoModel" + (task if task in AUTO_TASKS else "")
+    auto = "AutoModelForCausalLM" if "LMHead" in architecture else auto
     return f"""---
 library_name: transformers
 tags: [jaxlm]

@@ -127,12 +127,11 @@ def _sum_gradients(total_loss, params, batch, key, accumulation_steps):
     return sums
 
 
-def make_eval_step(model, loss: Callable) -> Callable[..., Metrics]:
-    """A function (params, batch, frozen=None) -> metrics, without dropout; to be jitted."""
+def make_eval_step(model, loss: Callable) -> Callable[[PyTree, Batch], Metrics]:
+    """A function (params, batch) -> metrics, without dropout; to be jitted. params: all (`partition.join`)."""
 
-    def eval_step(params: PyTree, batch: Batch, frozen: PyTree | None = None) -> Metrics:
-        variables = {"params": join(params, frozen)}
-        outputs = model.apply(variables, batch, deterministic=True)
+    def eval_step(params: PyTree, batch: Batch) -> Metrics:
+        outputs = model.apply({"params": params}, batch, deterministic=True)
         _, metrics = loss(outputs, batch)
         return metrics
 
