@@ -15,6 +15,7 @@ positive's is the anchor, a negative is its own).
 from __future__ import annotations
 
 import math
+import textwrap
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -120,8 +121,7 @@ class Embedding:
 
     def problem(self, record: Any, training: bool) -> str:
         texts = _texts(record)
-        overhead = (self.layout.seq_len - self.layout.room(1)) * len(texts)
-        if overhead >= self.layout.seq_len:
+        if self._room(len(texts)) < 1:
             return f"{len(texts)} texts have no room in seq_len {self.layout.seq_len}"
         if not training:
             return ""
@@ -131,26 +131,24 @@ class Embedding:
             return f"{' and '.join(empty)} empty"
         score = _score(record)
         if self.loss_name == "contrastive":
-            return (
-                ""
-                if score is None or score > 0
-                else (
-                    f"the score is {score}, but task.loss='contrastive' takes every pair as one that belongs together"
-                )
-            )
-        if score is None:
+            if score is not None and score <= 0:
+                return f"the score is {score}, but task.loss='contrastive' takes every pair for a match"
+        elif score is None:
             return "the score is missing or no number"
-        if abs(score) > self.max_score:
-            return f"the score is {score}: set task.max_score={self.max_score} to that of texts that mean the same"
+        elif abs(score) > self.max_score:
+            return f"the score is {score}: set task.max_score={self.max_score} to that of a perfect match"
         return ""
+
+    def _room(self, num_texts: int) -> int:
+        """How many tokens that many texts may have together, each laid out on its own."""
+        return self.layout.seq_len - num_texts * (self.layout.seq_len - self.layout.room(1))
 
     def features(self, record: Any) -> tuple[list[Feature], bool]:
         """Together the texts have at most seq_len tokens: where they are too long, the longest is cut first."""
         check_usable(self, record)
         ids = self.tokenizer.encode_batch(_texts(record))
-        overhead = self.layout.seq_len - self.layout.room(1)
         full = [len(text) for text in ids]
-        lengths = fit_lengths(full, self.layout.seq_len - overhead * len(ids))
+        lengths = fit_lengths(full, self._room(len(ids)))
         laid = [self.layout.lay(text[:n]) for text, n in zip(ids, lengths, strict=True)]
         own = [_text_hash(text) for text in ids]
         partner = [*own[1::-1], *own[2:]]
@@ -173,10 +171,8 @@ class Embedding:
         if self.loss_name == "cosine":
             cosines_BE = (vectors_BED * jnp.roll(vectors_BED, -1, axis=1)).sum(-1)
             weights_BE = real_weights(batch) * (batch["example_sides"] == ANCHOR)
-            loss = (
-                (jnp.square(cosines_BE - batch["example_labels"]) * weights_BE).sum(),
-                weights_BE.sum(),
-            )
+            squares_BE = jnp.square(cosines_BE - batch["example_labels"])
+            loss = (squares_BE * weights_BE).sum(), weights_BE.sum()
             return loss, {"loss": loss}
         slots = flatten_slots(vectors_BED, batch)
         loss, accuracy = ranking_loss(slots, self.temperature, ANCHOR)
@@ -194,26 +190,42 @@ class Embedding:
     ) -> Pair:
         return Pair(np.asarray(outputs[0]["slot_vectors"], np.float32))
 
+    def is_labelled(self, record: Any) -> bool:
+        """Whether it can be scored: a text_pair to search for is enough, unless the loss learns scores."""
+        if self.loss_name == "cosine":
+            return "text_pair" in record.fields and _score(record) is not None
+        return "text_pair" in record.fields
+
     def scores(self, records: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
         """cosine: pearson, spearman and mse of cosine and score; contrastive: recall_at_1/5/10 and mrr of each text's
         text_pair among those of all records; equal ones are one, so that either of them is right."""
+        if lacking := [record for record in records if not self.is_labelled(record)]:
+            first = f"{lacking[0].source}:{lacking[0].line}"
+            what = "text_pair with a score" if self.loss_name == "cosine" else "text_pair"
+            raise ValueError(f"{len(lacking)} of {len(records)} records have no {what}: {first}, …")
         if self.loss_name == "cosine":
-            gold = [_score(record) for record in records]
-            if missing := sum(score is None for score in gold):
-                raise ValueError(f"{missing} of {len(gold)} records have no score, or no number")
-            scaled = [float(score or 0.0) / self.max_score for score in gold]
-            return scores.regression_scores(scaled, [said["cosine"] for said in predictions])
-        if lone := sum("text_pair" not in record.fields for record in records):
-            raise ValueError(f"{lone} of {len(records)} records have no text_pair to search for")
+            said = [prediction["cosine"] for prediction in predictions]
+            return scores.regression_scores(self._targets(records), said)
         return scores.retrieval_scores(pair_ranks(records, predictions))
 
+    def _targets(self, records: Sequence[Any]) -> np.ndarray:
+        """(records,) the cosines that the scores stand for."""
+        return np.array([_score(record) for record in records], np.float64) / self.max_score
+
     def report(self, records: Sequence[Any], predictions: Sequence[Any]) -> str:
-        found = self.scores(records, predictions)
-        pairs = len({record.fields["text_pair"] for record in records})
-        what = f"{len(records)} pairs"
-        if self.loss_name == "contrastive":
-            what = f"{len(records)} texts, each searched for its own among {pairs} others"
-        return "\n".join([what, *(f"{name:<14}{value:8.4f}" for name, value in found.items())])
+        """The pairs that are farthest from right."""
+        if self.loss_name == "cosine":
+            title = "cosine - score, the largest"
+            off = np.array([said["cosine"] for said in predictions]) - self._targets(records)
+            shown, worst = [f"{value:+.2f}" for value in off], np.argsort(-np.abs(off))
+        else:
+            others = len({record.fields["text_pair"] for record in records})
+            title = f"rank among {others}, the last"
+            ranks = pair_ranks(records, predictions)
+            shown, worst = [str(rank) for rank in ranks], np.argsort(-ranks, kind="stable")
+        pairs = [(r.fields["text"], r.fields["text_pair"]) for r in records]
+        lines = [f"{shown[i]:>6}  {_short(pairs[i][0])} | {_short(pairs[i][1])}" for i in worst[:5]]
+        return "\n".join([f"{title}:", *lines])
 
     def confusion(self, records: Sequence[Any], predictions: Sequence[Any]) -> None:
         """None: there are no classes."""
@@ -322,3 +334,7 @@ def _score(record: Any) -> float | None:
 def _text_hash(ids: np.ndarray) -> np.int32:
     """The same for the same tokens; different ones are equal once in 4 billion pairs, which costs one negative."""
     return np.uint32(zlib.crc32(np.ascontiguousarray(ids, np.int32).tobytes())).astype(np.int32)
+
+
+def _short(text: Any) -> str:
+    return textwrap.shorten(str(text), 60, placeholder=" …")

@@ -122,7 +122,7 @@ class MultipleChoice:
         hits = _hits(records, predictions)
         chance = np.mean([1 / len(record.fields["choices"]) for record in records])
         lines = [
-            f"accuracy {hits.mean():.4f} of {len(records)} records, by chance {chance:.4f}",
+            f"{len(records)} records, accuracy by chance {chance:.4f}",
             "right choice   records   accuracy   chosen",
         ]
         places = [_right_choice(record) for record in records]

@@ -243,7 +243,7 @@ def test_long_texts_share_the_row_fairly(texts, lengths):
     [
         (dict(text="a"), {}, True, "no text_pair"),
         (dict(text=" ", text_pair=""), {}, True, "text and text_pair empty"),
-        (dict(text="a", text_pair="b", label=0), {}, True, "takes every pair"),
+        (dict(text="a", text_pair="b", label=0), {}, True, "takes every pair for a match"),
         (dict(text="a", text_pair="b", label="1"), {}, True, ""),
         (dict(text="a", text_pair="b"), dict(loss="cosine"), True, "missing"),
         (dict(text="a", text_pair="b", label="x"), dict(loss="cosine"), True, "no number"),
@@ -332,19 +332,19 @@ def test_scores_and_report_of_each_loss():
     rows = [row("a", "x"), row("b", "y")]
     found = task.scores(rows, [Pair(vectors[[0, 0]]), Pair(vectors[[0, 1]])])
     assert found == {"recall_at_1": 0.5, "recall_at_5": 1.0, "recall_at_10": 1.0, "mrr": 0.75}
-    assert "mrr             0.7500" in task.report(
-        rows, [Pair(vectors[[0, 0]]), Pair(vectors[[0, 1]])]
-    )
+    lines = task.report(rows, [Pair(vectors[[0, 0]]), Pair(vectors[[0, 1]])]).splitlines()
+    assert lines == ["rank among 2, the last:", "     2  b | y", "     1  a | x"]
 
     task = make_task(Embedding, loss="cosine", max_score=5.0)
     said = [Pair(np.array([[1, 0], [c, 0]], np.float32)) for c in (0.9, 0.5, 0.0)]
     found = task.scores(SCORED, said)
     assert found["spearman"] == pytest.approx(1.0) and found["mse"] == pytest.approx(0.05 / 3)
+    assert task.report(SCORED, said).splitlines()[1:3] == [" +0.20  c | c", " -0.10  a | x"]
     assert task.best_metric in found and make_task(Embedding).best_metric == "mrr"
 
 
 def test_scores_name_what_is_missing():
-    with pytest.raises(ValueError, match="1 of 2 records have no text_pair"):
+    with pytest.raises(ValueError, match="1 of 2 records have no text_pair: rows.csv:7"):
         make_task(Embedding).scores([row("a", "x"), row("b")], [])
-    with pytest.raises(ValueError, match="1 of 1 records have no score"):
+    with pytest.raises(ValueError, match="1 of 1 records have no text_pair with a score"):
         make_task(Embedding, loss="cosine").scores([row("a", "x")], [])

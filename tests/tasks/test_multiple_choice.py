@@ -181,7 +181,7 @@ def test_a_label_that_names_no_choice_counts_as_wrong_and_has_no_loss():
 def test_the_report_shows_each_place_and_chance():
     said = [{"label": 1}, {"label": 1}, {"label": 1}, {"label": 3}]
     lines = make_task(MultipleChoice).report(ROWS, said).splitlines()
-    assert lines[0] == "accuracy 0.7500 of 4 records, by chance 0.3958"
+    assert lines[0] == "4 records, accuracy by chance 0.3958"
     assert [line.split() for line in lines[2:]] == [
         ["0", "1", "0.0000", "0"],
         ["1", "2", "1.0000", "3"],
