@@ -3,7 +3,8 @@
 XLA's own count cannot serve: it counts the body of a loop once, and a kernel not at all. Counted are matmuls, the
 attention scores among them, at 2 FLOPs for each multiply-add; elementwise work is about 1% and left out, and so is
 recomputation (remat). The backward pass has two matmuls for each one of the forward pass. Attention windows save
-nothing here: the reference attention computes all scores and masks them. Heads of tasks are not counted.
+nothing here: the reference attention computes all scores and masks them. Heads of tasks and adapters are not counted, and
+parameters that do not train count like all others.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxlm.models import lora
 from jaxlm.models.config import PROJECTIONS
+from jaxlm.models.flops import train_step_flops
 from jaxlm.models.transformer import MLP
 from jaxlm.training.optimizers import is_decayed, muon_dimensions
 from tests.models.tiny import (
@@ -105,6 +106,12 @@ def test_without_a_rank_the_program_is_that_of_a_model_that_knows_no_adapters():
         return str(jax.make_jaxpr(lambda p: model.apply({"params": p}, batch).hidden)(params))
 
     assert program() == program(lora_targets=PROJECTIONS, lora_alpha=1.0)
+
+
+def test_the_count_of_flops_is_that_of_the_model_without_adapters():
+    config = make_config(lora_rank=4)
+    sizes = dict(batch_size=2, seq_len=8, num_predictions=8, causal=True)
+    assert train_step_flops(config, **sizes) == train_step_flops(make_config(), **sizes)
 
 
 def test_adapters_are_stacked_named_and_decayed_like_the_matrices_they_are():
