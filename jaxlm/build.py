@@ -272,13 +272,7 @@ class Run:
     is_trained: Callable[[str], bool] = lambda path: True
 
     def in_mesh(self, function: Callable) -> Callable:
-        """`function`, traced and run with the mesh and the axis rules in force."""
-
-        def run(*args, **kwargs):
-            with jax.set_mesh(self.mesh), nn.logical_axis_rules(meshes.RULES):
-                return function(*args, **kwargs)
-
-        return run
+        return in_mesh(self.mesh, function)
 
     @cached_property
     def state_shape(self) -> TrainState:
@@ -387,6 +381,16 @@ class Run:
     @property
     def num_params(self) -> int:
         return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.param_shapes))
+
+
+def in_mesh(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
+    """`function`, traced and run with the mesh and the axis rules in force."""
+
+    def run(*args, **kwargs):
+        with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def dummy_batch(objective: Any, seq_len: int) -> dict[str, jax.Array]:
@@ -498,6 +502,16 @@ def abstract_params(model: nn.Module, batch: Mapping[str, jax.Array]) -> PyTree:
     return jax.eval_shape(lambda: model.init(jax.random.key(0), batch))["params"]
 
 
+def sharded_shapes(mesh: jax.sharding.Mesh, boxed: PyTree) -> PyTree:
+    """Boxed abstract parameters as plain ShapeDtypeStructs with their shardings."""
+    shardings = meshes.param_shardings(mesh, boxed)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        nn.meta.unbox(boxed),
+        shardings,
+    )
+
+
 def check_config(config: ConfigDict, tokenizer: Any) -> None:
     """Raises one ValueError with every field that does not fit another."""
     problems = []
@@ -584,12 +598,7 @@ def load_checkpoint(path: str | Path, *, step: int | None = None, item: str = ""
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
     model, objective = make_model(config, mesh), make_objective(config, tokenizer)
     boxed = abstract_params(model, dummy_batch(objective, config.seq_len))
-    shardings = meshes.param_shardings(mesh, boxed)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        nn.meta.unbox(boxed),
-        shardings,
-    )
+    abstract = sharded_shapes(mesh, boxed)
     item = item or evaluated_item(step_dir)
     params = load_item(step_dir, abstract, item)
     return Loaded(config, tokenizer, model, params, int(step_dir.name), item)

@@ -1,4 +1,8 @@
-"""Evaluates a run on all of its held-out text: `python -m jaxlm.evaluate --checkpoint=W`."""
+"""Evaluates a run on all of its held-out text: `python -m jaxlm.evaluate --checkpoint=W`.
+
+Of a fine-tuned run: `python -m jaxlm.evaluate --checkpoint=F --data=FILE` prints the scores of a file with labels, and
+writes a table of labels and probabilities for one without, or wherever --output says.
+"""
 
 import gzip
 import json
@@ -6,11 +10,12 @@ import lzma
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
 
-from jaxlm import build
+from jaxlm import build, reports, tuning
 from jaxlm.data.token_store import TokenStore
 from jaxlm.host import keep_freed_memory
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_item
@@ -32,6 +37,33 @@ def evaluate(checkpoint: str | Path, step: int | None = None) -> dict:
     metrics = run.evaluate(load_item(step_dir, run.param_shapes, item))
     says = "ema" if item == "ema" else "raw"
     return {"step": int(step_dir.name), "params": says, **metrics}
+
+
+def evaluate_task(
+    checkpoint: str | Path, data: str = "", step: int | None = None, output: str = ""
+) -> dict:
+    """Scores of a fine-tuned run on a file with labels; predictions as a CSV where there are none, or to `output`.
+
+    data: '' is the run's own test file, or its development file.
+    """
+    model = tuning.load_finetuned(checkpoint, step)
+    config, task = model.predictor.config, model.predictor.task
+    data = data or config.data.test or config.data.dev
+    if not data:
+        raise ValueError("--data is empty, and the run had neither a test nor a development file")
+    split = model.read(data)
+    result: dict[str, Any] = {"step": model.step, "data": data, "records": len(split.records)}
+    if split.is_labelled:
+        scores, predictions = model.predictor.scored(model.params, split)
+        print(task.report(split.records, predictions))
+        result |= scores
+    else:
+        _, predictions = model.predictor.predict(model.params, split)
+        output = output or f"{Path(data.partition(':')[0]).stem}.predictions.csv"
+    if output:
+        reports.write_table(Path(output), split, predictions)
+        result["predictions"] = output
+    return result
 
 
 def compare_with_baselines(
@@ -93,6 +125,8 @@ def define_flags() -> None:
         False,
         "Also print what a model has to beat: gzip -9 and xz -9, or token frequencies.",
     )
+    flags.DEFINE_string("data", "", "Of a fine-tuned run: the file to score or to predict.")
+    flags.DEFINE_string("output", "", "Of a fine-tuned run: a CSV to write predictions to.")
     flags.mark_flag_as_required("checkpoint")
 
 
@@ -101,6 +135,11 @@ def main(argv):
     keep_freed_memory()
     args = flags.FLAGS
     logging.set_verbosity(logging.ERROR)  # of libraries: Orbax warns of a file that nothing needs
+    if tuning.is_finetuned(args.checkpoint):
+        print(
+            json.dumps(evaluate_task(args.checkpoint, args.data, args.step, args.output), indent=2)
+        )
+        return
     metrics = evaluate(args.checkpoint, args.step)
     print(json.dumps(metrics, indent=2))
     if args.baselines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def write_reports(run: TaskRun, params: PyTree, step: int, workdir: Path) -> dic
             print_scores(report[name])
             print(run.objective.report(split.records, predictions))
         else:
-            _, predictions = run.predict(params, name)
+            _, predictions = run.predictor.predict(params, split, run.eval_batches[name])
         write_predictions(workdir / "predictions.jsonl", split, predictions)
         draw_confusion(run.objective, split, predictions, workdir / "plots" / "confusion.png")
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
@@ -59,3 +60,31 @@ def draw_confusion(task: Any, split: Split, predictions: Sequence[Mapping], path
     if counts is not None:
         path.parent.mkdir(exist_ok=True)
         plot_confusion(counts, task.labels, path)
+
+
+def write_table(path: Path, split: Split, predictions: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV with a row for each record: its fields and its prediction, a column for each value; nested ones as JSON.
+
+    Of probabilities, {'probabilities': {'yes': 0.9, …}}, each has a column, p(yes).
+    """
+    rows = [
+        {name: _cell(value) for name, value in record.fields.items()} | _flat(prediction)
+        for record, prediction in zip(split.records, predictions, strict=True)
+    ]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:
+    row = {f"predicted_{k}": _cell(v) for k, v in prediction.items() if k != "probabilities"}
+    probabilities = prediction.get("probabilities", {})
+    if isinstance(probabilities, Mapping):
+        return row | {f"p({label})": value for label, value in probabilities.items()}
+    return row | {"probabilities": _cell(probabilities)}
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value

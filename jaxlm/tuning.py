@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,9 +30,22 @@ from ml_collections import ConfigDict
 from jaxlm import build, tokenizers
 from jaxlm.data import demos
 from jaxlm.data.column_names import ROLES
-from jaxlm.data.columns import as_role_records, choose_columns
-from jaxlm.data.examples import EvalExamples, Examples, TrainExamples, lay_out, plan_shapes
-from jaxlm.data.records import Problem, Record, check_problems, read_records
+from jaxlm.data.columns import Columns, as_role_records, choose_columns
+from jaxlm.data.examples import (
+    EvalExamples,
+    Examples,
+    TrainExamples,
+    lay_out,
+    plan_eval_shapes,
+    plan_shapes,
+)
+from jaxlm.data.records import (
+    Problem,
+    Record,
+    check_problems,
+    format_problems,
+    read_records,
+)
 from jaxlm.data.splits import split_train_dev
 from jaxlm.interop import convert, hub, tokenizer_files
 from jaxlm.models import HEADS, TransformerConfig, lora
@@ -40,7 +54,13 @@ from jaxlm.parallel import mesh as meshes
 from jaxlm.tasks import TASKS
 from jaxlm.tasks.base import make_layout
 from jaxlm.training import optimizers, partition
-from jaxlm.training.checkpoints import evaluated_item, find_step, load_tree, read_manifest
+from jaxlm.training.checkpoints import (
+    evaluated_item,
+    find_step,
+    load_item,
+    load_tree,
+    read_manifest,
+)
 from jaxlm.training.metrics import MetricSums
 from jaxlm.training.state import TrainState
 
@@ -220,56 +240,54 @@ def has_label(record: Record) -> bool:
     return any(record.fields.get(key) is not None for key in ("label", "labels", "answers"))
 
 
-def read_file(path: str, config: ConfigDict) -> tuple[list[Record], list[Problem]]:
-    """The records of a labelled file, or of 'demo:NAME:SPLIT', with fields named by their roles in the task."""
+def read_file(
+    path: str,
+    config: ConfigDict,
+    columns: Columns | None = None,
+) -> tuple[list[Record], list[Problem], Columns]:
+    """The records of a labelled file, or of 'demo:NAME:SPLIT', with fields named by their roles in the task.
+
+    columns: those of the training file, of which later ones may lack the labels; None: this is the training file.
+    Returns (records, rows that cannot be read, columns).
+    """
     data, task = config.data, config.task.name
     if path.startswith(DEMO):
         name, _, split = path.removeprefix(DEMO).partition(":")
-        return demos.demo_records(name, split or "train"), []
-    records, problems = read_records(path, data.format)
+        return demos.demo_records(name, split or "train"), [], {}
+    records, problems = read_records(
+        path, data.format, header=data.header, delimiter=data.delimiter
+    )
+    if not records:
+        raise ValueError(f"{path} has no row that can be read:\n{format_problems(problems)}")
     roles = build.pick(ROLES, task, "task")
-    given = {
+    given = columns or {
         key.removesuffix("_column"): value
         for key, value in data.items()
         if key.endswith("_column") and value
     }
-    chosen = choose_columns(records, roles, given)
+    chosen = choose_columns(records, roles, given, labelled=columns is None)
     kind = LABEL_KINDS.get(config.task.get("problem") or task, "class")
     named, more = as_role_records(records, chosen, kind, data.label_separator)
-    return named, [*problems, *more]
+    return named, [*problems, *more], chosen
 
 
-def read_training(
-    config: ConfigDict, workdir: Path
-) -> tuple[list[Record], list[Record], list[Problem]]:
-    """(training records, development records, what was wrong with rows of the training file)."""
-    data = config.data
-    if not data.train:
-        raise ValueError("data.train is empty: name the file to train on, e.g. …:train=my.csv")
-    train, problems = read_file(data.train, config)
-    if data.dev:
-        return train, read_whole(data.dev, config), problems
-    labels = [record.fields.get("label") for record in train]
-    is_class = all(isinstance(label, str) for label in labels)
-    train, dev = split_train_dev(
-        train, data.dev_fraction, config.seed, labels if is_class else None
-    )
-    log.info(
-        "no development file: %d of %d rows held out, stratified where there are classes, seed %d",
-        len(dev),
-        len(train) + len(dev),
-        config.seed,
-    )
-    return train, dev, problems
-
-
-def read_whole(path: str, config: ConfigDict) -> list[Record]:
+def read_whole(path: str, config: ConfigDict, columns: Columns) -> list[Record]:
     """A file to evaluate on, every row of it: one that cannot be read is an error."""
-    records, problems = read_file(path, config)
+    records, problems, _ = read_file(path, config, columns)
     if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems[:10])
-        raise ValueError(f"{path} has {len(problems)} rows that cannot be read:\n{listed}")
+        raise ValueError(
+            f"{path} has {len(problems)} rows that cannot be read, and evaluation leaves none out:\n"
+            f"{format_problems(problems)}"
+        )
     return records
+
+
+def hold_out(records: Sequence[Record], config: ConfigDict) -> tuple[list[Record], list[Record]]:
+    """(training, development) records where there is no development file; says so in the log."""
+    labels = [record.fields.get("label") for record in records]
+    is_class = all(isinstance(label, str) for label in labels)
+    fraction = config.data.dev_fraction
+    return split_train_dev(records, fraction, config.seed, labels if is_class else None)
 
 
 def make_split(name: str, task: Any, records: Sequence[Record]) -> Split:
@@ -313,31 +331,32 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     """
     source = open_source(config.init_from)
     kind = build.pick(TASKS, config.task.name, "task")
-    options = config.task.to_dict()
+    data, options = config.data, config.task.to_dict()
     options.pop("name")
-    train, dev, problems = read_training(config, workdir)
-    num_rows = len(train) + len(dev) + len(problems)
-    fitted = infer(kind, train, options)
+    if not data.train:
+        raise ValueError("data.train is empty: name the file to train on, e.g. …:train=my.csv")
+    records, problems, columns = read_file(data.train, config)
+    labelled = [record for record in records if has_label(record)]
+    fitted = {**kind.infer(labelled, **options), "columns": columns}
     task = make_task(config, source, fitted)
-    usable = []
-    for record in train:
+    train, num_rows = [], len(records) + len(problems)
+    for record in records:
         if why := task.problem(record, True):
             problems.append(Problem(record.source, record.line, why))
         else:
-            usable.append(record)
+            train.append(record)
     workdir.mkdir(parents=True, exist_ok=True)
     if says := check_problems(problems, num_rows, workdir / "problems.jsonl"):
         log.warning("%s", says)
-    splits = {"train": make_split("train", task, usable), "dev": make_split("dev", task, dev)}
-    if config.data.test:
-        splits["test"] = make_split("test", task, read_whole(config.data.test, config))
+    if data.dev:
+        dev = read_whole(data.dev, config, columns)
+    else:
+        train, dev = hold_out(train, config)
+    splits = {"train": make_split("train", task, train), "dev": make_split("dev", task, dev)}
+    if data.test:
+        splits["test"] = make_split("test", task, read_whole(data.test, config, columns))
     completed = complete(config, source, task, len(splits["train"].examples))
     return Prepared(completed, source, task, fitted, splits)
-
-
-def infer(kind: Any, records: Sequence[Record], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the task learns from the rows that have a label at all."""
-    return kind.infer([record for record in records if has_label(record)], **options)
 
 
 def make_task(config: ConfigDict, source: Source, fitted: Mapping[str, Any]) -> Any:
@@ -404,6 +423,64 @@ def head_fields(source: Source, task: Any) -> dict[str, Any]:
     return usual | task.head
 
 
+@dataclass(frozen=True)
+class Predictor:
+    """A model with a task's head, and what its outputs mean."""
+
+    config: ConfigDict
+    mesh: jax.sharding.Mesh
+    model: nn.Module
+    task: Any
+
+    @cached_property
+    def step(self) -> Any:
+        """Jitted (params, batch) -> (metrics, slot_* and token_* arrays), replicated."""
+
+        def predict(params, batch):
+            outputs = self.model.apply({"params": params}, batch, deterministic=True)
+            _, metrics = self.task.loss(outputs, batch)
+            return metrics, self.task.predict(outputs, batch)
+
+        jitted = jax.jit(predict, out_shardings=meshes.replicated(self.mesh))
+        return build.in_mesh(self.mesh, jitted)
+
+    def predict(
+        self, params: PyTree, split: Split, batches: EvalExamples | None = None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """(mean loss and other means, a prediction for each record)."""
+        if batches is None:
+            (batches,) = eval_batches({"": split}, self.config, self.mesh).values()
+        sums, said, pending = MetricSums(), {}, None
+        for index in [*range(len(batches)), None]:
+            launched = None
+            if index is not None:
+                launched = index, self.step(params, put_rows(self.mesh, batches[index]))
+            if pending is not None:  # one batch late: the device has the next one already
+                before, results = pending
+                metrics, outputs = jax.device_get(results)
+                sums.add(metrics)
+                said |= batches.taken_apart(before, outputs)
+            pending = launched
+        features = split.examples.features
+        predictions = [
+            self.task.decode(record, [features[i] for i in span], [said[i] for i in span])
+            for record, span in zip(split.records, split.spans, strict=True)
+        ]
+        return sums.means(), predictions
+
+    def scored(
+        self, params: PyTree, split: Split, batches: EvalExamples | None = None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """(loss and scores, predictions) of a labelled split."""
+        means, predictions = self.predict(params, split, batches)
+        return means | self.task.scores(split.records, predictions), predictions
+
+
+def put_rows(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch on the devices, of which every process has as many rows."""
+    return meshes.put_batch(mesh, batch, len(batch["tokens"]) * jax.process_count())
+
+
 @dataclass
 class TaskRun(build.Run):
     """A training run over labelled examples: a `build.Run` whose evaluation also gives the task's scores."""
@@ -413,48 +490,73 @@ class TaskRun(build.Run):
     def put_batch(
         self, batch: Mapping[str, np.ndarray], batch_size: int = 0
     ) -> dict[str, jax.Array]:
-        """Rows differ between batches, and every process has as many of them."""
-        return meshes.put_batch(self.mesh, batch, len(batch["tokens"]) * jax.process_count())
+        return put_rows(self.mesh, batch)
 
     @cached_property
-    def predict_step(self) -> Any:
-        """Jitted (params, batch) -> (metrics, slot_* and token_* arrays), replicated."""
-
-        def predict(params, batch):
-            outputs = self.model.apply({"params": params}, batch, deterministic=True)
-            _, metrics = self.objective.loss(outputs, batch)
-            return metrics, self.objective.predict(outputs, batch)
-
-        return self.in_mesh(jax.jit(predict, out_shardings=meshes.replicated(self.mesh)))
-
-    def predict(self, params: PyTree, name: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """(mean loss and other means, a prediction for each record) of the split `name`."""
-        split, batches = self.splits[name], self.eval_batches[name]
-        sums, said = MetricSums(), {}
-        pending: Any = None
-        for index in [*range(len(batches)), None]:
-            launched = None
-            if index is not None:
-                launched = index, self.predict_step(params, self.put_batch(batches[index]))
-            if pending is not None:  # one batch late: the device has the next one already
-                before, (metrics, outputs) = pending
-                sums.add(jax.device_get(metrics))
-                said |= batches.taken_apart(before, jax.device_get(outputs))
-            pending = launched
-        features = split.examples.features
-        predictions = [
-            self.objective.decode(record, [features[i] for i in span], [said[i] for i in span])
-            for record, span in zip(split.records, split.spans, strict=True)
-        ]
-        return sums.means(), predictions
+    def predictor(self) -> Predictor:
+        return Predictor(self.config, self.mesh, self.model, self.objective)
 
     def scored(self, params: PyTree, name: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """(loss and scores, predictions) of a labelled split."""
-        means, predictions = self.predict(params, name)
-        return means | self.objective.scores(self.splits[name].records, predictions), predictions
+        return self.predictor.scored(params, self.splits[name], self.eval_batches[name])
 
     def evaluate(self, params: PyTree) -> dict[str, float]:
         return self.scored(params, "dev")[0]
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A fine-tuned model, ready to use: `load_finetuned(F).predict(["a text", …])`."""
+
+    predictor: Predictor
+    params: PyTree
+    step: int
+    columns: Columns  # of the file that it was trained on
+
+    def read(self, path: str) -> Split:
+        """The split of a file, which may have labels or not."""
+        config, task = self.predictor.config, self.predictor.task
+        return make_split(Path(path).stem, task, read_whole(path, config, self.columns))
+
+    def predict(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
+        """A prediction for each row: a text, or the fields of a record by role (text, text_pair, words, context, …)."""
+        fields = [{"text": row} if isinstance(row, str) else dict(row) for row in rows]
+        records = [Record("", number + 1, row) for number, row in enumerate(fields)]
+        split = make_split("rows", self.predictor.task, records)
+        return self.predictor.predict(self.params, split)[1]
+
+
+def is_finetuned(path: str | Path) -> bool:
+    """Whether a workdir, or one of its checkpoints, is of a fine-tuning run."""
+    return any((folder / TASK_FILE).is_file() for folder in (Path(path), *Path(path).parents[:2]))
+
+
+def load_finetuned(path: str | Path, step: int | None = None) -> Finetuned:
+    """The model of a fine-tuning run's workdir (or of one of its checkpoints): the best step unless another is named.
+
+    Raises:
+      ValueError, FileNotFoundError: if there is none.
+    """
+    workdir = Path(path)
+    if step is None and (workdir / "report.json").is_file():
+        step = json.loads((workdir / "report.json").read_text(encoding="utf-8"))["step"]
+    step_dir = find_step(path, step)
+    workdir = step_dir.parent.parent
+    if not (workdir / TASK_FILE).is_file():
+        raise ValueError(f"{workdir} is no fine-tuned run: it has no {TASK_FILE}")
+    config = build.saved_config(workdir / "config.json")
+    fitted = json.loads((workdir / TASK_FILE).read_text(encoding="utf-8"))
+    tokenizer = tokenizers.load_tokenizer(workdir / "tokenizer")
+    model_options = config.model.to_dict()
+    task = make_task(config, Source(config.family, model_options, tokenizer), fitted)
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
+    model = build.make_model(config, mesh)
+    row = {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
+    shapes = build.sharded_shapes(mesh, build.abstract_params(model, row))
+    params = load_item(step_dir, shapes, evaluated_item(step_dir))
+    columns = {
+        role: tuple(c) if isinstance(c, list) else c for role, c in fitted["columns"].items()
+    }
+    return Finetuned(Predictor(config, mesh, model, task), params, int(step_dir.name), columns)
 
 
 def make_run(
@@ -464,7 +566,7 @@ def make_run(
     config, task, source = prepared.config, prepared.task, prepared.source
     mesh = mesh or meshes.make_mesh(**config.mesh)
     if not (workdir / "tokenizer").is_dir():
-        source.tokenizer.save(workdir / "tokenizer")
+        save_tokenizer(source, workdir / "tokenizer")
     write_task(workdir, config.task.name, prepared.fitted)
     model = build.make_model(config, mesh)
     train = prepared.splits["train"].examples
@@ -498,6 +600,7 @@ def make_run(
         frozen_layers=config.tuning.frozen_layers,
     )
     mean_length = float(train.lengths.mean())
+    held_out = {name: split for name, split in prepared.splits.items() if name != "train"}
     return TaskRun(
         config=config,
         workdir=workdir,
@@ -506,7 +609,7 @@ def make_run(
         model=model,
         objective=task,
         train_batches=train_batches,
-        eval_batches=eval_batches(prepared.splits, config, mesh),
+        eval_batches=eval_batches(held_out, config, mesh),
         optimizer=optimizer,
         plateau=plateau,
         dummy=dummy,
@@ -524,20 +627,17 @@ def make_run(
 def eval_batches(
     splits: Mapping[str, Split], config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> dict[str, EvalExamples]:
+    """The batches of each split, all of one shape if they are packed."""
+    size = config.eval.batch_size
+    shapes = plan_eval_shapes(
+        [split.examples for split in splits.values()],
+        size,
+        packed=config.packed,
+        seq_len=config.seq_len,
+        row_multiple=meshes.axis_size(mesh, ("data", "fsdp")),
+    )
     local = lambda rows: meshes.local_rows(mesh, rows)
-    ways = meshes.axis_size(mesh, ("data", "fsdp"))
-    batches = {}
-    for name, split in splits.items():
-        shapes = plan_shapes(
-            split.examples,
-            config.eval.batch_size,
-            config.seed,
-            packed=config.packed,
-            seq_len=config.seq_len,
-            row_multiple=ways,
-        )
-        batches[name] = EvalExamples(split.examples, shapes, config.eval.batch_size, local)
-    return batches
+    return {name: EvalExamples(s.examples, shapes, size, local) for name, s in splits.items()}
 
 
 def dummy_batch(examples: Examples) -> dict[str, jax.Array]:
@@ -545,6 +645,17 @@ def dummy_batch(examples: Examples) -> dict[str, jax.Array]:
     shapes = plan_shapes(examples, 1, 0, packed=False, seq_len=int(examples.lengths.max()))
     batch, _ = lay_out(examples, [0], shapes)
     return {key: jnp.asarray(value) for key, value in batch.items()}
+
+
+def save_tokenizer(source: Source, target: Path) -> None:
+    """The source's tokenizer, with the Hugging Face files that it came in, which an export gives back."""
+    source.tokenizer.save(target)
+    if source.spec:
+        tokenizer_files.keep_files(hub.fetch(source.spec)[0], target)
+    elif source.step_dir is not None:
+        kept = source.step_dir.parent.parent / "tokenizer" / tokenizer_files.KEPT
+        if kept.is_dir():
+            shutil.copytree(kept, target / tokenizer_files.KEPT)
 
 
 def write_task(workdir: Path, name: str, fitted: Mapping[str, Any]) -> None:

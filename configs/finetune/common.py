@@ -34,6 +34,8 @@ def base(
                 dev_fraction=0.1,
                 # '' = by the file's ending, and by the names that columns usually have
                 format="",
+                header="auto",
+                delimiter="",
                 text_column="",
                 text_pair_column="",
                 label_column="",
@@ -91,6 +93,8 @@ FILES = (
     "test",
     "dev_fraction",
     "format",
+    "header",
+    "delimiter",
     "text_column",
     "text_pair_column",
     "label_column",

@@ -15,10 +15,10 @@ Rows come in a fixed few shapes, so that a fixed few programs are compiled.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ class Place(NamedTuple):
     slot: int
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Shapes:
     """The shapes that batches may have: the smallest that holds one is taken.
 
@@ -126,7 +126,7 @@ class TrainExamples:
 
 
 class EvalExamples:
-    """Every example once, those of one length together; the last batch has fewer."""
+    """Every example once; where they are padded, those of one length together. The last batch has fewer."""
 
     def __init__(
         self,
@@ -137,7 +137,8 @@ class EvalExamples:
     ):
         self.examples, self.shapes, self.batch_size = examples, shapes, batch_size
         self.local_rows = local_rows
-        self.order = np.argsort(examples.lengths, kind="stable")
+        by_length = np.argsort(examples.lengths, kind="stable")
+        self.order = np.arange(len(examples)) if shapes.packed else by_length
 
     def __len__(self) -> int:
         return -(-len(self.examples) // self.batch_size)
@@ -285,7 +286,7 @@ def plan_shapes(
     row_multiple: int = 1,
     num_batches: int = 200,
 ) -> Shapes:
-    """The shapes for batches of these examples.
+    """The shapes for training batches of these examples.
 
     Packed, rows are as long as the longest example's bucket, and their number is that which half of the first
     `num_batches` batches need, that which nine tenths need, that which all need, or enough for any batch.
@@ -293,19 +294,54 @@ def plan_shapes(
 
     seq_len: the longest that a feature can be. row_multiple: devices that share the rows.
     """
-    up = lambda n: -(-int(n) // row_multiple) * row_multiple
-    buckets = sorted({min(size, seq_len) for size in LENGTHS} | {seq_len})
+    plan = _plan([examples], batch_size, packed, seq_len, row_multiple)
     if not packed:
-        return Shapes(False, tuple(buckets), (up(batch_size),), int(examples.slots.max()))
-    length = _smallest(buckets, int(examples.lengths.max()), "example of length")
-    most = int(examples.slots.max())
-    slots = max(most, round(2 * length * examples.slots.mean() / examples.lengths.mean()))
-    needed = []
-    for k in range(min(num_batches, -(-len(examples) // batch_size))):
-        ids = draw(len(examples), batch_size, seed, k)
-        places = pack(examples.lengths[ids], examples.slots[ids], length, slots)
-        needed.append(1 + max(place.row for place in places))
-    quantiles = np.quantile(needed, (0.5, 0.9, 1.0), method="higher")
-    return Shapes(
-        True, (length,), tuple(sorted({up(q) for q in quantiles} | {up(batch_size)})), slots
-    )
+        return plan
+    batches = min(num_batches, -(-len(examples) // batch_size))
+    chosen = (draw(len(examples), batch_size, seed, k) for k in range(batches))
+    needed = [rows_needed(examples, ids, plan) for ids in chosen]
+    rows = {*np.quantile(needed, (0.5, 0.9, 1.0), method="higher").tolist(), batch_size}
+    return dataclasses.replace(plan, rows=_multiples(rows, row_multiple))
+
+
+def plan_eval_shapes(
+    splits: Sequence[Examples],
+    batch_size: int,
+    *,
+    packed: bool,
+    seq_len: int,
+    row_multiple: int = 1,
+) -> Shapes:
+    """The shapes for evaluating these splits. Packed, that is one: their batches are known in advance."""
+    plan = _plan(splits, batch_size, packed, seq_len, row_multiple)
+    if not packed:
+        return plan
+    needed = {
+        rows_needed(split, range(first, min(first + batch_size, len(split))), plan)
+        for split in splits
+        for first in range(0, len(split), batch_size)
+    }
+    return dataclasses.replace(plan, rows=_multiples({max(needed)}, row_multiple))
+
+
+def _plan(
+    splits: Sequence[Examples], batch_size: int, packed: bool, seq_len: int, row_multiple: int
+) -> Shapes:
+    """Shapes with the rows that any batch needs."""
+    lengths, slots = (np.concatenate([getattr(s, n) for s in splits]) for n in ("lengths", "slots"))
+    buckets = sorted({min(size, seq_len) for size in LENGTHS} | {seq_len})
+    rows, most = _multiples({batch_size}, row_multiple), int(slots.max())
+    length = _smallest(buckets, int(lengths.max()), "example of length")
+    if not packed:
+        return Shapes(False, tuple(b for b in buckets if b <= length), rows, most)
+    return Shapes(True, (length,), rows, max(most, round(2 * length * slots.sum() / lengths.sum())))
+
+
+def rows_needed(examples: Examples, ids: Sequence[int], shapes: Shapes) -> int:
+    places = pack(examples.lengths[ids], examples.slots[ids], shapes.lengths[0], shapes.slots)
+    return 1 + max(place.row for place in places)
+
+
+def _multiples(sizes: Iterable[float], of: int) -> tuple[int, ...]:
+    """The sizes, each raised to the next multiple, ascending."""
+    return tuple(sorted({-(-int(size) // of) * of for size in sizes}))

@@ -1,0 +1,258 @@
+"""Fine-tuning end to end on tiny models: it learns, resumes, stops, leaves a report, and says what it did with weights."""
+
+import csv
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import build, evaluate, tuning
+from jaxlm.finetune import EarlyStopping, finetune
+from jaxlm.pretrain import pretrain
+from jaxlm.training.checkpoints import find_step
+from tests import tiny
+
+# Letters tell the kinds apart, so that a model of bytes learns them in a few steps.
+WORDS = {"fruit": ["aaaa", "aaa"], "tool": ["zzz", "zzzz"], "pet": ["mmm", "mmmm"]}
+
+
+def write_rows(path, size=48, seed=0):
+    """Sentences whose label is the kind of the thing in them."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(size):
+        label = rng.choice(sorted(WORDS))
+        rows.append((f"{rng.choice(['a', 'the', 'my'])} {rng.choice(WORDS[label])}", label))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Pretrained runs of one step: an encoder with a pair head, and a decoder."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    store = tiny.make_store(folder / "store")
+    for family, arg in (("bert", "tiny,objective=mlm_nsp"), ("gpt", "tiny")):
+        spec = f"configs/{family}.py:{arg}"
+        config = tiny.tiny_config(spec, store, num_train_steps=1, eval__num_batches=1)
+        with config.unlocked():
+            config.eval.prompts = ()
+        pretrain(config, folder / family)
+    return folder
+
+
+def make_config(sources, tmp_path, family="bert", **overrides):
+    data = tmp_path / "rows.csv"
+    if not data.exists():
+        write_rows(data)
+    changes = {key.replace("__", "."): value for key, value in overrides.items()}
+    return build.read_config(
+        f"{tiny.ROOT}/configs/finetune/classification.py:train={data}",
+        {
+            "init_from": str(sources / family),
+            "batch_size": 8,
+            "seq_len": 32,
+            "num_epochs": 2.0,
+            "optimizer.learning_rate": 1e-2,
+            "dropout_rate": 0.0,
+            "data.dev_fraction": 0.25,
+            "eval.batch_size": 16,
+            "log_every_steps": 1,
+            "log.progress": False,
+            "log.tensorboard": False,
+        }
+        | changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def tuned(sources, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    config = make_config(
+        sources,
+        folder,
+        num_epochs=20.0,
+        evals_per_epoch=0.2,
+        warmup_ratio=0.02,
+        data__test=str(write_rows(folder / "test.csv", seed=1)),
+    )
+    return finetune(config, folder / "run"), folder / "run"
+
+
+def test_it_learns_the_labels_and_leaves_a_report(tuned):
+    report, workdir = tuned
+    assert report["dev"]["accuracy"] > 0.9 and report["test"]["accuracy"] > 0.9
+    assert json.loads((workdir / "report.json").read_text()) == json.loads(json.dumps(report))
+    lines = [json.loads(x) for x in (workdir / "predictions.jsonl").read_text().splitlines()]
+    right = sum(line["label"] == line["prediction"]["label"] for line in lines)
+    assert right / len(lines) == pytest.approx(report["test"]["accuracy"])
+    assert (workdir / "plots" / "confusion.png").stat().st_size > 1000
+    assert json.loads((workdir / "task.json").read_text())["labels"] == ["fruit", "pet", "tool"]
+
+
+def test_the_report_is_of_the_best_step(tuned):
+    report, workdir = tuned
+    evals = [line for line in tiny.learned(workdir) if line["split"] == "eval"]
+    best = max(line["accuracy"] for line in evals)
+    assert report["dev"]["accuracy"] == pytest.approx(best)
+    assert report["step"] in [line["step"] for line in evals if line["accuracy"] == best]
+
+
+def test_weights_are_accounted_for(tuned, sources):
+    _, workdir = tuned
+    origin = json.loads((workdir / "origin.json").read_text())
+    assert {"head/dense", "head/bias", "embed/embedding"} <= set(origin["restored"])
+    assert set(origin["new"]) == {"head/out/kernel", "head/out/bias"}
+    assert any(name.startswith("mlm_head/") for name in origin["dropped"])
+    config = build.saved_config(workdir / "config.json")
+    source = tuning.open_source(str(sources / "bert"))
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
+    model = build.make_model(config, mesh)
+    shapes = build.sharded_shapes(
+        mesh, build.abstract_params(model, {"tokens": np.zeros((1, 1), np.int32)})
+    )
+    found, _, _ = tuning.read_weights(source, shapes)
+    stored = build.load_checkpoint(sources / "bert").params
+    np.testing.assert_array_equal(found["head/dense"], stored["pooler"]["kernel"])
+    np.testing.assert_array_equal(found["layers/mlp/up"], stored["layers"]["mlp"]["up"])
+
+
+def test_a_tuned_run_predicts_files_with_and_without_labels_and_from_python(
+    tuned, tmp_path, capsys
+):
+    report, workdir = tuned
+    scores = evaluate.evaluate_task(workdir)
+    assert scores["accuracy"] == pytest.approx(report["test"]["accuracy"])
+    assert "fruit" in capsys.readouterr().out
+    (tmp_path / "new.txt.csv").write_text("text\na aaaa\nthe mmm\n")
+    result = evaluate.evaluate_task(
+        workdir, str(tmp_path / "new.txt.csv"), output=str(tmp_path / "out.csv")
+    )
+    with open(result["predictions"], newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["predicted_label"] for row in rows] == ["fruit", "pet"]
+    assert sum(float(rows[0][f"p({label})"]) for label in WORDS) == pytest.approx(1, abs=1e-5)
+    said = tuning.load_finetuned(workdir).predict(["my zzzz", {"text": "a aaa"}])
+    assert [one["label"] for one in said] == ["tool", "fruit"]
+
+
+def losses(workdir):
+    return [line["loss"] for line in tiny.learned(workdir) if line["split"] == "train"]
+
+
+def test_packed_and_padded_runs_have_the_same_losses(sources, tmp_path):
+    for packed in (True, False):
+        finetune(
+            make_config(sources, tmp_path, packed=packed, num_epochs=1.0), tmp_path / str(packed)
+        )
+    packed, padded = losses(tmp_path / "True"), losses(tmp_path / "False")
+    np.testing.assert_allclose(packed, padded, rtol=2e-4)
+    with pytest.raises(AssertionError):  # other examples would show
+        np.testing.assert_allclose(packed[1:], padded[:-1], rtol=2e-4)
+
+
+def test_an_interrupted_run_ends_like_an_unbroken_one(sources, tmp_path, monkeypatch):
+    config = make_config(sources, tmp_path, family="gpt", num_epochs=2.0, dropout_rate=0.1)
+    finetune(config, tmp_path / "unbroken")
+    evaluations = iter([False, True])
+    whole = tuning.TaskRun.evaluate
+
+    def cut(self, params):
+        if next(evaluations):
+            raise KeyboardInterrupt
+        return whole(self, params)
+
+    monkeypatch.setattr(tuning.TaskRun, "evaluate", cut)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, tmp_path / "broken")
+    monkeypatch.setattr(tuning.TaskRun, "evaluate", whole)
+    finetune(config, tmp_path / "broken")
+    assert tiny.learned(tmp_path / "broken") == tiny.learned(tmp_path / "unbroken")
+    one, other = (tuning.load_finetuned(tmp_path / name).params for name in ("broken", "unbroken"))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_adapters_are_all_that_trains(sources, tmp_path):
+    config = make_config(
+        sources, tmp_path, num_epochs=1.0, tuning__train="lora", tuning__lora_rank=2
+    )
+    finetune(config, tmp_path / "run")
+    step_dir = find_step(tmp_path / "run")
+    tuned = tuning.load_finetuned(tmp_path / "run").params
+    source = build.load_checkpoint(sources / "bert").params
+    np.testing.assert_array_equal(tuned["layers"]["mlp"]["up"], source["layers"]["mlp"]["up"])
+    assert np.any(tuned["layers"]["attention"]["query_lora_b"])
+    sizes = {
+        item: sum(p.stat().st_size for p in (step_dir / item).rglob("*") if p.is_file())
+        for item in ("params", "frozen")
+    }
+    assert sizes["params"] < sizes["frozen"]
+    again = make_config(sources, tmp_path, init_from=str(tmp_path / "run"), num_epochs=1.0)
+    assert (
+        finetune(again, tmp_path / "again")["dev"]["loss"] > 0
+    )  # adapters merged, labels' head kept
+
+
+def test_a_run_stops_when_the_metric_stands_still_and_stays_stopped(sources, tmp_path):
+    config = make_config(
+        sources, tmp_path, num_epochs=50.0, patience=2, optimizer__learning_rate=0.0
+    )
+    finetune(config, tmp_path / "run")
+    lines = tiny.learned(tmp_path / "run")
+    assert len([line for line in lines if line["split"] == "eval"]) == 3
+    finetune(config, tmp_path / "run")
+    assert tiny.learned(tmp_path / "run") == lines
+
+
+def test_patience_counts_evaluations_without_a_better_value():
+    stopping = EarlyStopping(2, "loss", "min")
+    for value, over in (
+        (3.0, False),
+        (2.0, False),
+        (2.0, False),
+        (1.0, False),
+        (1.5, False),
+        (1.0, True),
+    ):
+        stopping.see({"loss": value})
+        assert stopping.is_over is over
+
+
+def test_other_labels_for_a_run_that_began_are_refused(tuned, sources):
+    _, workdir = tuned
+    with pytest.raises(ValueError, match="other labels"):
+        tuning.write_task(workdir, "sequence_classification", {"labels": ["a", "b"]})
+
+
+def test_a_source_that_would_give_only_embeddings_is_refused():
+    repair = tuning.Repair(["embed/embedding", "embed/positions"], ["layers/mlp/up"], [], [])
+    source = tuning.Source("bert", {}, None, spec="somewhere")
+    with pytest.raises(ValueError, match="nothing but embeddings"):
+        tuning.refuse_strangers(source, repair)
+
+
+def test_what_is_missing_is_said_before_anything_is_read(sources, tmp_path):
+    with pytest.raises(ValueError, match="init_from is empty"):
+        finetune(make_config(sources, tmp_path, init_from=""), tmp_path / "run")
+    with pytest.raises(ValueError, match="data.train is empty"):
+        finetune(make_config(sources, tmp_path, data__train=""), tmp_path / "run")
+    with pytest.raises(ValueError, match="seq_len 65: the model has 64 positions"):
+        finetune(make_config(sources, tmp_path, seq_len=65), tmp_path / "run")
+
+
+def test_bad_rows_are_listed_and_too_many_are_refused(sources, tmp_path):
+    data = write_rows(tmp_path / "rows.csv")
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[:5], '"  ",pet', *lines[5:]]) + "\n")
+    prepared = tuning.prepare(make_config(sources, tmp_path), tmp_path / "run")
+    listed = [json.loads(x) for x in (tmp_path / "run" / "problems.jsonl").read_text().splitlines()]
+    assert [(x["line"], x["text"]) for x in listed] == [(6, "the text is empty")]
+    assert len(prepared.splits["train"].records) + len(prepared.splits["dev"].records) == 48
+    data.write_text("\n".join([*lines[:5], *['"  ",pet'] * 20]) + "\n")
+    with pytest.raises(ValueError, match="cannot be used"):
+        tuning.prepare(make_config(sources, tmp_path), tmp_path / "other")
