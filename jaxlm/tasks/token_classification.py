@@ -6,8 +6,8 @@
     labels     .   B-PER     I-PER   .             O       .
     weights    0   1         1       0             1       0
 
-A word's label is read at its first token; a decoder has not read the word there, so at its last. Words are encoded one by
-one, with the space before them that the tokenizer has between words. A sentence that is longer than a row is cut between
+A word's label is read at its first token (bytes, characters: not at the space before it); a decoder has not read the word
+there, so at its last. Words are encoded one by one, with the space before them that the tokenizer has between words. A sentence that is longer than a row is cut between
 words into several features of one record:
 
     [CLS] w0 w1 w2 w3 w4 w5 w6 w7 [SEP]
@@ -154,13 +154,14 @@ class TokenClassification:
         texts = [self.prefix + word if number else word for number, word in enumerate(words)]
         unknown = np.array([self.tokenizer.unk_id], np.int32)
         pieces = [piece if len(piece) else unknown for piece in self.tokenizer.encode_batch(texts)]
+        spaces = np.array([has_own_space(piece, self.tokenizer) for piece in pieces], int)
         predicate, marked = record.fields.get("predicate"), np.zeros(len(pieces), int)
         if predicate is not None and not self.layout.pair_types:
             number, marker = int(predicate), np.array(self.layout.between[:1], np.int32)
             pieces[number] = np.concatenate([marker, pieces[number], marker])
             marked[number] = 1
         lengths = np.array([len(piece) for piece in pieces], int)
-        places = lengths - 1 - marked if self.layout.reads_last else marked
+        places = lengths - 1 - marked if self.layout.reads_last else marked + spaces
         room = self.layout.room(1)
         cut = [piece[:room] for piece in pieces]
         return cut, np.minimum(places, room - 1), bool((lengths > room).any())
@@ -264,6 +265,12 @@ def word_prefix(tokenizer: Any) -> str:
     """
     one, two = tokenizer.encode_batch(["a", "a a"])
     return "" if np.array_equal(two, np.concatenate([one, one])) else " "
+
+
+def has_own_space(piece: np.ndarray, tokenizer: Any) -> bool:
+    """Whether a word's first token is nothing but the space before it."""
+    first = int(piece[0])
+    return len(piece) > 1 and first != tokenizer.unk_id and not tokenizer.decode([first]).strip()
 
 
 def cut_windows(lengths: Sequence[int], room: int, context: int) -> list[tuple[int, int, int]]:

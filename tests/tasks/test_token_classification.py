@@ -66,6 +66,12 @@ def test_a_decoder_labels_a_word_at_its_last_token():
     assert feature["weights"].tolist() == [0, 1, 0, 1, 1, 0]
 
 
+def test_a_label_does_not_stand_at_the_space_before_its_word():
+    [feature], _ = make_task(tokenizer=BYTES).features(row("ab c d", "O B-PER O"))
+    at = feature["tokens"][feature["weights"] > 0]
+    assert BYTES.decode(at) == "acd" and BYTES.decode(feature["tokens"]) == "ab c d"
+
+
 def check_words_are_encoded_as_the_backend_does(words, tokenizer, reference):
     """The tokens are those of the tokenizers library for a text that is split into words."""
     [feature], _ = make_task(tokenizer=tokenizer).features(Row({"words": words}))
