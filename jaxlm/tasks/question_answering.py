@@ -52,7 +52,8 @@ class Candidate(NamedTuple):
 class QuestionAnswering:
     """Questions and contexts to spans. See the module's docstring.
 
-    doc_stride: tokens from the start of a window to the start of the next. Windows that would leave a gap overlap anyway.
+    doc_stride: tokens from the start of a window to the start of the next, at most half a window, so that an answer up to
+      that length is whole in one of them.
     max_question_len: the tokens of a question; longer ones are cut.
     max_answer_len: the tokens of an answer that may be predicted.
     n_best: how many answers a prediction lists.
@@ -254,8 +255,8 @@ def _texts(record: Any) -> tuple[str, str, list[dict[str, Any]] | None]:
 
 
 def window_starts(length: int, room: int, stride: int) -> range:
-    """Where windows of `room` tokens begin, so that each of `length` tokens is in one."""
-    step = min(stride, room)
+    """Where windows of `room` (2 or more) of `length` tokens begin: `stride` apart, but no more than half a window."""
+    step = min(stride, room // 2)
     return range(0, max(1, length - room + step), step)
 
 
