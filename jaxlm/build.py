@@ -1,5 +1,6 @@
 """From a ConfigDict to the parts of a run. The only module that knows configs and every package below."""
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -104,7 +105,14 @@ def write_config(config: ConfigDict, path: str | Path) -> None:
 
 def config_changes(old: ConfigDict, new: ConfigDict) -> tuple[list[str], list[str]]:
     """The differing fields as lines 'field: old -> new': (identity fields, execution fields)."""
-    before, after = (_flatten(json.loads(c.to_json())) for c in (old, new))
+    # A field of the model that is younger than the run has the value that it had before it was one.
+    defaults = {
+        f"model.{field.name}": field.default
+        for field in dataclasses.fields(TransformerConfig)
+        if field.default is not dataclasses.MISSING
+    }
+    defaults = json.loads(json.dumps(defaults))
+    before, after = (defaults | _flatten(json.loads(c.to_json())) for c in (old, new))
     identity, execution = [], []
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) == after.get(name):

@@ -11,6 +11,8 @@ import jax
 from jaxlm import build
 from jaxlm.data.token_store import write_store
 from jaxlm.tokenizers import make_tokenizer
+from jaxlm.training.checkpoints import Checkpoints
+from jaxlm.workdir import manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,6 +60,17 @@ def tiny_config(spec: str, store: Path, **overrides):
     return build.read_config(
         str(ROOT / spec), OVERRIDES | {"data.sources": (str(store),)} | changes
     )
+
+
+def save_untrained(config, workdir: Path) -> Path:
+    """A workdir with a checkpoint of step 0, as `pretrain` writes it, but without a step."""
+    run = build.make_run(config, workdir)
+    build.write_config(config, workdir / "config.json")
+    store = Checkpoints(workdir)
+    store.save(0, run.init_state(), manifest(run, 0), None)
+    store.wait()
+    store.close()
+    return workdir
 
 
 def pretrain_command(config_path: Path, workdir: Path, *flags: str) -> list[str]:

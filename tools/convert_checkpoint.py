@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jaxlm import build
 from jaxlm.interop import FAMILIES, convert, parity
 from jaxlm.training.checkpoints import evaluated_item, find_step
+from jaxlm.tuning import best_step
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a Hugging Face folder does not say (optimizer, data, …) comes from these.
@@ -56,7 +57,9 @@ def define_arguments() -> argparse.ArgumentParser:
     into.add_argument(
         "--allow_pickle", action="store_true", help="read pytorch_model.bin, which can run code"
     )
-    out.add_argument("--step", type=int, help="which checkpoint; default the newest")
+    out.add_argument(
+        "--step", type=int, help="which checkpoint; default the newest, or a fine-tuned run's best"
+    )
     out.add_argument("--item", default="", help="'params' or 'ema'; default ema where there is one")
     out.add_argument("--family", default="", choices=("", *FAMILIES), help="default: what fits")
     out.add_argument("--max_shard_gb", type=float, default=5.0, help="size of a file at most")
@@ -78,7 +81,8 @@ def from_hf(args: argparse.Namespace) -> dict:
 
 
 def to_hf(args: argparse.Namespace) -> dict:
-    step_dir = find_step(args.source, args.step)
+    step = best_step(args.source) if args.step is None else args.step
+    step_dir = find_step(args.source, step)
     return convert.to_hf(
         step_dir,
         args.target,

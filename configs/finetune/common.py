@@ -41,6 +41,9 @@ def base(
                 label_column="",
                 # between the labels of a cell, where a text has several
                 label_separator="|",
+                # chance of each word of a training text to be left out, and to change places with the next
+                augment_dropout=0.0,
+                augment_swap=0.0,
                 num_workers=0,
                 prefetch=2,
             ),

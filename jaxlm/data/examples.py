@@ -33,7 +33,7 @@ Batch = dict[str, np.ndarray]
 Feature = dict[str, np.ndarray]
 
 LENGTHS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-_ORDER = 0  # first word of the seed sequence after the seed
+_ORDER, _REDRAW = range(2)  # first words of the seed sequences after the seed
 
 
 class Place(NamedTuple):
@@ -94,6 +94,7 @@ class TrainExamples:
     `batches[k]` is a dict of arrays (rows, …), as `lay_out` makes them; examples k * batch_size … + batch_size - 1.
 
     local_rows: number of rows of the global batch -> those of this process; None = all.
+    redraw: (number, rng) -> that example's feature, made anew for this draw and no larger; None = always the same.
     """
 
     def __init__(
@@ -104,9 +105,11 @@ class TrainExamples:
         seed: int,
         num_steps: int = 2**62,
         local_rows: Callable[[int], np.ndarray] | None = None,
+        redraw: Callable[[int, np.random.Generator], Feature] | None = None,
     ):
         self.examples, self.shapes, self.batch_size = examples, shapes, batch_size
         self.seed, self.num_steps, self.local_rows = seed, num_steps, local_rows
+        self.redraw = redraw
 
     def __len__(self) -> int:
         return self.num_steps
@@ -114,8 +117,15 @@ class TrainExamples:
     def __getitem__(self, k: int) -> Batch:
         if not 0 <= k < len(self):
             raise IndexError(f"found batch {k}; expected 0 <= k < {len(self)}")
-        batch, _ = lay_out(self.examples, self.ids(k), self.shapes, self.local_rows)
+        ids, features = self.ids(k), None
+        if self.redraw:
+            draws = range(k * self.batch_size, (k + 1) * self.batch_size)
+            features = [self.redraw(i, self._rng(n)) for i, n in zip(ids, draws, strict=True)]
+        batch, _ = lay_out(self.examples, ids, self.shapes, self.local_rows, features)
         return batch
+
+    def _rng(self, number: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence([self.seed, _REDRAW, number]))
 
     def ids(self, k: int) -> list[int]:
         """The numbers of the examples of batch k."""
@@ -189,8 +199,12 @@ def lay_out(
     ids: Sequence[int],
     shapes: Shapes,
     local_rows: Callable[[int], np.ndarray] | None = None,
+    features: Sequence[Feature] | None = None,
 ) -> tuple[Batch, dict[int, Place]]:
-    """The batch of these examples in the smallest shape that holds it, and the place of each."""
+    """The batch of these examples in the smallest shape that holds it, and the place of each.
+
+    features: of the examples `ids`, where they are others than the plain ones; rows are planned for the plain ones.
+    """
     lengths, slots = examples.lengths[ids], examples.slots[ids]
     length = _smallest(shapes.lengths, int(lengths.max()), "row length")
     places = (
@@ -200,7 +214,8 @@ def lay_out(
     )
     rows = _smallest(shapes.rows, 1 + max(place.row for place in places), "number of rows")
     kept = np.arange(rows) if local_rows is None else local_rows(rows)
-    batch = fill([examples.features[i] for i in ids], ids, places, (rows, length, shapes.slots))
+    features = features or [examples.features[i] for i in ids]
+    batch = fill(features, ids, places, (rows, length, shapes.slots))
     return {key: value[kept] for key, value in batch.items()}, dict(zip(ids, places, strict=True))
 
 

@@ -37,6 +37,7 @@ class SequenceClassification:
     """
 
     kind = "sequence_classification"
+    text_fields = ("text", "text_pair")  # what text augmentation may change
 
     def __init__(
         self,

@@ -191,3 +191,25 @@ def test_the_fingerprint_is_of_tokens_and_labels():
     changed = make_examples()
     changed.features[3]["example_labels"] = np.array([7], np.int32)
     assert changed.fingerprint != one.fingerprint
+
+
+def test_a_redrawn_example_depends_on_its_draw_alone():
+    examples = make_examples(size=20)
+
+    def redraw(number, rng):
+        feature = dict(examples.features[number])
+        feature["tokens"] = feature["tokens"] + 100 * rng.integers(1, 1000, dtype=np.int32)
+        return feature
+
+    batches = make_batches(examples, True, redraw=redraw)
+    again = make_batches(examples, True, redraw=redraw)
+    again[3]
+    np.testing.assert_array_equal(batches[7]["tokens"], again[7]["tokens"])
+    plain = make_batches(examples, True)[7]
+    assert (batches[7]["tokens"] != plain["tokens"])[plain["segment_ids"] > 0].all()
+    np.testing.assert_array_equal(batches[7]["example_ids"], plain["example_ids"])
+    # the same example in another epoch is drawn otherwise
+    one = {
+        b["tokens"][b["example_ids"][:, 0] == 0].tobytes() for b in (batches[k] for k in range(30))
+    }
+    assert len(one) > 2

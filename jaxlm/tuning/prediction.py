@@ -1,0 +1,187 @@
+"""A fine-tuned model in use: predictions and scores of files and of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxlm import build, tokenizers
+from jaxlm.data.columns import Columns
+from jaxlm.data.examples import (
+    EvalExamples,
+    plan_eval_shapes,
+)
+from jaxlm.data.records import (
+    Record,
+)
+from jaxlm.parallel import mesh as meshes
+from jaxlm.tasks import TASKS
+from jaxlm.tasks.base import make_layout
+from jaxlm.training.checkpoints import (
+    evaluated_item,
+    find_step,
+    load_item,
+)
+from jaxlm.training.metrics import MetricSums
+from jaxlm.tuning.source import Source
+from jaxlm.tuning.splits import Split, make_split, read_whole
+
+PyTree = Any
+
+
+TASK_FILE = "task.json"
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model with a task's head, and what its outputs mean."""
+
+    config: ConfigDict
+    mesh: jax.sharding.Mesh
+    model: nn.Module
+    task: Any
+
+    @cached_property
+    def step(self) -> Any:
+        """Jitted (params, batch) -> (metrics, slot_* and token_* arrays), replicated."""
+
+        def predict(params, batch):
+            outputs = self.model.apply({"params": params}, batch, deterministic=True)
+            _, metrics = self.task.loss(outputs, batch)
+            return metrics, self.task.predict(outputs, batch)
+
+        jitted = jax.jit(predict, out_shardings=meshes.replicated(self.mesh))
+        return build.in_mesh(self.mesh, jitted)
+
+    def predict(
+        self, params: PyTree, split: Split, batches: EvalExamples | None = None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """(mean loss and other means, a prediction for each record)."""
+        if batches is None:
+            (batches,) = eval_batches({"": split}, self.config, self.mesh).values()
+        sums, said, pending = MetricSums(), {}, None
+        for index in [*range(len(batches)), None]:
+            launched = None
+            if index is not None:
+                launched = index, self.step(params, put_rows(self.mesh, batches[index]))
+            if pending is not None:  # one batch late: the device has the next one already
+                before, results = pending
+                metrics, outputs = jax.device_get(results)
+                sums.add(metrics)
+                said |= batches.taken_apart(before, outputs)
+            pending = launched
+        features = split.examples.features
+        predictions = [
+            self.task.decode(record, [features[i] for i in span], [said[i] for i in span])
+            for record, span in zip(split.records, split.spans, strict=True)
+        ]
+        return sums.means(), predictions
+
+    def scored(
+        self, params: PyTree, split: Split, batches: EvalExamples | None = None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """(loss and scores, predictions) of a labelled split."""
+        means, predictions = self.predict(params, split, batches)
+        return means | self.task.scores(split.records, predictions), predictions
+
+
+def put_rows(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch on the devices, of which every process has as many rows."""
+    return meshes.put_batch(mesh, batch, len(batch["tokens"]) * jax.process_count())
+
+
+def eval_batches(
+    splits: Mapping[str, Split], config: ConfigDict, mesh: jax.sharding.Mesh
+) -> dict[str, EvalExamples]:
+    """The batches of each split, all of one shape if they are packed."""
+    size = config.eval.batch_size
+    shapes = plan_eval_shapes(
+        [split.examples for split in splits.values()],
+        size,
+        packed=config.packed,
+        seq_len=config.seq_len,
+        row_multiple=meshes.axis_size(mesh, ("data", "fsdp")),
+    )
+    local = lambda rows: meshes.local_rows(mesh, rows)
+    return {name: EvalExamples(s.examples, shapes, size, local) for name, s in splits.items()}
+
+
+def make_task(config: ConfigDict, source: Source, fitted: Mapping[str, Any]) -> Any:
+    options = config.task.to_dict()
+    kind = build.pick(TASKS, options.pop("name"), "task")
+    layout = make_layout(
+        source.tokenizer,
+        config.seq_len,
+        causal=source.family == "gpt",
+        num_token_types=source.model["num_token_types"],
+    )
+    return kind(source.tokenizer, layout, fitted, **options)
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A fine-tuned model, ready to use: `load_finetuned(F).predict(["a text", …])`."""
+
+    predictor: Predictor
+    params: PyTree
+    step: int
+    columns: Columns  # of the file that it was trained on
+
+    def read(self, path: str) -> Split:
+        """The split of a file, which may have labels or not."""
+        config, task = self.predictor.config, self.predictor.task
+        return make_split(Path(path).stem, task, read_whole(path, config, self.columns))
+
+    def predict(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
+        """A prediction for each row: a text, or the fields of a record by role (text, text_pair, words, context, …)."""
+        fields = [{"text": row} if isinstance(row, str) else dict(row) for row in rows]
+        records = [Record("", number + 1, row) for number, row in enumerate(fields)]
+        split = make_split("rows", self.predictor.task, records)
+        return self.predictor.predict(self.params, split)[1]
+
+
+def is_finetuned(path: str | Path) -> bool:
+    """Whether a workdir, or one of its checkpoints, is of a fine-tuning run."""
+    return any((folder / TASK_FILE).is_file() for folder in (Path(path), *Path(path).parents[:2]))
+
+
+def best_step(path: str | Path) -> int | None:
+    """The step that a finished fine-tuning run reports; None for any other folder."""
+    report = Path(path) / "report.json"
+    return json.loads(report.read_text(encoding="utf-8"))["step"] if report.is_file() else None
+
+
+def load_finetuned(path: str | Path, step: int | None = None) -> Finetuned:
+    """The model of a fine-tuning run's workdir (or of one of its checkpoints): the best step unless another is named.
+
+    Raises:
+      ValueError, FileNotFoundError: if there is none.
+    """
+    step_dir = find_step(path, best_step(path) if step is None else step)
+    workdir = step_dir.parent.parent
+    if not (workdir / TASK_FILE).is_file():
+        raise ValueError(f"{workdir} is no fine-tuned run: it has no {TASK_FILE}")
+    config = build.saved_config(workdir / "config.json")
+    fitted = json.loads((workdir / TASK_FILE).read_text(encoding="utf-8"))
+    tokenizer = tokenizers.load_tokenizer(workdir / "tokenizer")
+    model_options = config.model.to_dict()
+    task = make_task(config, Source(config.family, model_options, tokenizer), fitted)
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
+    model = build.make_model(config, mesh)
+    row = {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
+    shapes = build.sharded_shapes(mesh, build.abstract_params(model, row))
+    params = load_item(step_dir, shapes, evaluated_item(step_dir))
+    columns = {
+        role: tuple(c) if isinstance(c, list) else c for role, c in fitted["columns"].items()
+    }
+    return Finetuned(Predictor(config, mesh, model, task), params, int(step_dir.name), columns)

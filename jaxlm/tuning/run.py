@@ -1,0 +1,312 @@
+"""A fine-tuning run: from a user's config, a source and files to all the parts of a `build.Run`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from jaxlm import build
+from jaxlm.data.augment import Augmentation, AugmentedFeatures
+from jaxlm.data.examples import (
+    Examples,
+    TrainExamples,
+    lay_out,
+    plan_shapes,
+)
+from jaxlm.data.records import (
+    Problem,
+    check_problems,
+)
+from jaxlm.interop import convert, hub, tokenizer_files
+from jaxlm.models import HEADS
+from jaxlm.models.flops import train_step_flops
+from jaxlm.parallel import mesh as meshes
+from jaxlm.tasks import TASKS
+from jaxlm.training import optimizers, partition
+from jaxlm.training.state import TrainState
+from jaxlm.tuning.prediction import TASK_FILE, Predictor, eval_batches, make_task, put_rows
+from jaxlm.tuning.source import Source, open_source, read_weights
+from jaxlm.tuning.splits import Split, has_label, hold_out, make_split, read_file, read_whole
+
+PyTree = Any
+log = logging.getLogger("jaxlm")
+
+
+@dataclass
+class Prepared:
+    """All but the device's side of a run: `config` has every field of the user's and what follows from source and data."""
+
+    config: ConfigDict
+    source: Source
+    task: Any
+    fitted: dict[str, Any]
+    splits: dict[str, Split]
+
+
+def prepare(config: ConfigDict, workdir: Path) -> Prepared:
+    """Reads the source's shape and the data, makes the features, and completes the config.
+
+    Raises:
+      ValueError: with what to change, if files, options and the model do not fit one another.
+    """
+    source = open_source(config.init_from)
+    kind = build.pick(TASKS, config.task.name, "task")
+    data, options = config.data, config.task.to_dict()
+    options.pop("name")
+    if not data.train:
+        raise ValueError("data.train is empty: name the file to train on, e.g. …:train=my.csv")
+    records, problems, columns = read_file(data.train, config)
+    labelled = [record for record in records if has_label(record)]
+    fitted = {**kind.infer(labelled, **options), "columns": columns}
+    task = make_task(config, source, fitted)
+    train, num_rows = [], len(records) + len(problems)
+    for record in records:
+        if why := task.problem(record, True):
+            problems.append(Problem(record.source, record.line, why))
+        else:
+            train.append(record)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if says := check_problems(problems, num_rows, workdir / "problems.jsonl"):
+        log.warning("%s", says)
+    if data.dev:
+        dev = read_whole(data.dev, config, columns)
+    else:
+        train, dev = hold_out(train, config)
+    splits = {"train": make_split("train", task, train), "dev": make_split("dev", task, dev)}
+    if data.test:
+        splits["test"] = make_split("test", task, read_whole(data.test, config, columns))
+    completed = complete(config, source, task, len(splits["train"].examples))
+    return Prepared(completed, source, task, fitted, splits)
+
+
+def complete(config: ConfigDict, source: Source, task: Any, num_examples: int) -> ConfigDict:
+    """The user's config with what the source and the data decide: family, model, head, steps and intervals."""
+    problems = []
+    model, tuning = source.model, config.tuning
+    if model["position"] == "learned" and config.seq_len > model["max_len"]:
+        problems.append(f"seq_len {config.seq_len}: the model has {model['max_len']} positions")
+    if config.accumulation_steps > 1 and not getattr(task, "splits_batch", True):
+        problems.append(
+            f"accumulation_steps {config.accumulation_steps}: the loss of {config.task.name} compares the examples of "
+            "a whole batch; set it to 1"
+        )
+    if tuning.layer_decay != 1.0 and model["share_layers"]:
+        problems.append("tuning.layer_decay: the layers share their parameters; set it to 1.0")
+    if tuning.train == "lora" and tuning.lora_rank < 1:
+        problems.append(
+            f"tuning.lora_rank={tuning.lora_rank}: set it to 1 or more, or train to 'head'"
+        )
+    if config.data.augment_dropout or config.data.augment_swap:
+        if not hasattr(task, "text_fields"):
+            problems.append(
+                f"data.augment_*: what {config.task.name} marks in its text would be lost; set them to 0"
+            )
+    if problems:
+        raise ValueError("this config cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
+    steps_per_epoch = num_examples / config.batch_size
+    every = max(1, round(steps_per_epoch / config.evals_per_epoch))
+    num_steps = max(1, math.ceil(config.num_epochs * steps_per_epoch))
+    completed = config.copy_and_resolve_references()
+    with completed.unlocked():
+        completed.family = source.family
+        completed.model = ConfigDict(model | adapters(tuning))
+        completed.model.update(
+            dropout_rate=config.dropout_rate, attention_dropout_rate=config.dropout_rate
+        )
+        completed.head = ConfigDict(
+            head_fields(source, task) | {"dropout_rate": config.dropout_rate}
+        )
+        completed.num_train_steps = num_steps
+        completed.eval_every_steps = completed.checkpoint_every_steps = every
+        completed.optimizer.schedule.warmup_steps = round(config.warmup_ratio * num_steps)
+        completed.checkpoint.best_metric = config.checkpoint.best_metric or task.best_metric
+    return completed
+
+
+def adapters(tuning: ConfigDict) -> dict[str, Any]:
+    """The model's fields of LoRA: as the tuning group says, or none."""
+    if tuning.train != "lora":
+        return {}
+    return {name: tuning[name] for name in ("lora_rank", "lora_alpha", "lora_targets")}
+
+
+def head_fields(source: Source, task: Any) -> dict[str, Any]:
+    """The head as the source's family has it for this kind of task, and as the task itself says."""
+    usual = dict(HEADS[task.kind].keywords) if hasattr(HEADS.get(task.kind), "keywords") else {}
+    if source.family == "gpt" and usual.get("pooling"):
+        usual = {"pooling": "last", "use_bias": False}
+    if source.hf_family:
+        usual |= convert.usual_head(source.hf_family, task.kind)
+    return usual | task.head
+
+
+@dataclass
+class TaskRun(build.Run):
+    """A training run over labelled examples: a `build.Run` whose evaluation also gives the task's scores."""
+
+    splits: Mapping[str, Split] = dataclasses.field(default_factory=dict)
+
+    def put_batch(
+        self, batch: Mapping[str, np.ndarray], batch_size: int = 0
+    ) -> dict[str, jax.Array]:
+        return put_rows(self.mesh, batch)
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        return Predictor(self.config, self.mesh, self.model, self.objective)
+
+    def scored(self, params: PyTree, name: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        return self.predictor.scored(params, self.splits[name], self.eval_batches[name])
+
+    def evaluate(self, params: PyTree) -> dict[str, float]:
+        return self.scored(params, "dev")[0]
+
+
+def make_run(
+    prepared: Prepared, workdir: Path, *, mesh: jax.sharding.Mesh | None = None
+) -> TaskRun:
+    """Builds the run that was prepared, and writes its tokenizer and task.json."""
+    config, task, source = prepared.config, prepared.task, prepared.source
+    mesh = mesh or meshes.make_mesh(**config.mesh)
+    if not (workdir / "tokenizer").is_dir():
+        save_tokenizer(source, workdir / "tokenizer")
+    write_task(workdir, config.task.name, prepared.fitted)
+    model = build.make_model(config, mesh)
+    train = prepared.splits["train"].examples
+    ways = meshes.axis_size(mesh, ("data", "fsdp"))
+    local = lambda rows: meshes.local_rows(mesh, rows)
+    shapes = plan_shapes(
+        train,
+        config.batch_size,
+        config.seed,
+        packed=config.packed,
+        seq_len=config.seq_len,
+        row_multiple=ways * config.accumulation_steps,
+    )
+    train_batches = TrainExamples(
+        train,
+        shapes,
+        config.batch_size,
+        config.seed,
+        config.num_train_steps,
+        local,
+        augmented(config, task, prepared.splits["train"]),
+    )
+    dummy = dummy_batch(train)
+    boxed = build.abstract_params(model, dummy)
+    is_trained = partition.trainable(
+        config.tuning.train,
+        frozen_layers=config.tuning.frozen_layers,
+        num_layers=config.model.num_layers,
+    )
+    trained, _ = partition.split(boxed, is_trained)
+    optimizer, plateau = build.make_optimizer(config, trained)
+    optimizer = optimizers.scale_layers(
+        optimizer,
+        meshes.logical_axes(trained),
+        num_layers=config.model.num_layers,
+        layer_decay=config.tuning.layer_decay,
+        frozen_layers=config.tuning.frozen_layers,
+    )
+    mean_length = float(train.lengths.mean())
+    held_out = {name: split for name, split in prepared.splits.items() if name != "train"}
+    return TaskRun(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        tokenizer=source.tokenizer,
+        model=model,
+        objective=task,
+        train_batches=train_batches,
+        eval_batches=eval_batches(held_out, config, mesh),
+        optimizer=optimizer,
+        plateau=plateau,
+        dummy=dummy,
+        boxed=boxed,
+        data_fingerprint={name: s.examples.fingerprint for name, s in prepared.splits.items()},
+        step_tokens=config.batch_size * mean_length,
+        step_flops=train_step_flops(
+            model.config, config.batch_size, round(mean_length), 0, causal=config.family == "gpt"
+        ),
+        is_trained=is_trained,
+        splits=prepared.splits,
+    )
+
+
+def augmented(config: ConfigDict, task: Any, split: Split) -> AugmentedFeatures | None:
+    """What draws a training example anew each time, or None where nothing is to be changed."""
+    change = Augmentation(config.data.augment_dropout, config.data.augment_swap)
+    if not change:
+        return None
+    features = split.examples.features
+    return AugmentedFeatures(split.records, features, task.features, change, task.text_fields)
+
+
+def dummy_batch(examples: Examples) -> dict[str, jax.Array]:
+    """One row with the first example: what parameters are initialised with."""
+    shapes = plan_shapes(examples, 1, 0, packed=False, seq_len=int(examples.lengths.max()))
+    batch, _ = lay_out(examples, [0], shapes)
+    return {key: jnp.asarray(value) for key, value in batch.items()}
+
+
+def save_tokenizer(source: Source, target: Path) -> None:
+    """The source's tokenizer, with the Hugging Face files that it came in, which an export gives back."""
+    source.tokenizer.save(target)
+    if source.spec:
+        tokenizer_files.keep_files(hub.fetch(source.spec)[0], target)
+    elif source.step_dir is not None:
+        kept = source.step_dir.parent.parent / "tokenizer" / tokenizer_files.KEPT
+        if kept.is_dir():
+            shutil.copytree(kept, target / tokenizer_files.KEPT)
+
+
+def write_task(workdir: Path, name: str, fitted: Mapping[str, Any]) -> None:
+    """task.json: what the task learned from its training rows, above all the order of its labels.
+
+    Raises:
+      ValueError: if the workdir holds another: resuming would exchange labels.
+    """
+    path, content = workdir / TASK_FILE, {"name": name, **fitted}
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != json.loads(json.dumps(content)):
+            raise ValueError(
+                f"{path} holds other labels than the training file gives now ({len(before['labels'])} and "
+                f"{len(fitted['labels'])}): take another --workdir, or the file that the run began with"
+            )
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def initial_state(run: TaskRun, source: Source) -> TrainState:
+    """The state that a new run starts from: the source's parameters, new ones where it has none; or, with init='random',
+    new ones only."""
+    if run.config.init == "random":
+        return run.init_state()
+    if run.config.init != "params":
+        raise ValueError(f"init {run.config.init!r}: fine-tuning starts from 'params' or 'random'")
+    found, repair, origin = read_weights(source, run.param_shapes)
+    log.info("%s", repair)
+    build.write_origin(run, **origin, **dataclasses.asdict(repair))
+
+    def make(seed):
+        variables = run.model.init(jax.random.key(seed), run.dummy)
+        flat = flatten_dict(nn.meta.unbox(variables["params"]), sep="/")
+        return {path: flat[path] for path in repair.new}  # of the others nothing is computed
+
+    new = run.in_mesh(jax.jit(make))(run.config.seed)
+    return run.init_state(unflatten_dict({**found, **new}, sep="/"))

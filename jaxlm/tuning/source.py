@@ -1,0 +1,156 @@
+"""The pretrained model that fine-tuning starts from: its shape, its tokenizer, and what becomes of its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from jaxlm import build, tokenizers
+from jaxlm.interop import convert, hub, tokenizer_files
+from jaxlm.models import TransformerConfig, lora
+from jaxlm.training.checkpoints import (
+    evaluated_item,
+    find_step,
+    load_tree,
+    read_manifest,
+)
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pretrained model before its arrays are read.
+
+    family: a key of MODELS. model: the fields of TransformerConfig, without execution.
+    hf_family: its name at Hugging Face, or ''. spec: of a Hugging Face folder, or ''. step_dir: of a checkpoint of ours.
+    """
+
+    family: str
+    model: dict[str, Any]
+    tokenizer: Any
+    hf_family: str = ""
+    spec: str = ""
+    step_dir: Path | None = None
+    config: ConfigDict | None = None
+
+
+def open_source(init_from: str) -> Source:
+    """What 'W[@step]' or 'hf:DIR_OR_HUB_ID[@revision]' holds.
+
+    Raises:
+      ValueError, FileNotFoundError: if there is no model, or its tokenizer is another one than it was trained with.
+    """
+    if not init_from:
+        raise ValueError(
+            "init_from is empty: set --config.init_from to a pretrained run's workdir or to hf:FOLDER_OR_HUB_ID"
+        )
+    if init_from.startswith(build.HUGGING_FACE):
+        spec = init_from.removeprefix(build.HUGGING_FACE)
+        folder, _ = hub.fetch(spec)
+        tokenizer = tokenizer_files.fetch_tokenizer(spec)
+        incoming = convert.read_source(str(folder), least_vocab_size=tokenizer.vocab_size)
+        options = incoming.options | {"vocab_size": incoming.vocab_size}
+        model = model_fields(TransformerConfig(**options))
+        name = incoming.family.model_type
+        return Source(incoming.family.model, model, tokenizer, name, spec=spec)
+    path, _, step = init_from.partition("@")
+    step_dir = find_step(path, int(step) if step else None)
+    workdir = step_dir.parent.parent
+    config = build.saved_config(workdir / "config.json")
+    tokenizer = tokenizers.load_tokenizer(workdir / "tokenizer")
+    trained_with = read_manifest(step_dir).get("tokenizer_sha256")
+    if trained_with and trained_with != tokenizer.sha256:
+        raise ValueError(
+            f"{step_dir} was trained with another tokenizer than {workdir / 'tokenizer'}"
+        )
+    plain = lora.without_adapters(TransformerConfig(**config.model.to_dict()))
+    hf_family = convert.usual_family(config.family, plain)
+    model = model_fields(plain)
+    return Source(config.family, model, tokenizer, hf_family, step_dir=step_dir, config=config)
+
+
+def model_fields(config: TransformerConfig) -> dict[str, Any]:
+    fields = dataclasses.asdict(config)
+    return {name: value for name, value in fields.items() if name not in convert.EXECUTION}
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What became of each parameter and of each array of the source: names, ours but in `dropped`.
+
+    mismatched: those of `new` that the source has in another shape.
+    """
+
+    restored: list[str]
+    new: list[str]
+    mismatched: list[str]
+    dropped: list[str]
+
+    def __str__(self):
+        lines = [f"restored {len(self.restored)} parameters"]
+        for title in ("new", "mismatched", "dropped"):
+            if names := getattr(self, title):
+                lines.append(f"{title}: {_abbreviated(names)}")
+        return "\n  ".join(lines)
+
+
+def _abbreviated(names: Sequence[str], shown: int = 8) -> str:
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+# BERT's pooler, which pretraining has beside its head for pairs, is the dense layer of a classifier on [CLS].
+POOLER = {"pooler/kernel": "head/dense", "pooler/bias": "head/bias"}
+
+
+def read_weights(source: Source, wanted: PyTree) -> tuple[dict[str, Any], Repair, dict[str, str]]:
+    """(arrays by path, what became of each, what origin.json says): the parameters of `source` that fit `wanted`.
+
+    wanted: ShapeDtypeStructs with shardings, of all parameters of the new model.
+
+    Raises:
+      ValueError: if nothing but embeddings would be restored, or a parameter below the head has another shape.
+    """
+    flat = flatten_dict(wanted, sep="/")
+    if source.spec:
+        base = {path: leaf for path, leaf in flat.items() if not lora.is_adapter(path)}
+        config = TransformerConfig(**source.model)
+        weights = convert.load_params(source.spec, config, unflatten_dict(base, sep="/"))
+        arrays = flatten_dict(weights.params, sep="/")
+        new = sorted({*weights.new, *(flat.keys() - base.keys())})
+        repair = Repair(weights.restored, new, weights.mismatched, weights.dropped)
+        found = {path: arrays[path] for path in weights.restored}
+        origin = {"commit": weights.commit}
+    else:
+        assert source.step_dir is not None and source.config is not None
+        stored = load_tree(source.step_dir, evaluated_item(source.step_dir), wanted)
+        config = TransformerConfig(**source.config.model.to_dict())
+        arrays = flatten_dict(lora.merge(stored, config), sep="/")
+        if "head/dense" in flat and "head/dense" not in arrays:
+            arrays = {POOLER.get(path, path): array for path, array in arrays.items()}
+        fits = {p for p in arrays.keys() & flat.keys() if arrays[p].shape == flat[p].shape}
+        new, mismatched = flat.keys() - fits, (arrays.keys() & flat.keys()) - fits
+        repair = Repair(*map(sorted, (fits, new, mismatched, arrays.keys() - flat.keys())))
+        found = {path: arrays[path] for path in fits}
+        origin = {"checkpoint": str(source.step_dir)}
+    refuse_strangers(source, repair)
+    return found, repair, origin
+
+
+def refuse_strangers(source: Source, repair: Repair) -> None:
+    where = source.spec or source.step_dir
+    below = [path for path in repair.mismatched if not path.startswith("head/")]
+    if below:
+        raise ValueError(f"{where} has another shape of {_abbreviated(below)}:\n  {repair}")
+    if all(path.startswith("embed/") for path in repair.restored):
+        raise ValueError(
+            f"{where} would give this model nothing but embeddings; init_from must be a model of the same shape:\n"
+            f"  {repair}"
+        )
