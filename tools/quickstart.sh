@@ -81,8 +81,9 @@ cat <<EOF
 
 curves:  $workdir/plots/loss.png  $workdir/plots/throughput.png
 
-Three things to do next:
+Four things to do next:
   $python -m jaxlm.generate --checkpoint=$workdir --prompt='import numpy'
+  $python -m jaxlm.finetune --config=configs/finetune/demo.py:package --config.init_from=$workdir --workdir=runs/package
   $python -m jaxlm.pretrain --config=configs/bert.py:tiny --workdir=runs/bert
   bash tools/quickstart.sh --text A_FOLDER_OF_YOUR_TEXT
 EOF

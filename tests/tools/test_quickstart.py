@@ -55,7 +55,7 @@ def test_the_quickstart_trains_evaluates_draws_writes_and_reuses_it_all(copy, tm
     for source in sorted((ROOT / "jaxlm").glob("*.py")):
         shutil.copy(source, text)
     out = quickstart(copy, "--text", "texts", "my run", cwd=tmp_path)
-    for said in ("this model", "gzip -9", "xz -9", "The ", "Three things to do next"):
+    for said in ("this model", "gzip -9", "xz -9", "The ", "Four things to do next"):
         assert said in out
     workdir = tmp_path / "my run"  # paths are the caller's
     assert (workdir / "plots" / "loss.png").is_file()
