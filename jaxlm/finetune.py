@@ -86,16 +86,13 @@ def finetune(
             window=window,
             progress=config.log.progress,
         )
-    best_step = store.best_step()
+    best_dir = checkpointing.find_step(workdir, store.best_step())
     store.close()
     writer.close()
     plot_run(workdir)
-    params = checkpointing.load_item(
-        checkpointing.find_step(workdir, best_step),
-        run.param_shapes,
-        checkpointing.evaluated_item(checkpointing.find_step(workdir, best_step)),
-    )
-    return reports.write_reports(run, params, best_step, workdir)
+    item = checkpointing.evaluated_item(best_dir)
+    params = checkpointing.load_item(best_dir, run.param_shapes, item)
+    return reports.write_reports(run, params, int(best_dir.name), workdir)
 
 
 @dataclasses.dataclass
@@ -127,7 +124,9 @@ class EarlyStopping:
 def main(argv):
     del argv
     args = absl_flags.FLAGS
-    absl_logging.set_verbosity(absl_logging.WARNING)  # of libraries: Orbax writes dozens of lines
+    absl_logging.set_verbosity(
+        absl_logging.ERROR
+    )  # of libraries: Orbax warns of a file that nothing needs
     keep_freed_memory()
     log.setLevel(logging.INFO)
     finetune(args.config, Path(args.workdir), allow_config_change=args.allow_config_change)

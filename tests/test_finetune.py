@@ -252,3 +252,73 @@ def test_bad_rows_are_listed_and_too_many_are_refused(sources, tmp_path):
     data.write_text("\n".join([*lines, *['"  ",pet'] * 20]) + "\n")
     with pytest.raises(ValueError, match="cannot be used"):
         tuning.prepare(make_config(sources, tmp_path), tmp_path / "other")
+
+
+# --- every task -------------------------------------------------------------------------------------------------------
+
+ANSWER = "zzz"
+
+
+def tagging_rows(rng):
+    words = [rng.choice(["aa", "zz", "mm"]) for _ in range(rng.randint(2, 4))]
+    return {"words": words, "labels": ["B-X" if word == "zz" else "O" for word in words]}
+
+
+def question_rows(rng):
+    before = " ".join(rng.choice(["aa", "mm"]) for _ in range(rng.randint(1, 3)))
+    answer = {"text": ANSWER, "answer_start": len(before) + 1}
+    return {"question": "where?", "context": f"{before} {ANSWER} bb", "answers": [answer]}
+
+
+def relation_rows(rng):
+    one, other = rng.choice([("aa", "zz"), ("zz", "aa")])
+    label = "Next(e1,e2)" if one == "aa" else "Next(e2,e1)"
+    return {"text": f"<e1>{one}</e1> and <e2>{other}</e2>", "label": label}
+
+
+def choice_rows(rng):
+    right = rng.randrange(2)
+    return {
+        "question": "q",
+        "choices": ["zz" if i == right else "aa" for i in range(2)],
+        "label": right,
+    }
+
+
+def pair_rows(rng):
+    letter = rng.choice("abcdefgh")
+    return {"text": letter * 3, "text_pair": letter * rng.randint(2, 5)}
+
+
+TASK_ROWS = {
+    "tagging": (tagging_rows, "entity_f1"),
+    "question_answering": (question_rows, "f1"),
+    "relations": (relation_rows, "semeval_f1"),
+    "multiple_choice": (choice_rows, "accuracy"),
+    "embedding": (pair_rows, "mrr"),
+}
+
+
+@pytest.mark.parametrize("name", TASK_ROWS)
+def test_every_task_trains_reports_and_predicts(sources, tmp_path, name):
+    make, metric = TASK_ROWS[name]
+    rng = random.Random(0)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(make(rng)) + "\n" for _ in range(32)), encoding="utf-8")
+    config = build.read_config(
+        f"{tiny.ROOT}/configs/finetune/{name}.py:train={path},batch_size=8,num_epochs=1,learning_rate=1e-2",
+        {
+            "init_from": str(sources / "bert"),
+            "seq_len": 48,
+            "dropout_rate": 0.0,
+            "data.dev_fraction": 0.25,
+            "log.progress": False,
+            "log.tensorboard": False,
+        },
+    )
+    report = finetune(config, tmp_path / "run")
+    assert 0 <= report["dev"][metric] <= 1 and np.isfinite(report["dev"]["loss"])
+    again = evaluate.evaluate_task(tmp_path / "run", str(path))
+    assert again["records"] == 32 and 0 <= again[metric] <= 1
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == report["records"]["dev"] and "prediction" in json.loads(lines[0])

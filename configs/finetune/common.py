@@ -4,6 +4,7 @@ What the pretrained model and the data decide (the model's shape, the number of 
 fine-tuning fills it in, and the run's config.json holds it.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,11 +13,17 @@ from configs.common import make_optimizer, parse_arg
 
 
 def base(
-    task: dict[str, Any], arg: str, *, learning_rate: float = 5e-5, **choices: Any
+    task: dict[str, Any],
+    arg: str,
+    *,
+    learning_rate: float = 5e-5,
+    columns: Iterable[str] = ("text", "text_pair", "label"),
+    **choices: Any,
 ) -> ConfigDict:
     """The config of a task, changed by an argument 'train=my.csv,dev=…,learning_rate=3e-4,…'.
 
     task: the task's group; its fields can be set by the argument, too.
+    columns: the roles of the task's columns (jaxlm/data/column_names.py).
     choices: further fields at the top level, with their defaults.
     """
     config = ConfigDict(
@@ -36,9 +43,7 @@ def base(
                 format="",
                 header="auto",
                 delimiter="",
-                text_column="",
-                text_pair_column="",
-                label_column="",
+                **{f"{role}_column": "" for role in columns},
                 # between the labels of a cell, where a text has several
                 label_separator="|",
                 # chance of each word of a training text to be left out, and to change places with the next
@@ -85,31 +90,19 @@ def base(
             log=dict(progress=True, tensorboard=True, wandb=False),
         )
     )
+    del config.optimizer.schedule.warmup_steps  # follows from warmup_ratio
     config.update(choices)
     return apply(config, arg)
 
 
-# Where the argument's keys lie in the config; all other keys are fields of the task.
-FILES = (
-    "train",
-    "dev",
-    "test",
-    "dev_fraction",
-    "format",
-    "header",
-    "delimiter",
-    "text_column",
-    "text_pair_column",
-    "label_column",
-    "label_separator",
-)
+# Fields at the top level that the argument can set, besides those of the groups task and data.
 TOP = ("num_epochs", "batch_size", "seq_len", "packed", "seed", "dropout_rate", "patience")
 
 
 def apply(config: ConfigDict, arg: str) -> ConfigDict:
     """The config with an argument's 'key=value,…' put where they belong."""
     options = {key: value for key, value in config.task.items() if key != "name"}
-    files = {key: config.data[key] for key in FILES}
+    files = config.data.to_dict()
     top = {key: config[key] for key in TOP} | {"learning_rate": config.optimizer.learning_rate}
     chosen = parse_arg(arg, ("",), **options, **files, **top)
     for group, keys in ((config.task, options), (config.data, files), (config, TOP)):

@@ -32,5 +32,5 @@ def get_config(arg: str = "package") -> ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
     files = ",".join(f"{split}=demo:{variant}:{split}" for split in ("train", "dev", "test"))
-    defaults = "seq_len=256,num_epochs=2,learning_rate=1e-3"
+    defaults = "seq_len=256,num_epochs=1,learning_rate=1e-3"
     return VARIANTS[variant](",".join(filter(None, (files, defaults, rest))))

@@ -25,4 +25,5 @@ def get_config(arg: str = "") -> ConfigDict:
         symmetric=False,
         max_score=1.0,
     )
-    return base(task, arg, batch_size=64)
+    columns = ("text", "text_pair", "label", "negative")
+    return base(task, arg, columns=columns, batch_size=64)

@@ -15,4 +15,5 @@ from configs.finetune.common import base
 
 def get_config(arg: str = "") -> ConfigDict:
     """arg: 'train=FILE[,dev=FILE][,test=FILE][,label_column=…][,learning_rate=…]…'."""
-    return base(dict(name="multiple_choice"), arg, learning_rate=2e-5, batch_size=16, seq_len=256)
+    task, columns = dict(name="multiple_choice"), ("question", "choices", "label")
+    return base(task, arg, learning_rate=2e-5, columns=columns, batch_size=16, seq_len=256)

@@ -26,9 +26,5 @@ def get_config(arg: str = "") -> ConfigDict:
         n_best=20,
         no_answer_threshold=0.0,
     )
-    config = base(task, arg, seq_len=384)
-    # '' = by the names that columns usually have
-    config.data.update(
-        question_column="", context_column="", answers_column="", answer_start_column=""
-    )
-    return config
+    columns = ("question", "context", "answers", "answer_start")
+    return base(task, arg, seq_len=384, columns=columns)

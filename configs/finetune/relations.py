@@ -23,6 +23,4 @@ def get_config(arg: str = "") -> ConfigDict:
         label_smoothing=0.0,
         class_weights="",
     )
-    config = base(task, arg, num_epochs=5.0)
-    config.data.update(spans_column="")  # '' = by the names that columns usually have
-    return config
+    return base(task, arg, num_epochs=5.0, columns=("text", "label", "spans"))

@@ -16,7 +16,5 @@ from configs.finetune.common import base
 
 def get_config(arg: str = "") -> ConfigDict:
     """arg: 'train=FILE[,dev=FILE][,test=FILE][,label_smoothing=…][,learning_rate=…]…'."""
-    config = base(dict(name="token_classification", label_smoothing=0.0), arg)
-    # '' = by the names that columns usually have
-    config.data.update(words_column="", labels_column="", predicate_column="")
-    return config
+    task = dict(name="token_classification", label_smoothing=0.0)
+    return base(task, arg, columns=("words", "labels", "predicate"))
