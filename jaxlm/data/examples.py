@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -93,7 +93,7 @@ class TrainExamples:
 
     `batches[k]` is a dict of arrays (rows, …), as `lay_out` makes them; examples k * batch_size … + batch_size - 1.
 
-    local_rows: number of rows of the global batch -> those of this process; None = all.
+    local_rows: for each number of rows that a batch may have those of this process; None = all.
     redraw: (number, rng) -> that example's feature, made anew for this draw and no larger; None = always the same.
     """
 
@@ -104,7 +104,7 @@ class TrainExamples:
         batch_size: int,
         seed: int,
         num_steps: int = 2**62,
-        local_rows: Callable[[int], np.ndarray] | None = None,
+        local_rows: Mapping[int, np.ndarray] | None = None,
         redraw: Callable[[int, np.random.Generator], Feature] | None = None,
     ):
         self.examples, self.shapes, self.batch_size = examples, shapes, batch_size
@@ -143,7 +143,7 @@ class EvalExamples:
         examples: Examples,
         shapes: Shapes,
         batch_size: int,
-        local_rows: Callable[[int], np.ndarray] | None = None,
+        local_rows: Mapping[int, np.ndarray] | None = None,
     ):
         self.examples, self.shapes, self.batch_size = examples, shapes, batch_size
         self.local_rows = local_rows
@@ -198,7 +198,7 @@ def lay_out(
     examples: Examples,
     ids: Sequence[int],
     shapes: Shapes,
-    local_rows: Callable[[int], np.ndarray] | None = None,
+    local_rows: Mapping[int, np.ndarray] | None = None,
     features: Sequence[Feature] | None = None,
 ) -> tuple[Batch, dict[int, Place]]:
     """The batch of these examples in the smallest shape that holds it, and the place of each.
@@ -213,7 +213,7 @@ def lay_out(
         else [Place(row, 0, 0) for row in range(len(ids))]
     )
     rows = _smallest(shapes.rows, 1 + max(place.row for place in places), "number of rows")
-    kept = np.arange(rows) if local_rows is None else local_rows(rows)
+    kept = np.arange(rows) if local_rows is None else local_rows[rows]
     features = features or [examples.features[i] for i in ids]
     batch = fill(features, ids, places, (rows, length, shapes.slots))
     return {key: value[kept] for key, value in batch.items()}, dict(zip(ids, places, strict=True))

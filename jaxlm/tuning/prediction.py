@@ -17,10 +17,7 @@ from ml_collections import ConfigDict
 
 from jaxlm import build, tokenizers
 from jaxlm.data.columns import Columns
-from jaxlm.data.examples import (
-    EvalExamples,
-    plan_eval_shapes,
-)
+from jaxlm.data.examples import EvalExamples, Shapes, plan_eval_shapes
 from jaxlm.data.records import (
     Record,
 )
@@ -112,8 +109,13 @@ def eval_batches(
         seq_len=config.seq_len,
         row_multiple=meshes.axis_size(mesh, ("data", "fsdp")),
     )
-    local = lambda rows: meshes.local_rows(mesh, rows)
-    return {name: EvalExamples(s.examples, shapes, size, local) for name, s in splits.items()}
+    rows = local_rows(mesh, shapes)
+    return {name: EvalExamples(s.examples, shapes, size, rows) for name, s in splits.items()}
+
+
+def local_rows(mesh: jax.sharding.Mesh, shapes: Shapes) -> dict[int, np.ndarray]:
+    """For each number of rows that a batch may have, those of this process."""
+    return {rows: meshes.local_rows(mesh, rows) for rows in shapes.rows}
 
 
 def make_task(config: ConfigDict, source: Source, fitted: Mapping[str, Any]) -> Any:

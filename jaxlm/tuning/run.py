@@ -39,7 +39,14 @@ from jaxlm.parallel import mesh as meshes
 from jaxlm.tasks import TASKS
 from jaxlm.training import optimizers, partition
 from jaxlm.training.state import TrainState
-from jaxlm.tuning.prediction import TASK_FILE, Predictor, eval_batches, make_task, put_rows
+from jaxlm.tuning.prediction import (
+    TASK_FILE,
+    Predictor,
+    eval_batches,
+    local_rows,
+    make_task,
+    put_rows,
+)
 from jaxlm.tuning.source import Source, open_source, read_weights
 from jaxlm.tuning.splits import Split, has_label, hold_out, make_split, read_file, read_whole
 
@@ -90,6 +97,12 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     splits = {"train": make_split("train", task, train), "dev": make_split("dev", task, dev)}
     if data.test:
         splits["test"] = make_split("test", task, read_whole(data.test, config, columns))
+    if source.family == "gpt" and kind.kind in ("token_classification", "question_answering"):
+        log.warning(
+            "%s was pretrained as a decoder, whose words see only what stands before them: for %s an encoder is better",
+            config.init_from,
+            config.task.name,
+        )
     completed = complete(config, source, task, len(splits["train"].examples))
     return Prepared(completed, source, task, fitted, splits)
 
@@ -189,7 +202,6 @@ def make_run(
     model = build.make_model(config, mesh)
     train = prepared.splits["train"].examples
     ways = meshes.axis_size(mesh, ("data", "fsdp"))
-    local = lambda rows: meshes.local_rows(mesh, rows)
     shapes = plan_shapes(
         train,
         config.batch_size,
@@ -204,7 +216,7 @@ def make_run(
         config.batch_size,
         config.seed,
         config.num_train_steps,
-        local,
+        local_rows(mesh, shapes),
         augmented(config, task, prepared.splits["train"]),
     )
     dummy = dummy_batch(train)

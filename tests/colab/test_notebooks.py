@@ -7,6 +7,8 @@ import nbclient
 import nbformat
 import pytest
 
+from tests import tiny
+from tests.tools.test_convert_checkpoint import make_source
 from tools import build_notebooks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -14,7 +16,7 @@ TWINS = sorted((ROOT / "colab").glob("*.py"))
 
 
 def test_there_is_a_notebook():
-    assert [twin.name for twin in TWINS] == ["pretrain.py"]
+    assert [twin.name for twin in TWINS] == ["finetune.py", "pretrain.py"]
 
 
 @pytest.mark.parametrize("twin", TWINS, ids=lambda p: p.stem)
@@ -95,6 +97,42 @@ def test_the_pretraining_notebook_runs_on_the_cpu(config, tmp_path):
     ]
     assert len(pictures) == 2
     assert ("gzip -9" in printed(notebook)) == (config == "configs/gpt.py:tiny")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A jaxlm run and a Hugging Face folder to begin with, of models of no use, and a labelled file."""
+    folder = tmp_path_factory.mktemp("sources")
+    store = tiny.make_store(folder / "store")
+    tiny.save_untrained(
+        tiny.tiny_config("configs/bert.py:tiny,objective=mlm_nsp", store), folder / "W"
+    )
+    make_source(folder / "hf", "bert_base")
+    rows = [
+        f"{'good' if n % 2 else 'bad'} number {n},{'yes' if n % 2 else 'no'}" for n in range(40)
+    ]
+    (folder / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "start",
+    [pytest.param("W", marks=pytest.mark.core), pytest.param("hf", marks=pytest.mark.slow)],
+)
+def test_the_fine_tuning_notebook_runs_on_the_cpu(start, sources, tmp_path):
+    settings = {
+        "TRAIN": str(sources / "rows.csv"),
+        "INIT_FROM": ("hf:" if start == "hf" else "") + str(sources / start),
+        "WORKDIR": str(tmp_path / "run"),
+        "NUM_EPOCHS": 1.0,
+        "SEQ_LEN": 16,
+    }
+    notebook = run_notebook(ROOT / "colab" / "finetune.ipynb", settings)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["records"] == {"train": 36, "dev": 4}
+    assert "restored" in json.loads((tmp_path / "run" / "origin.json").read_text())
+    text = printed(notebook)
+    assert "accuracy" in text and ("yes" in text or "no" in text)
 
 
 def test_a_cell_that_fails_fails_the_notebook(tmp_path):

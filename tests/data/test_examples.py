@@ -1,5 +1,7 @@
 """Batches of labelled examples: pure functions of (seed, k), packed or padded, in few shapes, and taken apart again."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -122,16 +124,8 @@ def test_processes_together_have_the_whole_batch():
     examples = make_examples()
     shapes = plan_shapes(examples, 8, 0, packed=True, seq_len=SEQ_LEN, row_multiple=2)
     whole = TrainExamples(examples, shapes, 8, 0)
-    halves = [
-        TrainExamples(
-            examples,
-            shapes,
-            8,
-            0,
-            local_rows=lambda rows, p=p: np.arange(p * rows // 2, (p + 1) * rows // 2),
-        )
-        for p in (0, 1)
-    ]
+    of = lambda p: {rows: np.arange(p * rows // 2, (p + 1) * rows // 2) for rows in shapes.rows}
+    halves = [TrainExamples(examples, shapes, 8, 0, local_rows=of(p)) for p in (0, 1)]
     for k in range(4):
         for key, value in whole[k].items():
             np.testing.assert_array_equal(value, np.concatenate([half[k][key] for half in halves]))
@@ -213,3 +207,11 @@ def test_a_redrawn_example_depends_on_its_draw_alone():
         b["tokens"][b["example_ids"][:, 0] == 0].tobytes() for b in (batches[k] for k in range(30))
     }
     assert len(one) > 2
+
+
+def test_batches_can_be_sent_to_a_worker():
+    batches = make_batches(
+        make_examples(), True, local_rows={rows: np.arange(rows) for rows in range(9)}
+    )
+    copy = pickle.loads(pickle.dumps(batches))
+    np.testing.assert_array_equal(copy[5]["tokens"], batches[5]["tokens"])
