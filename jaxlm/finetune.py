@@ -124,9 +124,8 @@ class EarlyStopping:
 def main(argv):
     del argv
     args = absl_flags.FLAGS
-    absl_logging.set_verbosity(
-        absl_logging.ERROR
-    )  # of libraries: Orbax warns of a file that nothing needs
+    # Of libraries: Orbax warns of a file that nothing needs.
+    absl_logging.set_verbosity(absl_logging.ERROR)
     keep_freed_memory()
     log.setLevel(logging.INFO)
     finetune(args.config, Path(args.workdir), allow_config_change=args.allow_config_change)

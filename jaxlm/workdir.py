@@ -38,7 +38,7 @@ def manifest(run: build.Run, step: int) -> dict[str, Any]:
     """What a checkpoint says about itself."""
     return {
         "step": step,
-        "tokens_seen": step * run.config.batch_size * run.config.seq_len,
+        "tokens_seen": round(step * run.step_tokens),
         "config": json.loads(run.config.to_json()),
         "tokenizer_sha256": run.tokenizer.sha256,
         "data": run.data_fingerprint,

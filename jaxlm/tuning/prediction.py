@@ -18,17 +18,11 @@ from ml_collections import ConfigDict
 from jaxlm import build, tokenizers
 from jaxlm.data.columns import Columns
 from jaxlm.data.examples import EvalExamples, Shapes, plan_eval_shapes
-from jaxlm.data.records import (
-    Record,
-)
+from jaxlm.data.records import Record
 from jaxlm.parallel import mesh as meshes
 from jaxlm.tasks import TASKS
 from jaxlm.tasks.base import make_layout
-from jaxlm.training.checkpoints import (
-    evaluated_item,
-    find_step,
-    load_item,
-)
+from jaxlm.training.checkpoints import evaluated_item, find_step, load_item
 from jaxlm.training.metrics import MetricSums
 from jaxlm.tuning.source import Source
 from jaxlm.tuning.splits import Split, make_split, read_whole

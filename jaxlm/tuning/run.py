@@ -22,16 +22,8 @@ from ml_collections import ConfigDict
 
 from jaxlm import build
 from jaxlm.data.augment import Augmentation, AugmentedFeatures
-from jaxlm.data.examples import (
-    Examples,
-    TrainExamples,
-    lay_out,
-    plan_shapes,
-)
-from jaxlm.data.records import (
-    Problem,
-    check_problems,
-)
+from jaxlm.data.examples import Examples, TrainExamples, lay_out, plan_shapes
+from jaxlm.data.records import Problem, check_problems
 from jaxlm.interop import convert, hub, tokenizer_files
 from jaxlm.models import HEADS
 from jaxlm.models.flops import train_step_flops
@@ -95,6 +87,10 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     else:
         train, dev = hold_out(train, config)
     splits = {"train": make_split("train", task, train), "dev": make_split("dev", task, dev)}
+    if not splits["dev"].is_labelled:
+        raise ValueError(
+            f"{data.dev or data.train} has development rows without labels to measure by"
+        )
     if data.test:
         splits["test"] = make_split("test", task, read_whole(data.test, config, columns))
     if source.family == "gpt" and kind.kind in ("token_classification", "question_answering"):

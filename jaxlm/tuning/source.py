@@ -14,12 +14,7 @@ from ml_collections import ConfigDict
 from jaxlm import build, tokenizers
 from jaxlm.interop import convert, hub, tokenizer_files
 from jaxlm.models import TransformerConfig, lora
-from jaxlm.training.checkpoints import (
-    evaluated_item,
-    find_step,
-    load_tree,
-    read_manifest,
-)
+from jaxlm.training.checkpoints import evaluated_item, find_step, load_tree, read_manifest
 
 PyTree = Any
 

@@ -13,15 +13,8 @@ from jaxlm import build
 from jaxlm.data import demos
 from jaxlm.data.column_names import ROLES
 from jaxlm.data.columns import Columns, as_role_records, choose_columns
-from jaxlm.data.examples import (
-    Examples,
-)
-from jaxlm.data.records import (
-    Problem,
-    Record,
-    format_problems,
-    read_records,
-)
+from jaxlm.data.examples import Examples
+from jaxlm.data.records import Problem, Record, format_problems, read_records
 from jaxlm.data.splits import split_train_dev
 
 log = logging.getLogger("jaxlm")
