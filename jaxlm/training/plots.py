@@ -1,5 +1,7 @@
 """Pictures of a run, drawn from its metrics.jsonl: at the end of training and by tools/plot_run.py."""
 
+import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,67 @@ def plot_runs(workdirs: Sequence[str | Path], output: str | Path) -> list[Path]:
     for name, figure in pictures.items():
         figure.savefig(output / name, dpi=120)
     return [output / name for name in pictures]
+
+
+def plot_metric(
+    workdirs: Sequence[str | Path], metric: str, output: str | Path, by: str = ""
+) -> Path:
+    """Draws one held-out metric of several runs: `output`/METRIC.png, which it returns.
+
+    by: a field of their configs ('init', 'optimizer.learning_rate'): runs with one value of it have one colour, their
+      mean a thick line and their name with the last mean and standard deviation. '': every run for itself.
+
+    Raises:
+      ValueError: if no run has the metric.
+    """
+    runs = dict(zip(run_names(workdirs), map(read_metrics, workdirs), strict=True))
+    curves = {name: series(lines, "eval", metric) for name, lines in runs.items()}
+    curves = {name: curve for name, curve in curves.items() if curve[0]}
+    if not curves:
+        known = sorted(
+            {key for ls in runs.values() for x in ls if x["split"] == "eval" for key in x}
+        )
+        raise ValueError(f"no run has the held-out metric {metric!r}; they have {', '.join(known)}")
+    groups: dict[str, list[str]] = {}
+    for name, workdir in zip(runs, workdirs, strict=True):
+        if name in curves:
+            label = f"{by}={read_field(workdir, by)}" if by else name
+            groups.setdefault(label, []).append(name)
+    figure, (axes,) = _figure(1, metric)
+    for index, (label, names) in enumerate(groups.items()):
+        _draw_group(axes, f"C{index % 10}", label, [curves[name] for name in names])
+    axes.set_xlabel("step")
+    axes.legend(fontsize="small")
+    path = Path(output) / f"{metric.replace('/', '_')}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _draw_group(axes: Any, color: str, label: str, curves: Sequence[Any]) -> None:
+    for steps, values in curves:
+        axes.plot(steps, values, color=color, alpha=0.4, linewidth=1, marker="o", markersize=2)
+    shared = sorted(set.intersection(*(set(steps) for steps, _ in curves)))
+    at = [dict(zip(*curve, strict=True)) for curve in curves]
+    means = [statistics.mean(values[step] for values in at) for step in shared]
+    last = [values[-1] for _, values in curves]
+    spread = f" ± {statistics.stdev(last):.3f}, {len(last)} runs" if len(last) > 1 else ""
+    label = f"{label}: {statistics.mean(last):.3f}{spread}"
+    axes.plot(shared, means, color=color, linewidth=2.5, label=label)
+
+
+def read_field(workdir: str | Path, field: str) -> Any:
+    """The value of a dotted field in a run's config.json.
+
+    Raises:
+      ValueError: if it has none.
+    """
+    value = json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8"))
+    for name in field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise ValueError(f"{workdir}/config.json has no field {field!r}")
+        value = value[name]
+    return value
 
 
 def run_names(workdirs: Sequence[str | Path]) -> list[str]:

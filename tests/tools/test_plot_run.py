@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from jaxlm.training import plots
@@ -98,3 +99,28 @@ def test_a_curve_shows_its_own_metric(tmp_path, key):
     lines = plots.read_metrics(write_run(tmp_path / "run"))
     wanted = [line[key] for line in lines if line["split"] == "train"]
     assert plots.series(lines, "train", key)[1] == wanted
+
+
+def test_a_metric_is_drawn_by_the_value_of_a_field(tmp_path, capsys):
+    accuracies = {"params": (0.5, 0.7), "random": (0.2, 0.4)}
+    workdirs = []
+    for init, values in accuracies.items():
+        for seed, value in enumerate(values):
+            line = {"step": 30, "split": "eval", "accuracy": value}
+            workdir = write_run(tmp_path / f"{init}{seed}", extra=[line])
+            (workdir / "config.json").write_text(json.dumps({"init": init, "data": {"x": 1}}))
+            workdirs.append(str(workdir))
+    arguments = [*workdirs, "--metric=accuracy", f"--output={tmp_path / 'out'}"]
+    assert plot_run.main([*arguments, "--by=init"]) == 0
+    assert ink(tmp_path / "out" / "accuracy.png") > 1000
+    figure = Figure()
+    plots._draw_group(
+        figure.subplots(), "C0", "a", [([10, 30], [0.1, 0.5]), ([10, 30], [0.3, 0.7])]
+    )
+    *singles, mean = figure.axes[0].lines
+    assert len(singles) == 2 and list(mean.get_ydata()) == pytest.approx([0.2, 0.6])
+    assert mean.get_label() == "a: 0.600 ± 0.141, 2 runs"
+    assert plots.read_field(workdirs[0], "data.x") == 1
+    for wrong in (["--metric=nothing"], ["--metric=accuracy", "--by=seed"]):
+        assert plot_run.main([*workdirs, *wrong]) == 2
+    assert "accuracy" in capsys.readouterr().err
