@@ -30,7 +30,7 @@ from jaxlm.objectives import OBJECTIVES
 from jaxlm.parallel import mesh as meshes
 from jaxlm.training import optimizers, partition
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_item, restore_state
-from jaxlm.training.metrics import MetricSums, with_perplexity
+from jaxlm.training.metrics import MetricSums, one_behind, with_perplexity
 from jaxlm.training.state import TrainState, new_state
 from jaxlm.training.step import make_eval_step, make_train_step
 from jaxlm.training.throughput import peak_flops
@@ -368,14 +368,12 @@ class Run:
         results: dict[str, float] = {}
         pooled = MetricSums()
         for name, batches in self.eval_batches.items():
-            sums, pending = MetricSums(), None
-            for index in range(len(batches)):
-                metrics = self.eval_step(params, self.put_batch(batches[index], batches.batch_size))
-                if pending is not None:  # one step late: never wait for the step just launched
-                    sums.add(pending)
-                pending = metrics
-            if pending is not None:
-                sums.add(pending)
+            sums = MetricSums()
+            for metrics in one_behind(
+                self.eval_step(params, self.put_batch(batches[index], batches.batch_size))
+                for index in range(len(batches))
+            ):
+                sums.add(metrics)
             pooled.merge(sums)
             if len(self.eval_batches) > 1:
                 means = with_perplexity(sums.means())

@@ -162,13 +162,12 @@ class EvalExamples:
         return lay_out(self.examples, ids, self.shapes, self.local_rows)
 
     def taken_apart(
-        self, k: int, outputs: dict[str, np.ndarray]
+        self, places: Mapping[int, Place], outputs: dict[str, np.ndarray]
     ) -> dict[int, dict[str, np.ndarray]]:
-        """What a model says about each example of batch k, from the global arrays slot_* (B, E, …) and token_* (B, T, …).
+        """What a model says about each example of a batch, from the global arrays slot_* (B, E, …) and token_* (B, T, …).
 
-        Returns {number: {slot_*: (m, …), token_*: (n, …)}}.
+        places: as `laid_out` gives them with the batch. Returns {number: {slot_*: (m, …), token_*: (n, …)}}.
         """
-        _, places = self.laid_out(k)
         result = {}
         for number, (row, start, slot) in places.items():
             slots = slice(slot, slot + self.examples.slots[number])

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,15 @@ class MetricSums:
             mine = self.sums.setdefault(name, [0.0, 0.0])
             mine[0] += total
             mine[1] += weight
+
+
+def one_behind(launched: Iterable[Any]) -> Iterator[Any]:
+    """The same items, each only after the next one is made: reading one never waits for the step just launched."""
+    pending: list[Any] = []
+    for item in launched:
+        yield from pending
+        pending = [item]
+    yield from pending
 
 
 def with_perplexity(means: dict[str, float]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from jaxlm.parallel import mesh as meshes
 from jaxlm.tasks import TASKS
 from jaxlm.tasks.base import make_layout
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_item
-from jaxlm.training.metrics import MetricSums
+from jaxlm.training.metrics import MetricSums, one_behind
 from jaxlm.tuning.source import Source
 from jaxlm.tuning.splits import Split, make_split, read_whole
 
@@ -60,17 +60,14 @@ class Predictor:
         """(mean loss and other means, a prediction for each record)."""
         if batches is None:
             (batches,) = eval_batches({"": split}, self.config, self.mesh).values()
-        sums, said, pending = MetricSums(), {}, None
-        for index in [*range(len(batches)), None]:
-            launched = None
-            if index is not None:
-                launched = index, self.step(params, put_rows(self.mesh, batches[index]))
-            if pending is not None:  # one batch late: the device has the next one already
-                before, results = pending
-                metrics, outputs = jax.device_get(results)
-                sums.add(metrics)
-                said |= batches.taken_apart(before, outputs)
-            pending = launched
+        sums, said = MetricSums(), {}
+        laid_out = map(batches.laid_out, range(len(batches)))
+        for places, results in one_behind(
+            (places, self.step(params, put_rows(self.mesh, batch))) for batch, places in laid_out
+        ):
+            metrics, outputs = jax.device_get(results)
+            sums.add(metrics)
+            said |= batches.taken_apart(places, outputs)
         features = split.examples.features
         predictions = [
             self.task.decode(record, [features[i] for i in span], [said[i] for i in span])

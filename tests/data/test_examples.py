@@ -158,9 +158,9 @@ def test_evaluation_takes_apart_what_a_model_says_of_each_example(packed):
     batches = EvalExamples(examples, shapes, 8)
     said = {}
     for k in range(len(batches)):
-        batch = batches[k]
+        batch, places = batches.laid_out(k)
         outputs = {"slot_label": batch["example_labels"], "token_token": batch["tokens"]}
-        said |= batches.taken_apart(k, outputs)
+        said |= batches.taken_apart(places, outputs)
     assert sorted(said) == list(range(len(examples)))
     if packed:
         assert len({batches[k]["tokens"].shape for k in range(len(batches))}) == 1

@@ -40,7 +40,8 @@ def our_vectors(workdir, packed):  # noqa: F811
     params = parity.load_float32(open_item(workdir / "checkpoints" / "0" / "params"))
     params = {name: params[name] for name in ("embed", "layers")}
     run = jax.jit(lambda batch: task.predict(model.apply({"params": params}, batch), batch))
-    said = batches.taken_apart(0, jax.device_get(run(batches[0])))
+    batch, places = batches.laid_out(0)
+    said = batches.taken_apart(places, jax.device_get(run(batch)))
     found = [task.decode(rows[i], [features[i]], [said[i]]) for i in range(len(rows))]
     np.testing.assert_allclose(  # the same sentence at another place
         [p.vectors[0] for p in found[1:]], [p.vectors[1] for p in found[:-1]], atol=1e-5

@@ -10,6 +10,7 @@ from jaxlm.training.metrics import (
     MetricSums,
     MetricWriter,
     drop_after,
+    one_behind,
     read_metrics,
     with_perplexity,
 )
@@ -97,3 +98,17 @@ def test_tensorboard_events_are_written(tmp_path):
     writer.write(1, "train", {"loss": 1.0, "params": "raw"})
     writer.close()
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_what_was_launched_is_read_one_behind_and_all_of_it():
+    events = []
+
+    def launch():
+        for number in range(3):
+            events.append(f"launch {number}")
+            yield number
+
+    for number in one_behind(launch()):
+        events.append(f"read {number}")
+    assert events == ["launch 0", "launch 1", "read 0", "launch 2", "read 1", "read 2"]
+    assert list(one_behind([])) == []
