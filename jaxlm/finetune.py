@@ -18,10 +18,9 @@ from ml_collections import ConfigDict
 from jaxlm import reports, tuning
 from jaxlm.host import keep_freed_memory
 from jaxlm.training import checkpoints as checkpointing
-from jaxlm.training.loop import Intervals, Work, fit
-from jaxlm.training.metrics import MetricSums, MetricWriter, read_metrics
+from jaxlm.training.metrics import read_metrics
 from jaxlm.training.plots import plot_run
-from jaxlm.workdir import accept_config, define_flags, manifest, write_environment
+from jaxlm.workdir import accept_config, define_flags, open_writer, start_or_resume, train
 
 log = logging.getLogger("jaxlm")
 
@@ -36,26 +35,8 @@ def finetune(
     run = tuning.make_run(prepared, workdir)
     best = {name: config.checkpoint[name] for name in ("best_metric", "best_mode")}
     store = checkpointing.Checkpoints(workdir, **config.checkpoint)
-    latest = store.latest_step()
-    window: MetricSums | None = None
-    if latest is None:
-        state = tuning.initial_state(run, prepared.source)
-    else:
-        step_dir = checkpointing.find_step(workdir, latest)
-        state = checkpointing.restore_state(step_dir, run.state_shape)
-        window = MetricSums(checkpointing.read_manifest(step_dir)["window"])
-        log.info("resumed from step %d", latest)
-    start_step = int(state.step)
-
-    peak, peak_says = run.peak
-    write_environment(workdir, run, peak_says)
-    writer = MetricWriter(
-        workdir,
-        start_step=start_step,
-        tensorboard=config.log.tensorboard,
-        wandb=config.log.wandb,
-        config=config.to_dict(),
-    )
+    state, window = start_or_resume(run, store, lambda: tuning.initial_state(run, prepared.source))
+    writer = open_writer(run, int(state.step))
     stopping = EarlyStopping(config.patience, **best)
     for line in read_metrics(workdir):
         if line["split"] == "eval":
@@ -68,23 +49,14 @@ def finetune(
         return metrics
 
     if not stopping.is_over:
-        fit(
+        train(
+            run,
             state,
-            train_step=run.train_step,
-            batches=run.device_batches(start_step),
-            num_train_steps=config.num_train_steps,
-            intervals=Intervals(
-                config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps
-            ),
-            work=Work(run.step_tokens, run.step_flops, peak),
+            store,
+            writer,
             evaluate=evaluate,
             should_stop=lambda: stopping.is_over,
-            checkpoints=store,
-            writer=writer,
-            describe=lambda step: {"epochs/train": run.train_batches.epochs_seen(step)["train"]},
-            manifest=lambda step: manifest(run, step),
             window=window,
-            progress=config.log.progress,
         )
     best_dir = checkpointing.find_step(workdir, store.best_step())
     store.close()

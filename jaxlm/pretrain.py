@@ -15,10 +15,9 @@ from jaxlm import build
 from jaxlm.host import keep_freed_memory
 from jaxlm.inference.samples import make_sampler
 from jaxlm.training import checkpoints as checkpointing
-from jaxlm.training.loop import Intervals, Work, fit
-from jaxlm.training.metrics import MetricSums, MetricWriter, drop_after
+from jaxlm.training.metrics import drop_after
 from jaxlm.training.plots import plot_run
-from jaxlm.workdir import accept_config, define_flags, manifest, write_environment
+from jaxlm.workdir import accept_config, define_flags, open_writer, start_or_resume, train
 
 log = logging.getLogger("jaxlm")
 
@@ -31,33 +30,9 @@ def pretrain(
     accept_config(config, workdir, allow_config_change)
     run = build.make_run(config, workdir)
     store = checkpointing.Checkpoints(workdir, **config.checkpoint)
-    latest = store.latest_step()
-    window: MetricSums | None = None
-    if latest is None:
-        state = build.initial_state(run)
-    else:
-        step_dir = checkpointing.find_step(workdir, latest)
-        state = checkpointing.restore_state(step_dir, run.state_shape)
-        window = MetricSums(checkpointing.read_manifest(step_dir)["window"])
-        log.info("resumed from step %d", latest)
+    state, window = start_or_resume(run, store, lambda: build.initial_state(run))
     start_step = int(state.step)
-
-    peak, peak_says = run.peak
-    write_environment(workdir, run, peak_says)
-    log.info(
-        "%s parameters on %d devices; MFU divides by %.3g FLOP/s (%s)",
-        f"{run.num_params:,}",
-        run.mesh.size,
-        peak,
-        peak_says,
-    )
-    writer = MetricWriter(
-        workdir,
-        start_step=start_step,
-        tensorboard=config.log.tensorboard,
-        wandb=config.log.wandb,
-        config=config.to_dict(),
-    )
+    writer = open_writer(run, start_step)
     drop_after(workdir / "samples.jsonl", start_step)
     last_eval: dict[str, Any] = {}
 
@@ -70,26 +45,15 @@ def pretrain(
     def on_evaluation(state, metrics):
         return run.update_plateau(state, metrics["loss"]) if run.plateau else state
 
-    fit(
+    train(
+        run,
         state,
-        train_step=run.train_step,
-        batches=run.device_batches(start_step),
-        num_train_steps=config.num_train_steps,
-        intervals=Intervals(
-            config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps
-        ),
-        work=Work(run.step_tokens, run.step_flops, peak),
+        store,
+        writer,
         evaluate=evaluate,
         on_evaluation=on_evaluation,
         callbacks=[make_sampler(run, writer)],
-        checkpoints=store,
-        writer=writer,
-        describe=lambda step: {
-            f"epochs/{name}": value for name, value in run.train_batches.epochs_seen(step).items()
-        },
-        manifest=lambda step: manifest(run, step),
         window=window,
-        progress=config.log.progress,
     )
     store.close()
     writer.close()

@@ -1,10 +1,13 @@
-"""What every run writes about itself into its workdir: config.json, environment.json, checkpoint manifests."""
+"""A run and its workdir, alike for pretraining and fine-tuning: what it writes about itself (config.json,
+environment.json, checkpoint manifests), where it goes on, and the loop over it.
+"""
 
 import importlib.metadata
 import json
 import logging
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,10 @@ from ml_collections import ConfigDict
 
 from jaxlm import build
 from jaxlm.flags import define_config_flag
+from jaxlm.training.checkpoints import Checkpoints, find_step, read_manifest, restore_state
+from jaxlm.training.loop import Intervals, Work, fit
+from jaxlm.training.metrics import MetricSums, MetricWriter
+from jaxlm.training.state import TrainState
 
 log = logging.getLogger("jaxlm")
 
@@ -32,6 +39,64 @@ def accept_config(config: ConfigDict, workdir: Path, allow_change: bool) -> None
                 + "\nTake another --workdir, undo the change, or pass --allow_config_change."
             )
     build.write_config(config, path)
+
+
+def start_or_resume(
+    run: build.Run, store: Checkpoints, start: Callable[[], TrainState]
+) -> tuple[TrainState, MetricSums | None]:
+    """(state, open log window) of the newest checkpoint; what `start` makes, and None, where there is none."""
+    latest = store.latest_step()
+    if latest is None:
+        return start(), None
+    step_dir = find_step(run.workdir, latest)
+    state = restore_state(step_dir, run.state_shape)
+    log.info("resumed from step %d", latest)
+    return state, MetricSums(read_manifest(step_dir)["window"])
+
+
+def open_writer(run: build.Run, start_step: int) -> MetricWriter:
+    """Writes environment.json, says how large the run is, and opens its metrics."""
+    peak, peak_says = run.peak
+    write_environment(run.workdir, run, peak_says)
+    log.info(
+        "%s parameters on %d devices; MFU divides by %.3g FLOP/s (%s)",
+        f"{run.num_params:,}",
+        run.mesh.size,
+        peak,
+        peak_says,
+    )
+    return MetricWriter(
+        run.workdir,
+        start_step=start_step,
+        tensorboard=run.config.log.tensorboard,
+        wandb=run.config.log.wandb,
+        config=run.config.to_dict(),
+    )
+
+
+def train(
+    run: build.Run, state: TrainState, store: Checkpoints, writer: MetricWriter, **hooks: Any
+) -> TrainState:
+    """`fit` with all that follows from the run. hooks: its further arguments (evaluate, callbacks, window, …)."""
+    config = run.config
+    return fit(
+        state,
+        train_step=run.train_step,
+        batches=run.device_batches(int(state.step)),
+        num_train_steps=config.num_train_steps,
+        intervals=Intervals(
+            config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps
+        ),
+        work=Work(run.step_tokens, run.step_flops, run.peak[0]),
+        checkpoints=store,
+        writer=writer,
+        describe=lambda step: {
+            f"epochs/{name}": value for name, value in run.train_batches.epochs_seen(step).items()
+        },
+        manifest=lambda step: manifest(run, step),
+        progress=config.log.progress,
+        **hooks,
+    )
 
 
 def manifest(run: build.Run, step: int) -> dict[str, Any]:
