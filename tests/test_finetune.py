@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 
 from jaxlm import build, evaluate, tuning
 from jaxlm.finetune import EarlyStopping, finetune
+from jaxlm.interop import hub
 from jaxlm.training.checkpoints import find_step
 from tests import tiny
+from tests.tools.test_convert_checkpoint import make_source
 
 # Letters tell the kinds apart, so that a model of bytes learns them in a few steps.
 WORDS = {"fruit": ["aaaa", "aaa"], "tool": ["zzz", "zzzz"], "pet": ["mmm", "mmmm"]}
@@ -227,7 +230,7 @@ def test_other_labels_for_a_run_that_began_are_refused(tuned, sources):
 
 def test_a_source_that_would_give_only_embeddings_is_refused():
     repair = tuning.Repair(["embed/embedding", "embed/positions"], ["layers/mlp/up"], [], [])
-    source = tuning.Source("bert", {}, None, spec="somewhere")
+    source = tuning.Source("bert", {}, None, folder=Path("somewhere"))
     with pytest.raises(ValueError, match="nothing but embeddings"):
         tuning.refuse_strangers(source, repair)
 
@@ -239,6 +242,34 @@ def test_what_is_missing_is_said_before_anything_is_read(sources, tmp_path):
         finetune(make_config(sources, tmp_path, data__train=""), tmp_path / "run")
     with pytest.raises(ValueError, match="seq_len 65: the model has 64 positions"):
         finetune(make_config(sources, tmp_path, seq_len=65), tmp_path / "run")
+
+
+def test_text_whose_places_are_marked_is_not_augmented(sources, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rng = random.Random(0)
+    path.write_text("".join(json.dumps(relation_rows(rng)) + "\n" for _ in range(8)))
+    config = build.read_config(
+        f"{tiny.ROOT}/configs/finetune/relations.py:train={path}",
+        {"init_from": str(sources / "bert"), "seq_len": 48, "data.augment_swap": 0.1},
+    )
+    with pytest.raises(ValueError, match="marks in its text would be lost"):
+        tuning.prepare(config, tmp_path / "run")
+
+
+def test_an_id_of_the_hub_is_resolved_once(tmp_path, monkeypatch):
+    folder, _ = make_source(tmp_path / "hf", "bert_base")
+    fetch, asked = hub.fetch, []
+
+    def fetch_id(spec):
+        if spec != "someone/tiny@main":
+            return fetch(spec)
+        asked.append(spec)
+        return folder, "0123abcd"
+
+    monkeypatch.setattr(hub, "fetch", fetch_id)
+    source = tuning.open_source("hf:someone/tiny@main")
+    assert asked == ["someone/tiny@main"]
+    assert (source.folder, source.commit) == (folder, "0123abcd")
 
 
 def test_bad_rows_are_listed_and_too_many_are_refused(sources, tmp_path):

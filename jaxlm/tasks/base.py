@@ -115,10 +115,6 @@ def make_feature(laid: Laid, **keys: Any) -> Feature:
     }
 
 
-def label_ids(labels: tuple[str, ...]) -> dict[str, int]:
-    return {label: index for index, label in enumerate(labels)}
-
-
 def softmax_cross_entropy(
     logits: jax.Array, labels: jax.Array, weights: jax.Array, label_smoothing: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:

@@ -22,9 +22,8 @@ import numpy as np
 from jaxlm.tasks.base import Feature, Layout, Metrics, fit_lengths, real_weights, share
 from jaxlm.tasks.segments import check_usable, make_segments
 
-NEVER = (
-    -1e9
-)  # the score of what is not a choice: finite, so that an empty slot has no NaN in its gradient
+# The score of what is not a choice: finite, so that an empty slot has no NaN in its gradient.
+NEVER = -1e9
 
 
 class MultipleChoice:

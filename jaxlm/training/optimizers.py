@@ -281,9 +281,8 @@ def scale_layers(
         raise ValueError("the layers' learning rates:\n" + "\n".join(f"  - {p}" for p in problems))
     if layer_decay == 1 and frozen_layers == 0:
         return transform
-    depths = np.arange(
-        num_layers + 2
-    )  # 0 the embeddings, then the layers, then what stands on them
+    # 0 the embeddings, then the layers, then what stands on them
+    depths = np.arange(num_layers + 2)
     factors = layer_decay ** (num_layers + 1.0 - depths)
     factors[: frozen_layers + 1 if frozen_layers else 0] = 0.0
     factor_of = jax.tree_util.tree_map_with_path(

@@ -24,7 +24,7 @@ from jaxlm import build
 from jaxlm.data.augment import Augmentation, AugmentedFeatures
 from jaxlm.data.examples import Examples, TrainExamples, lay_out, plan_shapes
 from jaxlm.data.records import Problem, check_problems
-from jaxlm.interop import convert, hub, tokenizer_files
+from jaxlm.interop import convert, tokenizer_files
 from jaxlm.models import HEADS
 from jaxlm.models.flops import train_step_flops
 from jaxlm.parallel import mesh as meshes
@@ -114,14 +114,12 @@ def complete(config: ConfigDict, source: Source, task: Any, num_examples: int) -
             f"accumulation_steps {config.accumulation_steps}: the loss of {config.task.name} compares the examples of "
             "a whole batch; set it to 1"
         )
-    if tuning.layer_decay != 1.0 and model["share_layers"]:
-        problems.append("tuning.layer_decay: the layers share their parameters; set it to 1.0")
     if tuning.train == "lora" and tuning.lora_rank < 1:
         problems.append(
             f"tuning.lora_rank={tuning.lora_rank}: set it to 1 or more, or train to 'head'"
         )
     if config.data.augment_dropout or config.data.augment_swap:
-        if not hasattr(task, "text_fields"):
+        if not getattr(task, "text_fields", ()):
             problems.append(
                 f"data.augment_*: what {config.task.name} marks in its text would be lost; set them to 0"
             )
@@ -275,8 +273,8 @@ def dummy_batch(examples: Examples) -> dict[str, jax.Array]:
 def save_tokenizer(source: Source, target: Path) -> None:
     """The source's tokenizer, with the Hugging Face files that it came in, which an export gives back."""
     source.tokenizer.save(target)
-    if source.spec:
-        tokenizer_files.keep_files(hub.fetch(source.spec)[0], target)
+    if source.folder is not None:
+        tokenizer_files.keep_files(source.folder, target)
     elif source.step_dir is not None:
         kept = source.step_dir.parent.parent / "tokenizer" / tokenizer_files.KEPT
         if kept.is_dir():

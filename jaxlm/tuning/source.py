@@ -24,14 +24,16 @@ class Source:
     """A pretrained model before its arrays are read.
 
     family: a key of MODELS. model: the fields of TransformerConfig, without execution.
-    hf_family: its name at Hugging Face, or ''. spec: of a Hugging Face folder, or ''. step_dir: of a checkpoint of ours.
+    hf_family: its name at Hugging Face, or ''. folder, commit: of a Hugging Face model; commit '' if it is no id of the hub.
+    step_dir, config: of a checkpoint of ours.
     """
 
     family: str
     model: dict[str, Any]
     tokenizer: Any
     hf_family: str = ""
-    spec: str = ""
+    folder: Path | None = None
+    commit: str = ""
     step_dir: Path | None = None
     config: ConfigDict | None = None
 
@@ -48,13 +50,13 @@ def open_source(init_from: str) -> Source:
         )
     if init_from.startswith(build.HUGGING_FACE):
         spec = init_from.removeprefix(build.HUGGING_FACE)
-        folder, _ = hub.fetch(spec)
-        tokenizer = tokenizer_files.fetch_tokenizer(spec)
+        folder, commit = hub.fetch(spec)  # once: a revision may be another commit a moment later
+        tokenizer = tokenizer_files.fetch_tokenizer(str(folder))
         incoming = convert.read_source(str(folder), least_vocab_size=tokenizer.vocab_size)
         options = incoming.options | {"vocab_size": incoming.vocab_size}
         model = model_fields(TransformerConfig(**options))
         name = incoming.family.model_type
-        return Source(incoming.family.model, model, tokenizer, name, spec=spec)
+        return Source(incoming.family.model, model, tokenizer, name, folder, commit)
     path, _, step = init_from.partition("@")
     step_dir = find_step(path, int(step) if step else None)
     workdir = step_dir.parent.parent
@@ -114,15 +116,15 @@ def read_weights(source: Source, wanted: PyTree) -> tuple[dict[str, Any], Repair
       ValueError: if nothing but embeddings would be restored, or a parameter below the head has another shape.
     """
     flat = flatten_dict(wanted, sep="/")
-    if source.spec:
+    if source.folder is not None:
         base = {path: leaf for path, leaf in flat.items() if not lora.is_adapter(path)}
         config = TransformerConfig(**source.model)
-        weights = convert.load_params(source.spec, config, unflatten_dict(base, sep="/"))
+        weights = convert.load_params(str(source.folder), config, unflatten_dict(base, sep="/"))
         arrays = flatten_dict(weights.params, sep="/")
         new = sorted({*weights.new, *(flat.keys() - base.keys())})
         repair = Repair(weights.restored, new, weights.mismatched, weights.dropped)
         found = {path: arrays[path] for path in weights.restored}
-        origin = {"commit": weights.commit}
+        origin = {"commit": source.commit}
     else:
         assert source.step_dir is not None and source.config is not None
         stored = load_tree(source.step_dir, evaluated_item(source.step_dir), wanted)
@@ -140,7 +142,7 @@ def read_weights(source: Source, wanted: PyTree) -> tuple[dict[str, Any], Repair
 
 
 def refuse_strangers(source: Source, repair: Repair) -> None:
-    where = source.spec or source.step_dir
+    where = source.folder or source.step_dir
     below = [path for path in repair.mismatched if not path.startswith("head/")]
     if below:
         raise ValueError(f"{where} has another shape of {_abbreviated(below)}:\n  {repair}")
