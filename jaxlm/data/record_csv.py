@@ -15,6 +15,7 @@ HEADERS = ("auto", "yes", "no")
 MAX_FIELD_CHARS = 16 << 20
 _ONE_COLUMN = "\x1f"  # a delimiter that no text has
 _NAME_LIKE = re.compile(r"[^\W\d][\w .\-/()]{0,39}")
+_IN_QUOTES = re.compile('".*"')
 _NUMBER = re.compile(r"[-+]?(\d+[.,]?\d*|[.,]\d+)([eE][-+]?\d+)?")
 
 
@@ -99,7 +100,8 @@ def guess_delimiter(lines: Sequence[str], prefer_tab: bool = False) -> str:
 
 def _best_table(lines: Sequence[str], delimiter: str) -> tuple[Table, bool]:
     """The table read with quotes, or without (False) where that leaves fewer bad rows, or, in files with
-    tabs, where quotes would join lines that are whole rows already: such files often have quotes as text."""
+    tabs, where quotes would join lines that are whole rows already: such files often have quotes as text.
+    Not if the whole first row is in quotes, for then whoever wrote the file means them."""
     quoted = _quoted_table(lines, delimiter)
     if delimiter == _ONE_COLUMN or not any('"' in line for line in lines):
         return quoted, True
@@ -112,7 +114,8 @@ def _best_table(lines: Sequence[str], delimiter: str) -> tuple[Table, bool]:
         [],
     )
     joined = delimiter == "\t" and plain.num_bad == 0 and len(plain.rows) > len(quoted.rows)
-    if (joined and plain.width > 1) or plain.num_bad < quoted.num_bad:
+    means_quotes = bool(plain.rows) and all(map(_IN_QUOTES.fullmatch, plain.rows[0].cells))
+    if (joined and plain.width > 1 and not means_quotes) or plain.num_bad < quoted.num_bad:
         return plain, False
     return quoted, True
 

@@ -6,7 +6,7 @@ import logging
 import sys
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from jaxlm.data.record_base import MAX_DEPTH
@@ -215,6 +215,7 @@ CELLS = st.text('ab ,;|"\t\r\nü\u2028', max_size=6)
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(rows=st.lists(st.tuples(CELLS, CELLS, CELLS), min_size=1, max_size=6))
+@example(rows=[("", "\t\r", "\t")])  # with tabs every line of it is a whole row, quotes or not
 @pytest.mark.parametrize("delimiter", [",", "\t"])
 def test_what_the_csv_module_writes_is_read_again(delimiter, rows, tmp_path):
     path = tmp_path / "a.csv"
