@@ -144,11 +144,11 @@ def losses(workdir):
     return [line["loss"] for line in tiny.learned(workdir) if line["split"] == "train"]
 
 
-def test_packed_and_padded_runs_have_the_same_losses(sources, tmp_path):
+@pytest.mark.parametrize("pooling", ["", "mean"])
+def test_packed_and_padded_runs_have_the_same_losses(sources, tmp_path, pooling):
     for packed in (True, False):
-        finetune(
-            make_config(sources, tmp_path, packed=packed, num_epochs=1.0), tmp_path / str(packed)
-        )
+        changes = dict(packed=packed, num_epochs=1.0, task__pooling=pooling)
+        finetune(make_config(sources, tmp_path, **changes), tmp_path / str(packed))
     packed, padded = losses(tmp_path / "True"), losses(tmp_path / "False")
     np.testing.assert_allclose(packed, padded, rtol=2e-4)
     with pytest.raises(AssertionError):  # other examples would show

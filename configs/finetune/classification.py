@@ -5,8 +5,10 @@
         --config.init_from=hf:sentence-transformers/all-MiniLM-L6-v2 --workdir=F
 
 problem: 'single_label' (one of several classes), 'multi_label' (any number of them, separated by | in a column), or
-'regression' (a number). Learning rates from 2e-5 (large models) to 3e-4 (small ones) are usual: Devlin et al. 2018,
-arXiv:1810.04805, appendix A.3.
+'regression' (a number).
+pooling: '' is the head that the model's family has; 'mean' reads the mean of all tokens, which is better for models that
+were trained so, such as all-MiniLM-L6-v2.
+Learning rates from 2e-5 (large models) to 3e-4 (small ones) are usual: Devlin et al. 2018, arXiv:1810.04805, appendix A.3.
 """
 
 from ml_collections import ConfigDict
@@ -21,5 +23,6 @@ def get_config(arg: str = "") -> ConfigDict:
         problem="single_label",
         label_smoothing=0.0,
         class_weights="",
+        pooling="",
     )
     return base(task, arg)

@@ -85,7 +85,7 @@ def base(
             # execution: changes speed and memory, never the result
             mesh=dict(data=-1, fsdp=1, tensor=1),
             remat="none",
-            unroll=1,
+            unroll=0,  # a loop over the layers costs a small model a fifth of its speed (docs/speed_log.md)
             attention_kernel="xla",
             log=dict(progress=True, tensorboard=True, wandb=False),
         )

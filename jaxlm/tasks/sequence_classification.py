@@ -1,6 +1,6 @@
 """A label for a text or a pair of texts: one of several classes, any number of them, or a number.
 
-text [, text_pair] ──▶ [CLS] text [SEP] text_pair [SEP] ──▶ vector at [CLS] ──▶ head ──▶ C logits
+text [, text_pair] ──▶ [CLS] text [SEP] text_pair [SEP] ──▶ vector at [CLS], or the mean ──▶ head ──▶ C logits
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from jaxlm.tasks.base import (
 )
 
 PROBLEMS = ("single_label", "multi_label", "regression")
+POOLINGS = ("", "mean")
 
 
 class SequenceClassification:
@@ -34,6 +35,8 @@ class SequenceClassification:
       'regression' (squared error).
     label_smoothing: of the single label, see `softmax_cross_entropy`.
     class_weights: '' or 'balanced': an example weighs in inverse proportion to its class's frequency in the training rows.
+    pooling: '', the head that the model's family has (BERT: dense and tanh at [CLS]), or 'mean', a matrix on the mean of
+      all tokens, which suits models that were trained so (sentence embeddings); `transformers` has no class for it.
     """
 
     kind = "sequence_classification"
@@ -48,11 +51,13 @@ class SequenceClassification:
         problem: str = "single_label",
         label_smoothing: float = 0.0,
         class_weights: str = "",
+        pooling: str = "",
     ):
         self.tokenizer, self.layout = tokenizer, layout
         self.labels, self.weights = tuple(fitted["labels"]), tuple(fitted["class_weights"])
         self.ids = {label: index for index, label in enumerate(self.labels)}
         self.problem_type, self.label_smoothing = problem, label_smoothing
+        self.pooling = pooling
         self.best_metric = "spearman" if problem == "regression" else "f1_macro"
         if problem == "single_label":
             self.best_metric = "accuracy"
@@ -63,6 +68,7 @@ class SequenceClassification:
         *,
         problem: str = "single_label",
         class_weights: str = "",
+        pooling: str = "",
         **other: Any,
     ) -> dict[str, Any]:
         """The classes of the training rows, sorted, and the weight of each.
@@ -73,8 +79,12 @@ class SequenceClassification:
         problems = []
         if problem not in PROBLEMS:
             problems.append(f"task.problem={problem!r}: use one of {', '.join(PROBLEMS)}")
-        if class_weights not in ("", "balanced"):
-            problems.append(f"task.class_weights={class_weights!r}: use '' or 'balanced'")
+        for name, value, known in (
+            ("class_weights", class_weights, ("", "balanced")),
+            ("pooling", pooling, POOLINGS),
+        ):
+            if value not in known:
+                problems.append(f"task.{name}={value!r}: use {' or '.join(map(repr, known))}")
         if class_weights and problem != "single_label":
             problems.append(f"task.class_weights={class_weights!r} needs problem 'single_label'")
         counts: Counter[str] = Counter()
@@ -93,7 +103,8 @@ class SequenceClassification:
 
     @property
     def head(self) -> dict[str, Any]:
-        return {"num_classes": len(self.labels) or 1}
+        mean = {"pooling": "mean", "transform": "", "use_norm": False} if self.pooling else {}
+        return {"num_classes": len(self.labels) or 1, **mean}
 
     def problem(self, record: Any, training: bool) -> str:
         fields = record.fields
