@@ -1,0 +1,209 @@
+"""The next token from logits: greedy, or drawn after a temperature and filters.
+
+    sampling = make_sampling(temperature=0.8, top_k=50)
+    tokens_B = draw(logits_BV, keys_B, None, sampling)
+
+Order and rules are those of transformers' `generate`: repetition penalty, temperature, top-k, top-p, min-p.
+
+On XLA:CPU a sort of (8, 50257) takes 150 ms and a random number for every logit 20 to 25 ms, beside a decoding step of
+about 40 ms. So nothing here sorts: the value from which on tokens are kept is found by bisection (5 ms for top-k, 7 ms
+for top-p), and a token is drawn in two steps, its block and then itself, of 2 sqrt(V) random numbers (1.4 ms).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@flax.struct.dataclass
+class Sampling:
+    """How tokens are drawn; made by `make_sampling`. None is 'off'.
+
+    The values are arrays, so other values compile nothing. Which of them are off is the tree's structure: a program
+    holds only the filters that are on.
+    """
+
+    temperature: np.float32
+    top_k: np.int32 | None = None
+    top_p: np.float32 | None = None
+    min_p: np.float32 | None = None
+    repetition_penalty: np.float32 | None = None
+
+    @property
+    def needs_seen(self) -> bool:
+        """Whether `draw` wants to know the tokens that were there before."""
+        return self.repetition_penalty is not None
+
+
+def make_sampling(
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> Sampling:
+    """A `Sampling` of checked values.
+
+    temperature: 0 is greedy, the likeliest token; the filters then change nothing. top_k: of the k likeliest tokens
+    only; 0 is off. top_p: of the fewest tokens that have this probability together (arXiv:1904.09751, section 3.1); 1 is
+    off. min_p: of tokens with at least min_p times the likeliest's probability (arXiv:2407.01082); 0 is off.
+    repetition_penalty: logits of tokens that are there already, in the prompt or since, are divided by it if positive,
+    else multiplied (arXiv:1909.05858, section 4.1); 1 is off.
+
+    Raises ValueError, naming every value out of its range.
+    """
+    wrong = [
+        f"{name}={value!r}: {expected}"
+        for name, value, fits, expected in (
+            # below 1e-5, logits / temperature may overflow
+            ("temperature", temperature, temperature == 0 or 1e-5 <= temperature < math.inf, "0 (greedy), or at least 1e-5"),
+            ("top_k", top_k, top_k == int(top_k) and 0 <= top_k < 2**31, "a whole number, at least 1, or 0 for all tokens"),
+            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (off)"),
+            ("min_p", min_p, 0 <= min_p <= 1, "0 (off) to 1"),
+            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0; 1 is off, more is less repetition"),
+        )
+        if not fits
+    ]  # fmt: skip
+    if wrong:
+        raise ValueError("sampling options out of range, expected: " + "; ".join(wrong))
+    return Sampling(
+        temperature=np.float32(temperature),
+        top_k=np.int32(top_k) if top_k else None,
+        top_p=np.float32(top_p) if top_p < 1 else None,
+        min_p=np.float32(min_p) if min_p else None,
+        repetition_penalty=np.float32(repetition_penalty) if repetition_penalty != 1 else None,
+    )
+
+
+def draw(
+    logits_BV: jax.Array, keys_B: jax.Array, seen_BV: jax.Array | None, sampling: Sampling
+) -> jax.Array:
+    """The next token of each row, int32 (B,). A row's draw depends on its own logits and key only.
+
+    keys_B: a key for each row, used once. seen_BV: see `seen_tokens`; None if the sampling does not need it.
+    """
+    logits_BV = penalise(logits_BV.astype(jnp.float32), seen_BV, sampling)
+    return jax.lax.cond(
+        sampling.temperature > 0,
+        lambda: choose(warp(logits_BV, sampling), keys_B),
+        lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
+    )
+
+
+def seen_tokens(tokens_BT: jax.Array, real_BT: jax.Array, vocab_size: int) -> jax.Array:
+    """Which tokens of the vocabulary each row holds, bool (B, V). real_BT: False or 0 is padding and counts nothing."""
+    rows_B1 = jnp.arange(len(tokens_BT))[:, None]
+    tokens_BT = jnp.where(real_BT > 0, tokens_BT, vocab_size)  # out of bounds: dropped
+    seen_BV = jnp.zeros((len(tokens_BT), vocab_size), bool)
+    return seen_BV.at[rows_B1, tokens_BT].set(True, mode="drop")
+
+
+def see(seen_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
+    """`seen_BV` with one more token in each row."""
+    return seen_BV.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
+
+
+def penalise(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling) -> jax.Array:
+    """The logits with the repetition penalty, if it is on."""
+    if sampling.repetition_penalty is None:
+        return logits_BV
+    if seen_BV is None:
+        raise ValueError("repetition_penalty is on: expected seen_BV (`seen_tokens`), found None")
+    penalty = sampling.repetition_penalty
+    penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+    return jnp.where(seen_BV, penalised_BV, logits_BV)
+
+
+def warp(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+    """The float32 logits at the temperature (above 0), -inf where a filter removes the token."""
+    logits_BV = logits_BV / sampling.temperature
+    for keep, bound in (
+        (_in_top_k, sampling.top_k),
+        (_in_top_p, sampling.top_p),
+        (_has_min_p, sampling.min_p),
+    ):
+        if bound is not None:
+            logits_BV = jnp.where(keep(logits_BV, bound), logits_BV, -jnp.inf)
+    return logits_BV
+
+
+def choose(logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+    """A token of each row drawn from softmax(logits), int32 (B,): first its block of about sqrt(V) tokens, then itself.
+
+    P(token) = P(block) P(token | block) is exact, and takes 2 sqrt(V) random numbers instead of V.
+    """
+    rows, vocab = logits_BV.shape
+    size = math.isqrt(vocab - 1) + 1
+    spare = -vocab % size
+    padded = jnp.pad(logits_BV, ((0, 0), (0, spare)), constant_values=-jnp.inf)
+    blocks_BNS = padded.reshape(rows, -1, size)
+    categorical = jax.vmap(jax.random.categorical)
+    keys_B2 = jax.vmap(jax.random.split)(keys_B)
+    block_B = categorical(keys_B2[:, 0], jax.nn.logsumexp(blocks_BNS, axis=-1))
+    block_BS = jnp.take_along_axis(blocks_BNS, block_B[:, None, None], axis=1)[:, 0]
+    return (block_B * size + categorical(keys_B2[:, 1], block_BS)).astype(jnp.int32)
+
+
+def _in_top_k(logits_BV: jax.Array, top_k: jax.Array) -> jax.Array:
+    """As likely as the k-th likeliest: ties with it are kept, too."""
+    enough = lambda least_B: (logits_BV >= least_B[:, None]).sum(-1) >= top_k
+    return logits_BV >= _largest_value(logits_BV, enough)[:, None]
+
+
+def _in_top_p(logits_BV: jax.Array, top_p: jax.Array) -> jax.Array:
+    """In the smallest set with at least `top_p` of the probability. Of ties at its edge the last ids are kept."""
+    weights_BV = jnp.exp(logits_BV - logits_BV.max(-1, keepdims=True))
+    wanted_B = top_p * weights_BV.sum(-1)
+    enough = lambda kept_BV: jnp.where(kept_BV, weights_BV, 0).sum(-1) >= wanted_B
+    edge_B = _largest_value(logits_BV, lambda least_B: enough(logits_BV >= least_B[:, None]))
+    above_BV, edge_BV = logits_BV > edge_B[:, None], logits_BV == edge_B[:, None]
+    ids_1V = jnp.arange(logits_BV.shape[1], dtype=jnp.uint32)[None]
+    from_id = lambda first_B: above_BV | edge_BV & (ids_1V >= first_B[:, None])
+    last_B = jnp.full(len(logits_BV), ids_1V.size - 1, jnp.uint32)
+    first_B = _bisect(jnp.zeros_like(last_B), last_B, lambda id_B: enough(from_id(id_B)))
+    return from_id(first_B)
+
+
+def _has_min_p(logits_BV: jax.Array, min_p: jax.Array) -> jax.Array:
+    return logits_BV - logits_BV.max(-1, keepdims=True) >= jnp.log(min_p)
+
+
+def _largest_value(logits_BV: jax.Array, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest float32 of each row (B,) for which `holds`, which is true up to a value in the row and false above."""
+    most_B = _to_ordered(logits_BV.max(-1))
+    least_B = jnp.full_like(most_B, _to_ordered(jnp.float32(-jnp.inf)))
+    return _from_ordered(_bisect(least_B, most_B, lambda n_B: holds(_from_ordered(n_B))))
+
+
+def _bisect(
+    low_B: jax.Array, high_B: jax.Array, holds: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """The largest uint32 in low..high for which `holds`; low if there is none."""
+
+    def halve(bounds):
+        low_B, high_B = bounds
+        middle_B = high_B - (high_B - low_B) // 2
+        held_B = holds(middle_B)
+        return jnp.where(held_B, middle_B, low_B), jnp.where(held_B, high_B, middle_B - 1)
+
+    is_open = lambda bounds: jnp.any(bounds[0] < bounds[1])
+    return jax.lax.while_loop(is_open, halve, (low_B, high_B))[0]
+
+
+_SIGN = np.uint32(1 << 31)
+
+
+def _to_ordered(x: jax.Array) -> jax.Array:
+    """float32 -> uint32 in the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >= _SIGN, ~bits, bits | _SIGN)
+
+
+def _from_ordered(n: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(jnp.where(n >= _SIGN, n ^ _SIGN, ~n), jnp.float32)
