@@ -8,7 +8,7 @@ Both sides read the same files, and both sides' predictions go through `score`.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,9 @@ def score(task: str, rows: Sequence[Row], said: Sequence[Any]) -> dict[str, floa
 
 @dataclass(frozen=True)
 class Dataset:
-    """folder: in the folder of --data. task: a key of SCORES. config: ours. settings: of both sides, by trainer's names."""
+    """folder: in the folder of --data. task: a key of SCORES. config: ours. settings: of both sides, by trainer's names;
+    best: what a side changes of them, because its development score or its speed is better so.
+    """
 
     folder: str
     task: str
@@ -158,9 +160,13 @@ class Dataset:
     config: str
     seeds: tuple[int, ...]
     settings: Mapping[str, Any]
+    best: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def settings_of(self, side: str) -> dict[str, Any]:
+        return {**self.settings, **self.best.get(side, {})}
 
 
-COMMON = {"num_epochs": 5, "learning_rate": 3e-4, "warmup_ratio": 0.1, "weight_decay": 0.01}
+COMMON = {"num_epochs": 3, "learning_rate": 3e-4, "warmup_ratio": 0.1, "weight_decay": 0.01}
 DATASETS = {
     "clinc150": Dataset(
         "clinc150",
@@ -168,7 +174,8 @@ DATASETS = {
         read_clinc150,
         "configs/finetune/classification.py",
         (0, 1, 2),
-        COMMON | {"batch_size": 32, "seq_len": 64},
+        COMMON | {"num_epochs": 5, "batch_size": 32, "seq_len": 64},
+        {"ours": {"batch_size": 64, "learning_rate": 4e-4, "task.pooling": "mean"}},
     ),
     "wnut17": Dataset(
         "wnut17",

