@@ -1,159 +1,321 @@
-"""Text from a model: continuations of prompts, and the likeliest tokens at masked places.
+"""Text from a decoder: its prompts are read at once, then every new token costs one position's work.
 
-Both work on a fixed buffer of (rows, max_len) tokens, so that neither the prompts' lengths nor the number of new tokens
-compiles anything again. Every new token costs a whole forward pass.
+    decoder = make_decoder(model, tokenizer.vocab_size)
+    for continuation in generate(decoder, params, prompts, max_new_tokens=100, max_len=1024, sampling=make_sampling()):
+        print(tokenizer.decode(continuation.tokens))
+
+Shapes are rounded up to powers of two, so that a fixed few programs serve all lengths; see `bucket`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.inference.logits import make_apply_logits, make_batch, pad_rows, unembed
+from jaxlm.inference.sampling import Sampling, draw
+from jaxlm.models.cache import KVCache, grow, make_cache
+
 Params = Any
-Batch = Mapping[str, jax.Array]
-# (params, batch, positions (B, M)) -> float32 logits (B, M, V) at those positions
-ApplyLogits = Callable[[Params, Batch, jax.Array], jax.Array]
+Stop = Callable[[int, np.ndarray], bool]
+SMALLEST_BUCKET = 16
+
+
+class Continuation(NamedTuple):
+    """What was added to a prompt.
+
+    tokens: (n,) int32, without the eos that ended them. logprobs: (n,) float32, each token's log-probability by the model
+    itself, before temperature and filters. finish: 'eos', 'length' (enough tokens, or the context is full), 'stop', or
+    '' if it goes on.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    finish: str
+
+
+class Decoder:
+    """The compiled parts of a model that continues text; made by `make_decoder`, so that they are compiled once.
+
+    prefill(params, tokens_BP, segment_ids_BP, size=S) -> (logits_BV, cache): reads prompts, padded on the left with segment
+    0, and makes room for S tokens in all. step(params, cache, tokens_B) -> (logits_BV, cache): reads one more token of each
+    row; the cache that it was given is used up. Logits are float32, of the token that comes next, for `num_ids` ids.
+    """
+
+    def __init__(self, model: Any, num_ids: int):
+        self.model, self.num_ids = model, num_ids
+        self.prefill = jax.jit(self._prefill, static_argnames="size")
+        self.step = jax.jit(self._step, donate_argnames="cache")
+        self.extend = jax.jit(self._extend, donate_argnames="state")
+
+    def _prefill(self, params, tokens_BP, segment_ids_BP, size):
+        cache = make_cache(self.model.config, *tokens_BP.shape)
+        logits_BV, cache = self._read(params, cache, tokens_BP, segment_ids_BP)
+        return logits_BV, grow(cache, size)
+
+    def _step(self, params, cache, tokens_B):
+        return self._read(params, cache, tokens_B[:, None], jnp.ones_like(tokens_B)[:, None])
+
+    def _read(self, params, cache, tokens_BT, segment_ids_BT):
+        batch = {"tokens": tokens_BT, "segment_ids": segment_ids_BT}
+        outputs = self.model.apply({"params": params}, batch, cache=cache)
+        return unembed(outputs, outputs.hidden[:, -1:], self.num_ids)[:, 0], outputs.cache
+
+    def _extend(self, params, state, sampling, eos_id, steps):
+        """Up to `steps` more tokens in each row, as long as one wants some."""
+
+        def wants_more(loop):
+            made, state = loop
+            return (made < steps) & ~jnp.all(state.done_B)
+
+        def add(loop):
+            made, state = loop
+            logits_BV, cache = self._step(params, state.cache, state.last_B)
+            return made + 1, add_tokens(state.replace(cache=cache), logits_BV, sampling, eos_id)
+
+        return jax.lax.while_loop(wants_more, add, (jnp.int32(0), state))[1]
 
 
 @functools.lru_cache(maxsize=16)
-def make_apply_logits(model: Any, num_ids: int | None = None) -> ApplyLogits:
-    """The logits of a Linen model at chosen positions. One model gives one function, so that jit knows it again.
+def make_decoder(model: Any, num_ids: int | None = None) -> Decoder:
+    """The decoder of a Linen model; the same one each time.
 
-    num_ids: the tokenizer's; a padded vocabulary has rows past it, which stand for nothing. None = all.
+    num_ids: the tokenizer's; ids past it, of a padded vocabulary, are never drawn. None = all.
+    """
+    return Decoder(model, num_ids or model.config.vocab_size)
+
+
+@flax.struct.dataclass
+class State:
+    """A batch of continuations under way: N is room for new tokens, of which the first `made` columns are there.
+
+    count_B: of those, how many are the row's own: it may have ended. limit_B: how many it may have. ended_B: by eos.
     """
 
-    def apply_logits(params: Params, batch: Batch, positions_BM: jax.Array) -> jax.Array:
-        # An encoder gathers the positions before its head; a decoder ignores the key.
-        outputs = model.apply({"params": params}, {**batch, "masked_positions": positions_BM})
-        hidden = outputs.hidden
-        if hidden.shape[:2] != positions_BM.shape:
-            hidden = jnp.take_along_axis(hidden, positions_BM[:, :, None], axis=1)
-        unembed = outputs.unembed[:num_ids].astype(hidden.dtype)
-        logits = jnp.einsum("BMD,VD->BMV", hidden, unembed, preferred_element_type=jnp.float32)
-        if outputs.unembed_bias is not None:
-            logits = logits + outputs.unembed_bias[:num_ids].astype(jnp.float32)[None, None]
-        return outputs.softcap * jnp.tanh(logits / outputs.softcap) if outputs.softcap else logits
+    cache: KVCache
+    tokens_BN: jax.Array
+    logprobs_BN: jax.Array
+    made: jax.Array
+    count_B: jax.Array
+    limit_B: jax.Array
+    ended_B: jax.Array
+    keys_B: jax.Array
+    seen_BV: jax.Array | None
 
-    return apply_logits
+    @property
+    def done_B(self) -> jax.Array:
+        return self.ended_B | (self.count_B >= self.limit_B)
 
-
-def pad_rows(rows: Sequence[np.ndarray], max_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens (B, max_len), lengths (B,)), padded with 0.
-
-    Raises ValueError if a row is empty or longer than max_len, listing all such rows.
-    """
-    lengths = np.array([len(row) for row in rows], np.int32)
-    wrong = [f"row {i} has {n} tokens" for i, n in enumerate(lengths) if not 0 < n <= max_len]
-    if wrong or not len(rows):
-        raise ValueError(
-            f"expected 1 to max_len={max_len} tokens a row: "
-            + ("; ".join(wrong) or "no rows given")
-        )
-    tokens = np.zeros((len(rows), max_len), np.int32)
-    for row, ids in zip(tokens, rows, strict=True):
-        row[: len(ids)] = ids
-    return tokens, lengths
+    @property
+    def last_B(self) -> jax.Array:
+        return self.tokens_BN[:, self.made - 1]
 
 
-def make_batch(tokens_BT: jax.Array, length_B: jax.Array) -> dict[str, jax.Array]:
-    """A model's batch of rows of which the first `length` tokens are real and the rest is padding."""
-    positions_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
-    segment_ids = (positions_BT < length_B[:, None]).astype(jnp.int32)
-    return {"tokens": tokens_BT, "segment_ids": segment_ids, "positions": positions_BT}
+def begin_state(cache, limit_B, samples_B, seed, seen_BV) -> State:
+    rows, size = cache.segment_ids.shape
+    zero_B = jnp.zeros(rows, jnp.int32)
+    return State(
+        cache=cache,
+        tokens_BN=jnp.zeros((rows, size), jnp.int32),
+        logprobs_BN=jnp.zeros((rows, size), jnp.float32),
+        made=jnp.int32(0),
+        count_B=zero_B,
+        limit_B=limit_B,
+        ended_B=zero_B > 0,
+        keys_B=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), samples_B),
+        seen_BV=seen_BV,
+    )
 
 
-def sample(
-    logits_BV: jax.Array, keys_B: jax.Array, temperature: jax.Array, top_k: int
-) -> jax.Array:
-    """A token for each row (B,) from softmax(logits / temperature), of the `top_k` likeliest (0 = of all).
-
-    Temperature 0 is greedy: the likeliest token.
-    """
-    greedy = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    if top_k:
-        least = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
-    drawn = jax.vmap(jax.random.categorical)(keys_B, logits_BV / jnp.maximum(temperature, 1e-6))
-    return jnp.where(temperature > 0, drawn.astype(jnp.int32), greedy)
-
-
-@functools.partial(jax.jit, static_argnames=("apply_logits", "top_k"))
-def decode(
-    params: Params,
-    tokens_BT: jax.Array,
-    length_B: jax.Array,
-    max_new_tokens: jax.Array,
-    temperature: jax.Array,
+@functools.partial(jax.jit, donate_argnames="cache")
+def begin(
+    cache: KVCache,
+    logits_BV: jax.Array,
+    limit_B: jax.Array,
+    samples_B: jax.Array,
     seed: jax.Array,
+    seen_BV: jax.Array | None,
+    sampling: Sampling,
     eos_id: jax.Array,
-    *,
-    apply_logits: ApplyLogits,
-    top_k: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Appends tokens to each row until eos, `max_new_tokens`, or a full buffer: (tokens (B, T), lengths (B,))."""
-    rows, max_len = tokens_BT.shape
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
-
-    def not_finished(state):
-        step, _, _, done_B = state
-        return (step < max_new_tokens) & ~jnp.all(done_B)
-
-    def append(state):
-        step, tokens_BT, length_B, done_B = state
-        batch = make_batch(tokens_BT, length_B)
-        logits_BV = apply_logits(params, batch, length_B[:, None] - 1)[:, 0]
-        # A row's draws depend on its own number and step only, not on the rows beside it.
-        keys_B = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
-        next_B = sample(logits_BV, keys_B, temperature, top_k)
-        done_B = done_B | (next_B == eos_id)
-        here = (batch["positions"] == length_B[:, None]) & ~done_B[:, None]
-        tokens_BT = jnp.where(here, next_B[:, None], tokens_BT)
-        length_B = length_B + (~done_B).astype(jnp.int32)
-        return step + 1, tokens_BT, length_B, done_B | (length_B >= max_len)
-
-    state = (jnp.int32(0), tokens_BT, length_B, length_B >= max_len)
-    _, tokens_BT, length_B, _ = jax.lax.while_loop(not_finished, append, state)
-    return tokens_BT, length_B
+) -> State:
+    """The state after the first new token, which is drawn from what the prompts give."""
+    state = begin_state(cache, limit_B, samples_B, seed, seen_BV)
+    return add_tokens(state, logits_BV, sampling, eos_id)
 
 
-def generate(
-    apply_logits: ApplyLogits,
+def add_tokens(state: State, logits_BV: jax.Array, sampling: Sampling, eos_id: jax.Array) -> State:
+    """Draws the next column; what a finished row draws is not counted.
+
+    A row's draws depend on its own sample number and the step only, not on the rows beside it.
+    """
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.made)
+    tokens_B = draw(logits_BV, keys_B, state.seen_BV, sampling)
+    own_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=1)[:, 0]
+    logprobs_B = own_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    put = lambda x_BN, x_B: jax.lax.dynamic_update_slice(x_BN, x_B[:, None], (0, state.made))
+    ended_B = state.ended_B | (~state.done_B & (tokens_B == eos_id))
+    goes_on_B = ~state.done_B & ~ended_B
+    seen_BV = state.seen_BV
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
+    return state.replace(
+        tokens_BN=put(state.tokens_BN, tokens_B),
+        logprobs_BN=put(state.logprobs_BN, logprobs_B),
+        made=state.made + 1,
+        count_B=state.count_B + goes_on_B,
+        ended_B=ended_B,
+        seen_BV=seen_BV,
+    )
+
+
+def generate(decoder: Decoder, params: Params, prompts: Sequence[np.ndarray], **options):
+    """The continuation of each prompt: list[Continuation]. Options as of `stream`, whose pieces it joins."""
+    options = {"chunk": 16 if options.get("stop") else None} | options
+    pieces = list(stream(decoder, params, prompts, **options))
+    return [
+        Continuation(
+            np.concatenate([piece.tokens for piece in row]),
+            np.concatenate([piece.logprobs for piece in row]),
+            row[-1].finish,
+        )
+        for row in zip(*pieces, strict=True)
+    ]
+
+
+def stream(
+    decoder: Decoder,
     params: Params,
     prompts: Sequence[np.ndarray],
     *,
     max_new_tokens: int,
     max_len: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
+    sampling: Sampling,
     seed: int = 0,
+    samples: Sequence[int] | None = None,
     eos_id: int = -1,
-) -> list[np.ndarray]:
-    """The continuation of each prompt: its new tokens only, int32, without the eos that ended it.
+    stop: Stop | None = None,
+    chunk: int | None = 1,
+) -> Iterator[list[Continuation]]:
+    """Yields, after the first token and after every `chunk` more (None: all), what is new in each row.
 
-    apply_logits: see `make_apply_logits`; the same function object each time, or it is compiled again.
     prompts: token ids, each 1 to max_len of them (with bos in front if the model was trained so).
-    max_len: the buffer: prompt and continuation together; at most the model's context.
-    temperature: 0 is greedy. top_k: 0 samples from all tokens. eos_id: -1 never stops early.
+    max_len: the context; a prompt and its continuation together have at most that many tokens.
+    samples: a row draws by the seed and its number here; by default equal prompts are numbered from 0.
+    eos_id: -1 never ends early. stop(row, tokens (n,)): whether a row ends with its n-th new token; asked on the host for
+    every n, between chunks.
+
+    Raises:
+      ValueError: if a prompt is empty, longer than max_len or has unknown ids, listing all such rows.
     """
-    tokens, lengths = pad_rows(prompts, max_len)
-    tokens_BT, length_B = decode(
-        params,
-        tokens,
-        lengths,
-        np.int32(max_new_tokens),
-        np.float32(temperature),
-        np.uint32(seed),
-        np.int32(eos_id),
-        apply_logits=apply_logits,
-        top_k=top_k,
+    check_prompts(decoder, prompts, max_new_tokens, max_len)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    limit_B = np.minimum(max_new_tokens, max_len - lengths).astype(np.int32)
+    tokens_BP, segment_ids_BP = pad_left(prompts, min(bucket(lengths.max()), max_len))
+    size = bucket(tokens_BP.shape[1] + limit_B.max())
+    samples_B = np.asarray(number_samples(prompts) if samples is None else samples, np.int32)
+    seen_BV = find_seen(prompts, decoder.num_ids) if sampling.needs_seen else None
+    eos = np.int32(eos_id)
+
+    logits_BV, cache = decoder.prefill(params, tokens_BP, segment_ids_BP, size=size)
+    state = begin(cache, logits_BV, limit_B, samples_B, np.uint32(seed), seen_BV, sampling, eos)
+    shown = np.zeros(len(prompts), int)
+    stopped = np.zeros(len(prompts), bool)
+    while True:
+        pieces = new_pieces(state, shown, stopped, stop)
+        yield pieces
+        if all(piece.finish for piece in pieces):
+            return
+        if stopped.any():  # their rows need no more tokens
+            state = state.replace(limit_B=np.where(stopped, 0, limit_B).astype(np.int32))
+        steps = np.int32(chunk or max_new_tokens)
+        state = decoder.extend(params, state, sampling, eos, steps)
+
+
+def new_pieces(
+    state: State, shown: np.ndarray, stopped: np.ndarray, stop: Stop | None
+) -> list[Continuation]:
+    """What each row has made since `shown` tokens; `shown` and `stopped` are brought up to date."""
+    tokens_BN, logprobs_BN, count_B, ended_B, done_B = jax.device_get(
+        (state.tokens_BN, state.logprobs_BN, state.count_B, state.ended_B, state.done_B)
     )
-    written, ends = np.asarray(tokens_BT), np.asarray(length_B)
-    return [row[start:end] for row, start, end in zip(written, lengths, ends, strict=True)]
+    pieces = []
+    for row, (start, end) in enumerate(zip(shown, count_B, strict=True)):
+        if stopped[row]:
+            end = start
+        elif stop is not None:
+            for n in range(start + 1, end + 1):
+                if stop(row, tokens_BN[row, :n]):
+                    stopped[row], end = True, n
+                    break
+        finish = "stop" if stopped[row] else "eos" if ended_B[row] else "length"
+        is_done = stopped[row] or done_B[row]
+        new = slice(start, end)
+        pieces.append(
+            Continuation(tokens_BN[row, new], logprobs_BN[row, new], finish if is_done else "")
+        )
+        shown[row] = end
+    return pieces
+
+
+def bucket(length: int) -> int:
+    """The power of two from `length` on, at least 16: few different shapes, so few programs."""
+    return max(SMALLEST_BUCKET, 1 << (int(length) - 1).bit_length())
+
+
+def pad_left(prompts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, segment_ids), each (B, length): the last n of a row of n tokens are real."""
+    tokens_BP = np.zeros((len(prompts), length), np.int32)
+    segment_ids_BP = np.zeros_like(tokens_BP)
+    for tokens, segment_ids, prompt in zip(tokens_BP, segment_ids_BP, prompts, strict=True):
+        tokens[length - len(prompt) :] = prompt
+        segment_ids[length - len(prompt) :] = 1
+    return tokens_BP, segment_ids_BP
+
+
+def number_samples(prompts: Sequence[np.ndarray]) -> list[int]:
+    """For each prompt, how many equal ones come before it."""
+    counts: Counter[tuple[int, ...]] = Counter()
+    numbers = []
+    for prompt in prompts:
+        key = tuple(np.asarray(prompt).tolist())
+        numbers.append(counts[key])
+        counts[key] += 1
+    return numbers
+
+
+def find_seen(prompts: Sequence[np.ndarray], num_ids: int) -> np.ndarray:
+    """(B, V): which ids are in each prompt."""
+    seen_BV = np.zeros((len(prompts), num_ids), bool)
+    for seen, prompt in zip(seen_BV, prompts, strict=True):
+        seen[prompt] = True
+    return seen_BV
+
+
+def check_prompts(
+    decoder: Decoder, prompts: Sequence[np.ndarray], max_new_tokens: int, max_len: int
+) -> None:
+    """Raises ValueError with all that is wrong."""
+    config, problems = decoder.model.config, []
+    if config.position == "learned" and max_len > config.max_len:
+        problems.append(f"max_len={max_len}: the model has {config.max_len} positions")
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens={max_new_tokens}: at least 1")
+    if not len(prompts):
+        problems.append("no prompts given")
+    for row, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= max_len:
+            problems.append(f"row {row} has {len(prompt)} tokens: 1 to max_len={max_len}")
+        elif unknown := sorted({int(i) for i in prompt if not 0 <= i < decoder.num_ids}):
+            problems.append(f"row {row} has ids {unknown}: 0 to {decoder.num_ids - 1}")
+    if problems:
+        raise ValueError("cannot generate:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 @functools.partial(jax.jit, static_argnames=("apply_logits", "top_k"))
@@ -163,7 +325,7 @@ def rank_tokens(
     length_B: jax.Array,
     positions_BM: jax.Array,
     *,
-    apply_logits: ApplyLogits,
+    apply_logits: Any,
     top_k: int,
 ) -> tuple[jax.Array, jax.Array]:
     """(probabilities, ids), each (B, M, top_k), of the likeliest tokens at the given positions."""
@@ -172,7 +334,7 @@ def rank_tokens(
 
 
 def fill_mask(
-    apply_logits: ApplyLogits,
+    apply_logits: Any,
     params: Params,
     rows: Sequence[np.ndarray],
     *,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.inference import decode
+from jaxlm.inference.sampling import make_sampling
 
 MASK = "[MASK]"  # how a prompt's text writes the tokenizer's mask token
 
@@ -38,17 +39,16 @@ def continue_prompts(
     room = max_len - min(max_new_tokens, max_len // 2)
     ids = [encode_prompt(tokenizer, prompt)[-room:] for prompt in prompts]
     new = decode.generate(
-        decode.make_apply_logits(model, tokenizer.vocab_size),
+        decode.make_decoder(model, tokenizer.vocab_size),
         params,
         ids,
         max_new_tokens=max_new_tokens,
         max_len=max_len,
-        temperature=temperature,
-        top_k=top_k,
+        sampling=make_sampling(temperature=temperature, top_k=top_k),
         seed=seed,
         eos_id=tokenizer.eos_id,
     )
-    return [tokenizer.decode(row) for row in new]
+    return [tokenizer.decode(row.tokens) for row in new]
 
 
 def fill_prompts(

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.models import lora
+from jaxlm.models.cache import KVCache, read_layer, write_layer
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.layers import (
     add_bias,
@@ -130,7 +131,10 @@ class Attention(nn.Module):
         x_BTD: jax.Array,
         mask_BTS: jax.Array,
         rotary: tuple[jax.Array, jax.Array] | None = None,
-    ) -> jax.Array:
+        cache: KVCache | None = None,
+        layer: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Returns (B, T, D), and the cache, if there is one, with what this layer adds to it."""
         c = self.config
         query = self.project("query", x_BTD, c.num_heads, "heads")
         key = self.project("key", x_BTD, c.num_kv_heads, "kv")
@@ -144,8 +148,11 @@ class Attention(nn.Module):
         query = constrain(checkpoint_name(query, "query"), ("batch", "length", "act_heads", None))
         key = constrain(checkpoint_name(key, "key"), ("batch", "length", "act_kv", None))
         value = constrain(checkpoint_name(value, "value"), ("batch", "length", "act_kv", None))
+        if cache is not None:
+            cache = write_layer(cache, layer, key, value)
+            key, value = read_layer(cache, layer)
         out = self.attend(query, key, value, mask_BTS)
-        return self.merge(constrain(out, ("batch", "length", "act_heads", None)))
+        return self.merge(constrain(out, ("batch", "length", "act_heads", None))), cache
 
     def project(self, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
         c = self.config

@@ -35,7 +35,7 @@ class BERT(nn.Module):
         segment_ids, positions = batch_positions(batch)
         embed = Embed(c, use_norm=True, deterministic=deterministic, name="embed")
         x_BTD, table_VD = embed(batch["tokens"], positions, batch.get("token_types"))
-        x_BTD = apply_layers(
+        x_BTD, _ = apply_layers(
             c, x_BTD, segment_ids, positions, causal=False, deterministic=deterministic
         )
         if self.head is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import jax
 from flax import linen as nn
 
+from jaxlm.models.cache import KVCache
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.heads import Head
 from jaxlm.models.layers import Outputs, make_param
@@ -19,29 +20,39 @@ class GPT(nn.Module):
     batch: tokens (B, T), and optionally segment_ids and positions (B, T).
     Returns Outputs with hidden (B, T, D): hidden[:, t] predicts the token after t. With a `head` of a task there is no
     unembed, and head_logits are the head's.
+    With a `cache` (`cache.make_cache`) each position also sees its segment in there; tokens are padded on the left, by
+    segment_ids 0, and the cache with them in it is in Outputs. The caller sees to it that there is room for T more.
     """
 
     config: TransformerConfig
     head: Head | None = None
 
     @nn.compact
-    def __call__(self, batch: Mapping[str, jax.Array], deterministic: bool = True) -> Outputs:
+    def __call__(
+        self,
+        batch: Mapping[str, jax.Array],
+        deterministic: bool = True,
+        cache: KVCache | None = None,
+    ) -> Outputs:
         c = self.config
         if c.embed_factor_dim:
             raise ValueError(
                 f"embed_factor_dim={c.embed_factor_dim}: only the encoder's output transform leads back to that "
                 "width; set it to 0, or the family to 'bert'"
             )
-        segment_ids, positions = batch_positions(batch)
+        segment_ids, positions = batch_positions(batch, cache)
         embed = Embed(c, deterministic=deterministic, name="embed")
         x_BTD, table_VD = embed(batch["tokens"], positions, batch.get("token_types"))
-        hidden = apply_layers(
-            c, x_BTD, segment_ids, positions, causal=True, deterministic=deterministic
+        hidden, cache = apply_layers(
+            c, x_BTD, segment_ids, positions, causal=True, deterministic=deterministic, cache=cache
         )
         if self.head is not None:
             return Outputs(hidden, None, head_logits=self.head(hidden, batch, deterministic))
         return Outputs(
-            hidden=hidden, unembed=make_unembed(self, c, table_VD), softcap=c.final_softcap
+            hidden=hidden,
+            unembed=make_unembed(self, c, table_VD),
+            cache=cache,
+            softcap=c.final_softcap,
         )
 
 

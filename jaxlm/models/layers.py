@@ -41,6 +41,7 @@ class Outputs:
     unembed_bias: (V,) or None.
     pair_logits: (B, E, C) float32 or None: the next-sentence or sentence-order head.
     head_logits: (B, E, C) or (B, T, C) float32 or None: a task head's (`heads.Head`).
+    cache: a decoder's `cache.KVCache` with the tokens of this call in it, if it was given one.
     softcap: logits become softcap * tanh(logits / softcap); 0 means none.
     """
 
@@ -49,6 +50,7 @@ class Outputs:
     unembed_bias: jax.Array | None = None
     pair_logits: jax.Array | None = None
     head_logits: jax.Array | None = None
+    cache: Any = None
     softcap: float = flax.struct.field(pytree_node=False, default=0.0)
 
 

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.models import lora
 from jaxlm.models.attention import Attention, is_unrolled, residual_std
+from jaxlm.models.cache import KVCache, add_segments, next_positions, slot_mask
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.layers import (
     ACTIVATIONS,
@@ -165,13 +166,17 @@ def make_view(
     segment_ids_BT: jax.Array,
     positions_BT: jax.Array,
     causal: bool,
+    cache: KVCache | None = None,
 ) -> View:
     """The view of the layers whose attention window is `window` (0: no limit)."""
     c, rotary = config, None
-    mask_BTS = attention_mask(segment_ids_BT, causal=causal)
     theta, scaling = c.rope_theta, c.rope_scaling
-    if window:
-        mask_BTS = mask_BTS & window_mask(segment_ids_BT.shape[1], window)[None]
+    if cache is not None:
+        mask_BTS = slot_mask(cache, segment_ids_BT, window)
+    else:
+        mask_BTS = attention_mask(segment_ids_BT, causal=causal)
+        if window:
+            mask_BTS = mask_BTS & window_mask(segment_ids_BT.shape[1], window)[None]
     if window and c.rope_local_theta:
         theta, scaling = c.rope_local_theta, ()
     if c.position == "rotary":
@@ -197,10 +202,13 @@ def distinct_windows(config: TransformerConfig) -> list[int]:
     return sorted(set(config.layer_windows))
 
 
-class Block(nn.Module):
-    """One layer: attention and MLP, each with its norms and its residual. Returns (x, None), as a scan wants.
+Carry = tuple[jax.Array, KVCache | None]  # what goes from layer to layer
 
-    views: one for each distinct attention window. differences: see `layer_differences`, here of this layer.
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each with its norms and its residual. Returns (carry, None), as a scan wants.
+
+    carry: x (B, T, D), and the cache of all layers or None. views: one for each distinct attention window. differences: see `layer_differences`, here of this layer.
     """
 
     config: TransformerConfig
@@ -209,18 +217,22 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x_BTD: jax.Array,
+        carry: Carry,
         views: tuple[View, ...],
         differences: Mapping[str, jax.Array],
-    ) -> tuple[jax.Array, None]:
-        c = self.config
+    ) -> tuple[Carry, None]:
+        c, (x, cache) = self.config, carry
         attention = Attention(c, self.deterministic, name="attention")
         view = choose(views, differences.get("view"))
-        x = self.add(
-            "attention", lambda x: attention(x, *view), x_BTD, differences.get("is_unnormed")
-        )
+
+        def attend(x):
+            nonlocal cache
+            y, cache = attention(x, *view, cache, differences.get("layer"))
+            return y
+
+        x = self.add("attention", attend, x, differences.get("is_unnormed"))
         x = self.add("mlp", MLP(c, name="mlp"), x)
-        return constrain(x, ACTIVATION), None
+        return (constrain(x, ACTIVATION), cache), None
 
     def add(
         self,
@@ -273,17 +285,25 @@ def apply_layers(
     *,
     causal: bool,
     deterministic: bool,
-) -> jax.Array:
+    cache: KVCache | None = None,
+) -> Carry:
     """Runs all layers (parameters `layers`, stacked on axis 0), then, unless in post-norm models, `final_norm`.
 
     Call it inside a module's compact method. Masks and rotary angles are made once, outside the loop.
+    With a cache the T tokens also see those in it, and are in the cache that is returned. It is the loop's carry, which
+    is updated in place; as a stacked input and output all of it would be copied for each token.
     """
     c = config
+    if cache is not None:
+        cache = add_segments(cache, segment_ids_BT)
     views = tuple(
-        make_view(c, window, segment_ids_BT, positions_BT, causal) for window in distinct_windows(c)
+        make_view(c, window, segment_ids_BT, positions_BT, causal, cache)
+        for window in distinct_windows(c)
     )
     loop = dict(in_axes=(nn.broadcast, 0), length=c.num_layers, unroll=c.unroll or c.num_layers)
     differences = layer_differences(c)
+    if cache is not None:
+        differences["layer"] = jnp.arange(c.num_layers)
     stack = functools.partial(
         nn.scan,
         rematerialised(Block, c),
@@ -300,17 +320,26 @@ def apply_layers(
             split_rngs={"params": False, "dropout": True},
             **loop,
         )
-        x_BTD, _ = repeat(layers, x_BTD, views, differences)
+        (x, cache), _ = repeat(layers, (x_BTD, cache), views, differences)
     else:
         layers = stack(**loop)(c, deterministic, name="layers")
-        x_BTD, _ = layers(x_BTD, views, differences)
-    return x_BTD if c.norm_position == "post" else make_norm(c, "final_norm")(x_BTD)
+        (x, cache), _ = layers((x_BTD, cache), views, differences)
+    if cache is not None:
+        cache = cache.replace(end=cache.end + x.shape[1])
+    return x if c.norm_position == "post" else make_norm(c, "final_norm")(x), cache
 
 
-def batch_positions(batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """(segment_ids, positions), each (B, T): the batch's own, or one whole segment counted from 0."""
+def batch_positions(
+    batch: Mapping[str, jax.Array], cache: KVCache | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(segment_ids, positions), each (B, T): the batch's own, or one whole segment counted from 0.
+
+    With a cache, positions go on from what is in it.
+    """
     tokens = batch["tokens"]
     segment_ids = batch["segment_ids"] if "segment_ids" in batch else jnp.ones_like(tokens)
     if "positions" in batch:
         return segment_ids, batch["positions"]
+    if cache is not None:
+        return segment_ids, next_positions(cache, segment_ids)
     return segment_ids, jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
