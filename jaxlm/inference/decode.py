@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.inference.logits import make_apply_logits, make_batch, pad_rows, unembed
+from jaxlm.inference.logits import make_batch, pad_rows, unembed
 from jaxlm.inference.sampling import Sampling, draw
 from jaxlm.models.cache import KVCache, grow, make_cache
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.inference import decode
+from jaxlm.inference.logits import make_apply_logits
 from jaxlm.inference.sampling import make_sampling
 
 MASK = "[MASK]"  # how a prompt's text writes the tokenizer's mask token
@@ -58,7 +59,7 @@ def fill_prompts(
     end = np.array([tokenizer.eos_id], np.int32)
     ids = [np.concatenate([encode_prompt(tokenizer, p)[: max_len - 1], end]) for p in prompts]
     rows = decode.fill_mask(
-        decode.make_apply_logits(model, tokenizer.vocab_size),
+        make_apply_logits(model, tokenizer.vocab_size),
         params,
         ids,
         mask_id=tokenizer.mask_id,
