@@ -1,0 +1,353 @@
+"""Log-probabilities of given tokens: after a context, over long texts in strided windows, and under masks.
+
+Everything goes through `Scorer`, which compiles once for each (rows, length) bucket: lengths are powers of two up to the
+context, rows powers of two up to what a batch holds. Results come back in the order in which they were asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.models import BERT
+from jaxlm.models.layers import apply_softcap
+
+LOGITS = 2**25  # float32 logits that a batch may hold at a time (128 MB)
+SHORTEST = 16  # the smallest bucket of lengths
+BATCH_TOKENS = 8192
+
+Params = Any
+# (context (c,), continuation (n,)): int32 ids, c and n at least 1
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+class Scored(NamedTuple):
+    """What a model says of n given tokens.
+
+    logprobs: (n,) float32, natural logarithms. likeliest: (n,) bool, whether no other token was likelier.
+    """
+
+    logprobs: np.ndarray
+    likeliest: np.ndarray
+
+    @property
+    def total(self) -> float:
+        """The log-probability of all tokens together, summed in float64."""
+        return float(self.logprobs.sum(dtype=np.float64))
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether greedy decoding would have given these tokens."""
+        return bool(self.likeliest.all())
+
+
+# (pairs) -> what is said of each continuation; `Scorer.score_pairs` with its parameters is one
+ScorePairs = Callable[[Sequence[Pair]], list[Scored]]
+
+
+class Row(NamedTuple):
+    """Tokens (t,) that the model reads, and for M places in them the ids that are asked for there."""
+
+    tokens: np.ndarray
+    places: np.ndarray
+    labels: np.ndarray
+
+
+class Window(NamedTuple):
+    """Reads tokens [start, stop - 1), and counts what it says of tokens [first, stop)."""
+
+    start: int
+    first: int
+    stop: int
+
+
+@functools.lru_cache(maxsize=16)
+def make_scorer(model: Any, num_ids: int | None = None) -> Scorer:
+    """The scorer of a Linen model. One model gives one scorer, so that jit knows its function again.
+
+    num_ids: probabilities are over the first that many ids; None = over all rows of the vocabulary, as in training.
+    """
+    return Scorer(model, num_ids)
+
+
+class Scorer:
+    """Scores rows in batches of few shapes; see `make_scorer`."""
+
+    def __init__(self, model: Any, num_ids: int | None):
+        self.model, self.num_ids = model, num_ids
+        self.score_batch = jax.jit(self._score_batch)
+
+    def score(
+        self,
+        params: Params,
+        rows: Sequence[Row],
+        *,
+        max_len: int,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[Scored]:
+        """What the model says at each row's places.
+
+        max_len: the longest row that the model takes. batch_tokens: a batch has about that many, padding included.
+
+        Raises:
+          ValueError: for rows without tokens or places, or longer than max_len; if a log-probability is not a number.
+        """
+        check_rows(rows, max_len)
+        # Asked for first and read afterwards, so that the device never waits for the host.
+        results = []
+        for numbers, length in batches_by_length(rows, max_len, batch_tokens):
+            batch = lay_out([rows[i] for i in numbers], length, is_encoder(self.model))
+            results.append((numbers, self.score_batch(params, *batch)))
+        scored: dict[int, Scored] = {}
+        for numbers, arrays in results:  # of which the last rows may be padding
+            for i, logprobs, likeliest in zip(numbers, *jax.device_get(arrays), strict=False):
+                size = len(rows[i].places)
+                scored[i] = Scored(logprobs[:size], likeliest[:size])
+        if any(np.isnan(s.logprobs).any() for s in scored.values()):
+            raise ValueError(
+                "found a log-probability that is NaN; expected numbers: either the parameters have NaN in them, or a "
+                "token is outside the model's vocabulary"
+            )
+        return [scored[i] for i in range(len(rows))]
+
+    def _score_batch(self, params, batch, places_BM, labels_BM, num_slots):
+        """(log-probabilities, likeliest), each (B, M): at `places` of `labels`; slots from `num_slots` on are not read.
+
+        The vocabulary is met in chunks of slots, so (B, M, V) logits never exist, and only as many chunks run as are
+        needed: a continuation of three tokens costs three rows of logits, however long its context is.
+        """
+        if is_encoder(self.model):  # it gathers before its head
+            batch = {**batch, "masked_positions": places_BM}
+            slots = jnp.arange(places_BM.shape[1], dtype=jnp.int32)
+            places_BM = jnp.broadcast_to(slots[None], places_BM.shape)
+        outputs = self.model.apply({"params": params}, batch, deterministic=True)
+        rows, slots = labels_BM.shape
+        vocab_size = self.num_ids or outputs.unembed.shape[0]
+        length = min(slots, max(1, LOGITS // (rows * vocab_size)))
+
+        def add_chunk(chunk, results):
+            start = chunk * length  # past the end, slices move back and repeat what they overlap
+            cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, length, axis=1)
+            found = self._ask(outputs, cut(places_BM), cut(labels_BM))
+            update = jax.lax.dynamic_update_slice_in_dim
+            return tuple(update(x, y, start, axis=1) for x, y in zip(results, found, strict=True))
+
+        empty = jnp.zeros(labels_BM.shape, jnp.float32), jnp.zeros(labels_BM.shape, bool)
+        return jax.lax.fori_loop(0, -(-num_slots // length), add_chunk, empty)
+
+    def _ask(self, outputs, places_BM, labels_BM):
+        logits_BMV = get_logits(outputs, places_BM, self.num_ids)
+        label_BM = jnp.take_along_axis(logits_BMV, labels_BM[:, :, None], axis=-1)[:, :, 0]
+        logprobs_BM = label_BM - jax.nn.logsumexp(logits_BMV, axis=-1)
+        return logprobs_BM, label_BM == logits_BMV.max(-1)
+
+
+def get_logits(outputs: Any, places_BM: jax.Array, num_ids: int | None) -> jax.Array:
+    """Float32 logits (B, M, V) of a model's `Outputs` at places of its hidden states."""
+    hidden = jnp.take_along_axis(outputs.hidden, places_BM[:, :, None], axis=1)
+    unembed = outputs.unembed[:num_ids].astype(hidden.dtype)
+    logits = jnp.einsum("BMD,VD->BMV", hidden, unembed, preferred_element_type=jnp.float32)
+    if outputs.unembed_bias is not None:
+        logits = logits + outputs.unembed_bias[:num_ids].astype(jnp.float32)[None, None]
+    return apply_softcap(logits, outputs.softcap)
+
+
+def is_encoder(model: Any) -> bool:
+    return isinstance(model, BERT)
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def token_logprobs(
+    scorer: Scorer,
+    params: Params,
+    pairs: Sequence[Pair],
+    *,
+    max_len: int,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[Scored]:
+    """What a decoder says of each continuation after its context.
+
+        context        [bos]  the   cat         continuation    sat  down
+        tokens         [bos]  the   cat   sat                   the last id is never read
+        places                       2     3
+        labels                      sat  down
+
+    max_len: context and continuation may be max_len + 1 ids together.
+
+    Raises:
+      ValueError: for an empty context or continuation (a text's first token needs bos before it), or too long ones.
+    """
+    wrong = [
+        f"pair {i} has {len(context)} ids of context and {len(continuation)} of continuation"
+        for i, (context, continuation) in enumerate(pairs)
+        if not len(context) or not len(continuation)
+    ]
+    if wrong:
+        raise ValueError("expected 1 id or more of each:\n  " + "\n  ".join(wrong))
+    rows = []
+    for context, continuation in pairs:
+        tokens = np.concatenate([context, continuation[:-1]])
+        rows.append(Row(tokens, np.arange(len(context) - 1, len(tokens)), continuation))
+    return scorer.score(params, rows, max_len=max_len, batch_tokens=batch_tokens)
+
+
+def make_windows(num_tokens: int, window: int, stride: int) -> Iterator[Window]:
+    """Windows of at most `window` read tokens, `stride` apart, that count every token after the first exactly once.
+
+        window 4, stride 2      . predicted from    # counted
+        x0  x1  x2  x3  x4  x5  x6
+        .   #   #   #   #                           the first window counts all that it predicts,
+                .   .   .   #   #                   the others what is new: each token has window - stride before it
+
+    With stride = window no token is read twice, as in training.
+
+    Raises:
+      ValueError: unless 1 <= stride <= window.
+    """
+    if not 1 <= stride <= window:
+        raise ValueError(
+            f"found stride {stride} and window {window}; expected 1 <= stride <= window, or tokens would be left out"
+        )
+    first = 1
+    for start in itertools.count(0, stride):
+        if first >= num_tokens:
+            return
+        stop = min(start + window + 1, num_tokens)
+        yield Window(start, first, stop)
+        first = stop
+
+
+def rolling(
+    score_pairs: ScorePairs, texts: Sequence[np.ndarray], *, window: int, stride: int
+) -> list[Scored]:
+    """What a decoder says of all ids of each text but its first (bos), in windows; see `make_windows`."""
+    windows = [list(make_windows(len(ids), window, stride)) for ids in texts]
+    pairs = [
+        (ids[w.start : w.first], ids[w.first : w.stop])
+        for ids, spans in zip(texts, windows, strict=True)
+        for w in spans
+    ]
+    scored = iter(score_pairs(pairs))
+    return [join(list(itertools.islice(scored, len(spans)))) for spans in windows]
+
+
+def pseudo_logprobs(
+    scorer: Scorer,
+    params: Params,
+    texts: Sequence[np.ndarray],
+    *,
+    mask_id: int,
+    special_ids: Iterable[int],
+    max_len: int,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[Scored]:
+    """What an encoder says of each ordinary token of a text when it alone is masked (arXiv:1910.14659, section 2).
+
+    texts: ids with cls before and sep after them; special ids are not asked for. A text costs a row for each token.
+    """
+    special = np.array(sorted(special_ids), np.int32)
+    places = [np.flatnonzero(~np.isin(ids, special)) for ids in texts]
+
+    def masked_copies(ids: np.ndarray, where: np.ndarray) -> Iterator[Row]:
+        for place in where:
+            tokens = ids.copy()
+            tokens[place] = mask_id
+            yield Row(tokens, np.array([place]), ids[[place]])
+
+    rows = [
+        row
+        for ids, where in zip(texts, places, strict=True)
+        for row in masked_copies(np.asarray(ids, np.int32), where)
+    ]
+    scored = iter(scorer.score(params, rows, max_len=max_len, batch_tokens=batch_tokens))
+    return [join(list(itertools.islice(scored, len(where)))) for where in places]
+
+
+def join(parts: Sequence[Scored]) -> Scored:
+    """What is said of several stretches of tokens, as one."""
+    if not parts:
+        return Scored(np.empty(0, np.float32), np.empty(0, bool))
+    return Scored(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def next_power(count: int) -> int:
+    """The smallest power of two that is at least `count`."""
+    return 1 << (count - 1).bit_length()
+
+
+def bucket_length(length: int, max_len: int) -> int:
+    """The smallest power of two from SHORTEST on that holds `length`, and max_len instead of more."""
+    return min(max_len, max(SHORTEST, next_power(length)))
+
+
+def batches_by_length(
+    rows: Sequence[Row], max_len: int, batch_tokens: int
+) -> Iterator[tuple[list[int], int]]:
+    """(numbers of rows, length of their batch): the longest first, so that what does not fit fails at once."""
+    by_length: dict[int, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_length.setdefault(bucket_length(len(row.tokens), max_len), []).append(number)
+    for length, numbers in sorted(by_length.items(), reverse=True):
+        numbers.sort(key=lambda i: len(rows[i].places))  # neighbours need equally many chunks
+        size = max_rows(length, batch_tokens)
+        for start in range(0, len(numbers), size):
+            yield numbers[start : start + size], length
+
+
+def max_rows(length: int, batch_tokens: int) -> int:
+    """The largest power of two of rows of `length` that fit a batch."""
+    return 1 << (max(1, batch_tokens // length).bit_length() - 1)
+
+
+def lay_out(
+    rows: Sequence[Row], length: int, few_slots: bool
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    """(batch, places (B, M), labels (B, M), slots in use ()); B is the next power of two, empty rows are padding.
+
+    few_slots: M is the next power of two of what is needed; else `length`, so that it is no shape of its own.
+    """
+    size = max(next_power(len(rows)), batch_devices())
+    num_slots = max(len(row.places) for row in rows)
+    slots = next_power(num_slots) if few_slots else length
+    tokens, segment_ids = np.zeros((2, size, length), np.int32)
+    places, labels = np.zeros((2, size, slots), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row.tokens)] = row.tokens
+        segment_ids[i, : len(row.tokens)] = 1
+        places[i, : len(row.places)] = row.places
+        labels[i, : len(row.labels)] = row.labels
+    positions = np.tile(np.arange(length, dtype=np.int32), (size, 1))
+    batch = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
+    return batch, places, labels, np.int32(num_slots)
+
+
+def batch_devices() -> int:
+    """Over how many devices the mesh in force spreads rows."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in ("data", "fsdp"))
+
+
+def check_rows(rows: Sequence[Row], max_len: int) -> None:
+    wrong = [
+        f"row {i} has {len(row.tokens)} tokens, of which {len(row.places)} are asked for"
+        for i, row in enumerate(rows)
+        if not 0 < len(row.tokens) <= max_len or not len(row.places)
+    ]
+    if wrong:
+        shown = wrong[:10] + ([f"and {len(wrong) - 10} more"] if len(wrong) > 10 else [])
+        raise ValueError(
+            f"expected 1 to {max_len} tokens a row, the model's context, and 1 or more asked for; cut the texts into "
+            "windows:\n  " + "\n  ".join(shown)
+        )
