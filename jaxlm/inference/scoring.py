@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.inference.batches import Batch, pad_batch, round_up
+from jaxlm.inference.logits import unembed
 from jaxlm.models import BERT
-from jaxlm.models.layers import apply_softcap
+from jaxlm.models.heads import gather_positions
 
 LOGITS = 2**25  # float32 logits that a batch may hold at a time (128 MB)
-SHORTEST = 16  # the smallest bucket of lengths
 BATCH_TOKENS = 8192
 
 Params = Any
@@ -102,9 +103,9 @@ class Scorer:
         check_rows(rows, max_len)
         # Asked for first and read afterwards, so that the device never waits for the host.
         results = []
-        for numbers, length in batches_by_length(rows, max_len, batch_tokens):
-            batch = lay_out([rows[i] for i in numbers], length, is_encoder(self.model))
-            results.append((numbers, self.score_batch(params, *batch)))
+        for batch in plan(rows, max_len, batch_tokens):
+            arrays = lay_out(rows, batch, few_slots=is_encoder(self.model))
+            results.append((batch.indices, self.score_batch(params, *arrays)))
         scored: dict[int, Scored] = {}
         for numbers, arrays in results:  # of which the last rows may be padding
             for i, logprobs, likeliest in zip(numbers, *jax.device_get(arrays), strict=False):
@@ -143,20 +144,11 @@ class Scorer:
         return jax.lax.fori_loop(0, -(-num_slots // length), add_chunk, empty)
 
     def _ask(self, outputs, places_BM, labels_BM):
-        logits_BMV = get_logits(outputs, places_BM, self.num_ids)
+        hidden_BMD = gather_positions(outputs.hidden, places_BM)
+        logits_BMV = unembed(outputs, hidden_BMD, self.num_ids)
         label_BM = jnp.take_along_axis(logits_BMV, labels_BM[:, :, None], axis=-1)[:, :, 0]
         logprobs_BM = label_BM - jax.nn.logsumexp(logits_BMV, axis=-1)
         return logprobs_BM, label_BM == logits_BMV.max(-1)
-
-
-def get_logits(outputs: Any, places_BM: jax.Array, num_ids: int | None) -> jax.Array:
-    """Float32 logits (B, M, V) of a model's `Outputs` at places of its hidden states."""
-    hidden = jnp.take_along_axis(outputs.hidden, places_BM[:, :, None], axis=1)
-    unembed = outputs.unembed[:num_ids].astype(hidden.dtype)
-    logits = jnp.einsum("BMD,VD->BMV", hidden, unembed, preferred_element_type=jnp.float32)
-    if outputs.unembed_bias is not None:
-        logits = logits + outputs.unembed_bias[:num_ids].astype(jnp.float32)[None, None]
-    return apply_softcap(logits, outputs.softcap)
 
 
 def is_encoder(model: Any) -> bool:
@@ -282,55 +274,45 @@ def join(parts: Sequence[Scored]) -> Scored:
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
+def plan(rows: Sequence[Row], max_len: int, batch_tokens: int) -> Iterator[Batch]:
+    """Every row once, the longest first. Full batches of one length have one shape; what is left of them has a power of
+    two of rows."""
+    by_length: dict[int, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_length.setdefault(round_up(len(row.tokens), max_len), []).append(number)
+    for length, numbers in sorted(by_length.items(), reverse=True):
+        numbers.sort(key=lambda i: len(rows[i].places))  # neighbours need equally many chunks
+        most = 1 << (max(1, batch_tokens // length).bit_length() - 1)
+        for start in range(0, len(numbers), most):
+            indices = np.array(numbers[start : start + most])
+            yield Batch(indices, max(next_power(len(indices)), batch_devices()), length)
+
+
 def next_power(count: int) -> int:
     """The smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()
 
 
-def bucket_length(length: int, max_len: int) -> int:
-    """The smallest power of two from SHORTEST on that holds `length`, and max_len instead of more."""
-    return min(max_len, max(SHORTEST, next_power(length)))
-
-
-def batches_by_length(
-    rows: Sequence[Row], max_len: int, batch_tokens: int
-) -> Iterator[tuple[list[int], int]]:
-    """(numbers of rows, length of their batch): the longest first, so that what does not fit fails at once."""
-    by_length: dict[int, list[int]] = {}
-    for number, row in enumerate(rows):
-        by_length.setdefault(bucket_length(len(row.tokens), max_len), []).append(number)
-    for length, numbers in sorted(by_length.items(), reverse=True):
-        numbers.sort(key=lambda i: len(rows[i].places))  # neighbours need equally many chunks
-        size = max_rows(length, batch_tokens)
-        for start in range(0, len(numbers), size):
-            yield numbers[start : start + size], length
-
-
-def max_rows(length: int, batch_tokens: int) -> int:
-    """The largest power of two of rows of `length` that fit a batch."""
-    return 1 << (max(1, batch_tokens // length).bit_length() - 1)
-
-
 def lay_out(
-    rows: Sequence[Row], length: int, few_slots: bool
+    rows: Sequence[Row], batch: Batch, *, few_slots: bool
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
-    """(batch, places (B, M), labels (B, M), slots in use ()); B is the next power of two, empty rows are padding.
+    """(a model's batch, places (B, M), labels (B, M), slots in use ()).
 
-    few_slots: M is the next power of two of what is needed; else `length`, so that it is no shape of its own.
+    few_slots: M is the next power of two of what is needed; else the length, so that it is no shape of its own.
     """
-    size = max(next_power(len(rows)), batch_devices())
-    num_slots = max(len(row.places) for row in rows)
-    slots = next_power(num_slots) if few_slots else length
-    tokens, segment_ids = np.zeros((2, size, length), np.int32)
-    places, labels = np.zeros((2, size, slots), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row.tokens)] = row.tokens
-        segment_ids[i, : len(row.tokens)] = 1
+    chosen = [rows[i] for i in batch.indices]
+    num_slots = max(len(row.places) for row in chosen)
+    slots = next_power(num_slots) if few_slots else batch.length
+    places, labels = np.zeros((2, batch.rows, slots), np.int32)
+    for i, row in enumerate(chosen):
         places[i, : len(row.places)] = row.places
         labels[i, : len(row.labels)] = row.labels
-    positions = np.tile(np.arange(length, dtype=np.int32), (size, 1))
-    batch = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
-    return batch, places, labels, np.int32(num_slots)
+    return (
+        pad_batch([r.tokens for r in chosen], batch._replace(indices=range(len(chosen)))),
+        places,
+        labels,
+        np.int32(num_slots),
+    )
 
 
 def batch_devices() -> int:

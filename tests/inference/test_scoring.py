@@ -129,11 +129,11 @@ def test_many_requests_compile_few_programs():
 
 def test_batches_are_as_large_as_asked_for_and_hold_every_row_once():
     rows = [scoring.Row(ids(i, 1 + i % 40), np.arange(1), ids(i, 1)) for i in range(100)]
-    batches = list(scoring.batches_by_length(rows, 40, 128))
-    assert sorted(i for numbers, _ in batches for i in numbers) == list(range(100))
-    for numbers, length in batches:
-        assert length in (16, 32, 40) and len(numbers) * length <= 128
-        assert all(len(rows[i].tokens) <= length for i in numbers)
+    batches = list(scoring.plan(rows, 40, 128))
+    assert sorted(i for batch in batches for i in batch.indices) == list(range(100))
+    for batch in batches:
+        assert batch.length in (16, 32, 40) and batch.rows * batch.length <= 128
+        assert all(len(rows[i].tokens) <= batch.length for i in batch.indices)
 
 
 def test_sums_are_the_training_losss():
