@@ -503,6 +503,11 @@ def make_run(
     )
 
 
+ONE_TOKEN = {
+    "tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)
+}  # enough of a batch for `abstract_params`
+
+
 def abstract_params(model: nn.Module, batch: Mapping[str, jax.Array]) -> PyTree:
     """The model's parameters as boxed ShapeDtypeStructs; nothing is allocated."""
     return jax.eval_shape(lambda: model.init(jax.random.key(0), batch))["params"]
@@ -579,10 +584,12 @@ def write_origin(run: Run, **found: Any) -> None:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained model with what is needed to use it."""
+    """A run's model as it is stored, with the head and the adapters that it has; to use one, see `jaxlm.api`."""
 
     config: ConfigDict
+    workdir: Path
     tokenizer: Any
+    mesh: jax.sharding.Mesh
     model: nn.Module
     params: PyTree
     step: int
@@ -590,7 +597,7 @@ class Loaded:
 
 
 def load_checkpoint(path: str | Path, *, step: int | None = None, item: str = "") -> Loaded:
-    """The model of a workdir (or of one of its checkpoint folders) on this machine's devices.
+    """The model of a workdir (or of one of its checkpoint folders) on this machine's first device.
 
     Args:
       path: workdir, its `checkpoints` folder, or one step in it.
@@ -602,9 +609,8 @@ def load_checkpoint(path: str | Path, *, step: int | None = None, item: str = ""
     config = saved_config(workdir / "config.json")
     tokenizer = tokenizers.load_tokenizer(workdir / "tokenizer")
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
-    model, objective = make_model(config, mesh), make_objective(config, tokenizer)
-    boxed = abstract_params(model, dummy_batch(objective, config.seq_len))
-    abstract = sharded_shapes(mesh, boxed)
+    model = make_model(config, mesh)
+    abstract = sharded_shapes(mesh, abstract_params(model, ONE_TOKEN))
     item = item or evaluated_item(step_dir)
     params = load_item(step_dir, abstract, item)
-    return Loaded(config, tokenizer, model, params, int(step_dir.name), item)
+    return Loaded(config, workdir, tokenizer, mesh, model, params, int(step_dir.name), item)

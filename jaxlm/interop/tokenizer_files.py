@@ -79,6 +79,20 @@ def fetch_tokenizer(spec: str) -> Any:
     return tokenizer
 
 
+def puts_bos(folder: Path, tokenizer: Any) -> bool:
+    """Whether transformers puts bos before a text with the tokenizer's files in `folder`, of which ours was read."""
+    settings = folder / "tokenizer_config.json"
+    says = read_json(inside(folder, settings.name)) if settings.is_file() else {}
+    if isinstance(says.get("add_bos_token"), bool):
+        return says["add_bos_token"]
+    if tokenizer.kind == "sentencepiece":
+        return True  # as Llama's and Gemma's classes do
+    if tokenizer.kind != "tokenizer_json":
+        return False
+    model = hf.Tokenizer.from_str(tokenizer.blob.decode("utf-8"))
+    return model.encode("").ids[:1] == [tokenizer.bos_id]
+
+
 def _from_vocab_and_merges(folder: Path) -> Any:
     """GPT-2's and RoBERTa's slow files as the byte-level BPE that they describe."""
     vocab = read_json(folder / "vocab.json")

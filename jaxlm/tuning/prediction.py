@@ -11,18 +11,16 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm import build, tokenizers
+from jaxlm import build
 from jaxlm.data.columns import Columns
 from jaxlm.data.examples import EvalExamples, Shapes, plan_eval_shapes
 from jaxlm.data.records import Record
 from jaxlm.parallel import mesh as meshes
 from jaxlm.tasks import TASKS
 from jaxlm.tasks.base import make_layout
-from jaxlm.training.checkpoints import evaluated_item, find_step, load_item
 from jaxlm.training.metrics import MetricSums, one_behind
 from jaxlm.tuning.source import Source
 from jaxlm.tuning.splits import Split, make_split, read_whole
@@ -160,21 +158,14 @@ def load_finetuned(path: str | Path, step: int | None = None) -> Finetuned:
     Raises:
       ValueError, FileNotFoundError: if there is none.
     """
-    step_dir = find_step(path, best_step(path) if step is None else step)
-    workdir = step_dir.parent.parent
-    if not (workdir / TASK_FILE).is_file():
-        raise ValueError(f"{workdir} is no fine-tuned run: it has no {TASK_FILE}")
-    config = build.saved_config(workdir / "config.json")
+    if not is_finetuned(path):
+        raise ValueError(f"{path} is no fine-tuned run: it has no {TASK_FILE}")
+    loaded = build.load_checkpoint(path, step=best_step(path) if step is None else step)
+    config, workdir = loaded.config, loaded.workdir
     fitted = json.loads((workdir / TASK_FILE).read_text(encoding="utf-8"))
-    tokenizer = tokenizers.load_tokenizer(workdir / "tokenizer")
-    model_options = config.model.to_dict()
-    task = make_task(config, Source(config.family, model_options, tokenizer), fitted)
-    mesh = meshes.make_mesh(devices=jax.devices()[:1])
-    model = build.make_model(config, mesh)
-    row = {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
-    shapes = build.sharded_shapes(mesh, build.abstract_params(model, row))
-    params = load_item(step_dir, shapes, evaluated_item(step_dir))
+    source = Source(config.family, config.model.to_dict(), loaded.tokenizer)
+    predictor = Predictor(config, loaded.mesh, loaded.model, make_task(config, source, fitted))
     columns = {
         role: tuple(c) if isinstance(c, list) else c for role, c in fitted["columns"].items()
     }
-    return Finetuned(Predictor(config, mesh, model, task), params, int(step_dir.name), columns)
+    return Finetuned(predictor, loaded.params, loaded.step, columns)

@@ -26,6 +26,10 @@ class Source:
     family: a key of MODELS. model: the fields of TransformerConfig, without execution.
     hf_family: its name at Hugging Face, or ''. folder, commit: of a Hugging Face model; commit '' if it is no id of the hub.
     step_dir, config: of a checkpoint of ours.
+    param_dtype: of the stored parameters. seq_len: of the rows that it was trained on, or the most that config.json allows.
+    task: what its head is for, where it has one in the place of a language model's, else ''.
+    hf_files: the folder with Hugging Face's tokenizer files of a model that nothing here has trained, else None.
+    made_up: groups of rows (`interop.mapping.Row`) that a conversion initialised because its source had none.
     """
 
     family: str
@@ -36,6 +40,11 @@ class Source:
     commit: str = ""
     step_dir: Path | None = None
     config: ConfigDict | None = None
+    param_dtype: str = "float32"
+    seq_len: int = 0
+    task: str = ""
+    hf_files: Path | None = None
+    made_up: frozenset[str] = frozenset()
 
 
 def open_source(init_from: str) -> Source:
@@ -55,14 +64,25 @@ def open_source(init_from: str) -> Source:
         incoming = convert.read_source(str(folder), least_vocab_size=tokenizer.vocab_size)
         options = incoming.options | {"vocab_size": incoming.vocab_size}
         model = model_fields(TransformerConfig(**options))
-        name = incoming.family.model_type
-        return Source(incoming.family.model, model, tokenizer, name, folder, commit)
+        return Source(
+            incoming.family.model,
+            model,
+            tokenizer,
+            incoming.family.model_type,
+            folder,
+            commit,
+            param_dtype=convert.stored_dtype(incoming).name,
+            seq_len=model["max_len"],
+            task=incoming.source.task,
+            hf_files=folder,
+        )
     path, _, step = init_from.partition("@")
     step_dir = find_step(path, int(step) if step else None)
     workdir = step_dir.parent.parent
     config = build.saved_config(workdir / "config.json")
     tokenizer = tokenizers.load_tokenizer(workdir / "tokenizer")
-    trained_with = read_manifest(step_dir).get("tokenizer_sha256")
+    manifest = read_manifest(step_dir)
+    trained_with = manifest.get("tokenizer_sha256")
     if trained_with and trained_with != tokenizer.sha256:
         raise ValueError(
             f"{step_dir} was trained with another tokenizer than {workdir / 'tokenizer'}"
@@ -70,7 +90,21 @@ def open_source(init_from: str) -> Source:
     plain = lora.without_adapters(TransformerConfig(**config.model.to_dict()))
     hf_family = convert.usual_family(config.family, plain)
     model = model_fields(plain)
-    return Source(config.family, model, tokenizer, hf_family, step_dir=step_dir, config=config)
+    came_from = manifest.get("huggingface", {})
+    task = config.task.name if "head" in config else ""
+    return Source(
+        config.family,
+        model,
+        tokenizer,
+        hf_family,
+        step_dir=step_dir,
+        config=config,
+        param_dtype=config.param_dtype,
+        seq_len=model["max_len"] if came_from else config.seq_len,
+        task=came_from["architecture"] if came_from.get("head") else task,
+        hf_files=workdir / "tokenizer" / tokenizer_files.KEPT if came_from else None,
+        made_up=frozenset(came_from.get("initialised", ())),
+    )
 
 
 def model_fields(config: TransformerConfig) -> dict[str, Any]:

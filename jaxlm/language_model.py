@@ -1,0 +1,147 @@
+"""A trained model with all that it takes to use it, from a run's folder or from Hugging Face's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxlm import build, tuning
+from jaxlm.interop import tokenizer_files
+from jaxlm.models import MODELS, TransformerConfig
+from jaxlm.parallel import mesh as meshes
+from jaxlm.tuning import Repair, Source
+
+PyTree = Any
+LM_HEAD = ("mlm_head/", "unembed")  # the parameters beyond the body that a language model has
+LM_GROUPS = {"mlm", "lm"}  # what interop's tables call them
+
+
+class BadInput(ValueError):
+    """What was given cannot be used; the message says what was found, what was expected and what to change."""
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """What `load` gives.
+
+    checkpoint: as it was named. family: 'gpt' (a decoder) or 'bert' (an encoder). params: on the devices of `mesh`.
+    max_len: the most tokens that it takes at a time: as long as the rows that it was trained on, or as config.json says.
+    prefix: the ids that stand before a decoder's text: bos of our runs; what transformers puts there of its models.
+    task: what the head is for that it was fine-tuned with, else ''. pooling: of a fine-tuned embedding, else ''.
+    no_lm: why it cannot predict tokens, '' if it can.
+    """
+
+    checkpoint: str
+    family: str
+    model: nn.Module
+    params: PyTree
+    tokenizer: Any
+    max_len: int
+    mesh: jax.sharding.Mesh
+    prefix: tuple[int, ...]
+    task: str = ""
+    pooling: str = ""
+    no_lm: str = ""
+
+    def in_mesh(self, function: Callable) -> Callable:
+        """`function`, traced and run with the mesh in force."""
+        return build.in_mesh(self.mesh, function)
+
+
+def load(
+    checkpoint: str | Path, step: int | None = None, *, mesh: jax.sharding.Mesh | None = None
+) -> LanguageModel:
+    """The model of a run, of a fine-tuned run, or of Hugging Face's.
+
+    >>> lm = load(workdir)
+    >>> lm.family, lm.max_len
+    ('gpt', 32)
+
+    checkpoint: a workdir 'W' or 'W@step' (the newest step; of a fine-tuned run the best), one of its checkpoints, or
+      'hf:FOLDER_OR_HUB_ID[@REVISION]'. Adapters are merged, averaged parameters taken where there are some.
+    mesh: where it runs, default: the first device. Heads are spread over its axis 'tensor', batches over the others.
+
+    Raises:
+      ValueError, FileNotFoundError, ImportError: if there is no model, or parameters that are not finite.
+    """
+    spec = str(checkpoint)
+    is_hf = spec.startswith(build.HUGGING_FACE)
+    if step is None and not is_hf and "@" not in spec:
+        step = tuning.best_step(spec)
+    if step is not None:
+        if is_hf or "@" in spec:
+            raise BadInput(f"{spec} with step={step}: give a step to a workdir, once")
+        spec = f"{spec}@{step}"
+    source = tuning.open_source(spec)
+    mesh = mesh or meshes.make_mesh(devices=jax.devices()[:1])
+    dtype = build.resolve_dtype("auto" if source.config is None else source.config.dtype, mesh)
+    config = TransformerConfig(**source.model, dtype=dtype, param_dtype=source.param_dtype)
+    model = MODELS[source.family](config)
+    wanted = build.sharded_shapes(mesh, build.abstract_params(model, build.ONE_TOKEN))
+    params, repair = read_params(source, wanted)
+    check_finite(str(checkpoint), params)
+    tuned = source.config if source.task and source.config is not None else {}
+    return LanguageModel(
+        checkpoint=str(checkpoint),
+        family=source.family,
+        model=model,
+        params=params,
+        tokenizer=source.tokenizer,
+        max_len=source.seq_len,
+        mesh=mesh,
+        prefix=find_prefix(source),
+        task=source.task,
+        pooling=tuned.get("task", {}).get("pooling", "") if source.task == "embedding" else "",
+        no_lm=find_lm_problem(source, repair),
+    )
+
+
+def read_params(source: Source, wanted: PyTree) -> tuple[PyTree, Repair]:
+    """(the parameters of a language model that the source has, what became of each), on the devices.
+
+    Raises:
+      ValueError: if it lacks parameters of the body.
+    """
+    arrays, repair, _ = tuning.read_weights(source, wanted)
+    if lacking := [path for path in repair.new if not path.startswith(LM_HEAD)]:
+        where = source.folder or source.step_dir
+        raise BadInput(f"{where} lacks the parameters {', '.join(lacking[:8])}: it is incomplete")
+    shardings = {path: x.sharding for path, x in flatten_dict(wanted, sep="/").items()}
+    placed = {path: jax.device_put(x, shardings[path]) for path, x in arrays.items()}
+    return unflatten_dict(placed, sep="/"), repair
+
+
+def check_finite(checkpoint: str, params: PyTree, shown: int = 3) -> None:
+    """Raises BadInput that names the first arrays with a NaN or an infinity in them."""
+    check = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))
+    flat = flatten_dict(jax.device_get(check(params)), sep="/")
+    if bad := [path for path, is_finite in flat.items() if not is_finite]:
+        rest = f" and {len(bad) - shown} more" if len(bad) > shown else ""
+        raise BadInput(
+            f"{checkpoint}: NaN or infinity in {', '.join(bad[:shown])}{rest} ({len(bad)} of {len(flat)} arrays): take "
+            "an earlier step"
+        )
+
+
+def find_prefix(source: Source) -> tuple[int, ...]:
+    """The ids that stand before every text of a decoder."""
+    files = source.hf_files
+    if files is None or tokenizer_files.puts_bos(files, source.tokenizer):
+        return (source.tokenizer.bos_id,)
+    return ()
+
+
+def find_lm_problem(source: Source, repair: Repair) -> str:
+    """Why the source cannot predict tokens, '' if it can."""
+    if source.task:
+        return f"has no language model's head: it was fine-tuned for {source.task}"
+    if repair.new or source.made_up & LM_GROUPS:
+        return "has no language model's head, only the body of one"
+    return ""
