@@ -7,6 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import bert, gpt
+from jaxlm import build, tuning
+from jaxlm.finetune import finetune
 from jaxlm.pretrain import pretrain
 from tests import tiny
 
@@ -63,17 +65,26 @@ def leaves(config, prefix=""):
             yield prefix + key
 
 
-def record_reads(monkeypatch, config):
-    """The set of names of leaves that are read from now on; reading a group as a dict reads all of it."""
-    paths, read = {id(config): ""}, set()
+class Reads(set):
+    """Names, and `watch`."""
 
-    def walk(group, prefix):
+
+def record_reads(monkeypatch, *configs):
+    """The set of names of leaves that are read from now on; reading a group as a dict reads all of it.
+
+    `read.watch(config)` watches another config, too.
+    """
+    paths, read = {}, Reads()
+
+    def walk(group, prefix=""):
         for key, value in group.items():
             if isinstance(value, ConfigDict):
-                paths[id(value)] = f"{prefix}{key}."
                 walk(value, f"{prefix}{key}.")
+        paths[id(group)] = prefix  # after its items were read here
 
-    walk(config, "")
+    read.watch = walk
+    for config in configs:
+        walk(config)
     get, to_dict = ConfigDict.__getitem__, ConfigDict.to_dict
 
     def recording_get(self, key):
@@ -141,3 +152,41 @@ def test_the_leaf_law_fails_for_a_field_that_nothing_reads(tmp_path, monkeypatch
         check_every_leaf_is_read(
             tmp_path, monkeypatch, "configs/gpt.py:tiny,optimizer=sgd", extra=("decoration",)
         )
+
+
+def check_every_leaf_of_fine_tuning_is_read(tmp_path, monkeypatch, store, extra=()):
+    """A run with adapters reads every leaf of its config, or of the one that this is completed to."""
+    source = tmp_path / "source"
+    tiny.save_untrained(tiny.tiny_config("configs/gpt.py:tiny", store), source)
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "aaa,x\nzzz,y\n" * 12, encoding="utf-8")
+    config = build.read_config(
+        f"{tiny.ROOT}/configs/finetune/classification.py:train={rows},num_epochs=1,seq_len=32",
+        {"init_from": str(source), "tuning.train": "lora", "log.progress": False},
+    )
+    with config.unlocked():
+        for name in extra:
+            config[name] = 1
+    prepare = tuning.prepare
+    with monkeypatch.context() as patch:
+        read = record_reads(patch, config)
+
+        def watched(*args):
+            prepared = prepare(*args)
+            read.watch(prepared.config)
+            return prepared
+
+        patch.setattr(tuning, "prepare", watched)
+        finetune(config, tmp_path / "tuned")
+    assert not (unread := sorted(set(leaves(config)) - read)), unread
+
+
+def test_every_leaf_of_a_fine_tuning_config_is_read(tmp_path, monkeypatch, store):
+    check_every_leaf_of_fine_tuning_is_read(tmp_path, monkeypatch, store)
+
+
+def test_the_leaf_law_of_fine_tuning_fails_for_a_field_that_nothing_reads(
+    tmp_path, monkeypatch, store
+):
+    with pytest.raises(AssertionError, match="decoration"):
+        check_every_leaf_of_fine_tuning_is_read(tmp_path, monkeypatch, store, ("decoration",))
