@@ -32,6 +32,7 @@ class LanguageModel:
     """What `load` gives.
 
     checkpoint: as it was named. family: 'gpt' (a decoder) or 'bert' (an encoder). params: on the devices of `mesh`.
+    num_ids: the rows of the vocabulary over which its probabilities are: those that its source has.
     max_len: the most tokens that it takes at a time: as long as the rows that it was trained on, or as config.json says.
     prefix: the ids that stand before a decoder's text: bos of our runs; what transformers puts there of its models.
     task: what the head is for that it was fine-tuned with, else ''. pooling: of a fine-tuned embedding, else ''.
@@ -43,12 +44,18 @@ class LanguageModel:
     model: nn.Module
     params: PyTree
     tokenizer: Any
+    num_ids: int
     max_len: int
     mesh: jax.sharding.Mesh
     prefix: tuple[int, ...]
     task: str = ""
     pooling: str = ""
     no_lm: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many ids are tokens of its own: neither padding of its vocabulary nor added by our tokenizer."""
+        return min(self.num_ids, self.tokenizer.vocab_size)
 
     def in_mesh(self, function: Callable) -> Callable:
         """`function`, traced and run with the mesh in force."""
@@ -94,6 +101,7 @@ def load(
         model=model,
         params=params,
         tokenizer=source.tokenizer,
+        num_ids=source.vocab_size,
         max_len=source.seq_len,
         mesh=mesh,
         prefix=find_prefix(source),

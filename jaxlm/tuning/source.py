@@ -26,6 +26,7 @@ class Source:
     family: a key of MODELS. model: the fields of TransformerConfig, without execution.
     hf_family: its name at Hugging Face, or ''. folder, commit: of a Hugging Face model; commit '' if it is no id of the hub.
     step_dir, config: of a checkpoint of ours.
+    vocab_size: how many rows of the vocabulary it has itself; `model` may have more, for reserved ids of our tokenizer.
     param_dtype: of the stored parameters. seq_len: of the rows that it was trained on, or the most that config.json allows.
     task: what its head is for, where it has one in the place of a language model's, else ''.
     hf_files: the folder with Hugging Face's tokenizer files of a model that nothing here has trained, else None.
@@ -40,6 +41,7 @@ class Source:
     commit: str = ""
     step_dir: Path | None = None
     config: ConfigDict | None = None
+    vocab_size: int = 0
     param_dtype: str = "float32"
     seq_len: int = 0
     task: str = ""
@@ -71,6 +73,7 @@ def open_source(init_from: str) -> Source:
             incoming.family.model_type,
             folder,
             commit,
+            vocab_size=incoming.options["vocab_size"],
             param_dtype=convert.stored_dtype(incoming).name,
             seq_len=model["max_len"],
             task=incoming.source.task,
@@ -99,6 +102,7 @@ def open_source(init_from: str) -> Source:
         hf_family,
         step_dir=step_dir,
         config=config,
+        vocab_size=came_from.get("vocab_size", model["vocab_size"]),
         param_dtype=config.param_dtype,
         seq_len=model["max_len"] if came_from else config.seq_len,
         task=came_from["architecture"] if came_from.get("head") else task,
