@@ -1,5 +1,6 @@
 """Evaluates a run on all of its held-out text: `python -m jaxlm.evaluate --checkpoint=W`.
 
+With `--data=FILE|STORE`, and also of a Hugging Face model (`--checkpoint=hf:DIR_OR_HUB_ID`): how well it predicts that text.
 Of a fine-tuned run: `python -m jaxlm.evaluate --checkpoint=F --data=FILE` prints the scores of a file with labels, and
 writes a table of labels and probabilities for one without, or wherever --output says.
 """
@@ -7,6 +8,7 @@ writes a table of labels and probabilities for one without, or wherever --output
 import gzip
 import json
 import lzma
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,9 +17,10 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from jaxlm import build, reports, tuning
+from jaxlm import build, language_model, reports, tuning
 from jaxlm.data.token_store import TokenStore
 from jaxlm.host import keep_freed_memory
+from jaxlm.text_evaluation import evaluate_text
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_item
 
 
@@ -37,6 +40,18 @@ def evaluate(checkpoint: str | Path, step: int | None = None) -> dict:
     metrics = run.evaluate(load_item(step_dir, run.param_shapes, item))
     says = "ema" if item == "ema" else "raw"
     return {"step": int(step_dir.name), "params": says, **metrics}
+
+
+def evaluate_data(
+    checkpoint: str, data: str, step: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """Metrics of a pretrained model on a text or a token store; options as of `evaluate_text`."""
+    lm = language_model.load(checkpoint, step)
+    is_run = not checkpoint.startswith(build.HUGGING_FACE)
+    if is_run:
+        workdir = find_step(checkpoint.partition("@")[0], step).parent.parent
+        options["config"] = build.saved_config(workdir / "config.json")
+    return {"checkpoint": checkpoint} | evaluate_text(lm, data, **options)
 
 
 def evaluate_task(
@@ -125,7 +140,21 @@ def define_flags() -> None:
         False,
         "Also print what a model has to beat: gzip -9 and xz -9, or token frequencies.",
     )
-    flags.DEFINE_string("data", "", "Of a fine-tuned run: the file to score or to predict.")
+    flags.DEFINE_string(
+        "data",
+        "",
+        "A text file, JSON lines, a folder, a glob, or a token store; of a fine-tuned run the file to score or to predict.",
+    )
+    flags.DEFINE_string("text_field", "text", "Of --data's JSON lines or Parquet.")
+    flags.DEFINE_integer(
+        "window", 0, "Tokens of --data that are read at a time; 0: the context, at most 2048."
+    )
+    flags.DEFINE_integer(
+        "stride", 0, "Of a decoder: tokens from window to window; 0: windows do not overlap."
+    )
+    flags.DEFINE_integer(
+        "pseudo", 0, "Of an encoder: also the pseudo-perplexity of that many windows of --data."
+    )
     flags.DEFINE_string("output", "", "Of a fine-tuned run: a CSV to write predictions to.")
     flags.mark_flag_as_required("checkpoint")
 
@@ -133,20 +162,47 @@ def define_flags() -> None:
 def main(argv):
     del argv
     keep_freed_memory()
-    args = flags.FLAGS
     logging.set_verbosity(logging.ERROR)  # of libraries: Orbax warns of a file that nothing needs
-    if tuning.is_finetuned(args.checkpoint):
-        print(
-            json.dumps(evaluate_task(args.checkpoint, args.data, args.step, args.output), indent=2)
+    try:
+        run(flags.FLAGS)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"found: {error}")
+
+
+def run(args: flags.FlagValues) -> None:
+    checkpoint, is_finetuned = args.checkpoint, tuning.is_finetuned(args.checkpoint)
+    refuse_unused(args, is_finetuned)
+    if is_finetuned:
+        results = evaluate_task(checkpoint, args.data, args.step, args.output)
+    elif args.data:
+        options = dict(window=args.window, stride=args.stride, num_pseudo=args.pseudo)
+        results = evaluate_data(
+            checkpoint, args.data, args.step, text_field=args.text_field, **options
         )
-        return
-    metrics = evaluate(args.checkpoint, args.step)
-    print(json.dumps(metrics, indent=2))
+    else:
+        results = evaluate(checkpoint, args.step)
+    print(json.dumps(results, indent=2))
     if args.baselines:
-        title, rows = compare_with_baselines(args.checkpoint, metrics, args.step)
+        title, rows = compare_with_baselines(checkpoint, results, args.step)
         print(f"\n{title}")
         for name, figure in rows.items():
             print(f"  {name:<22} {figure:.3f}")
+
+
+def refuse_unused(args: flags.FlagValues, is_finetuned: bool) -> None:
+    """Raises ValueError for flags that would change nothing, and for a model without a text."""
+    problems = []
+    if args.checkpoint.startswith(build.HUGGING_FACE) and not args.data:
+        problems.append(f"{args.checkpoint} without --data: it brings no held-out text of its own")
+    if args.baselines and (is_finetuned or args.data):
+        problems.append("--baselines with --data: it is of a pretrained run's own held-out text")
+    if args.output and not is_finetuned:
+        problems.append(f"--output={args.output}: predictions are of fine-tuned runs")
+    for name in ("window", "stride", "pseudo"):
+        if getattr(args, name) and (is_finetuned or not args.data):
+            problems.append(f"--{name}={getattr(args, name)}: is of a pretrained model and --data")
+    if problems:
+        raise ValueError("\n  ".join(problems))
 
 
 if __name__ == "__main__":
