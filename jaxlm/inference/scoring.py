@@ -6,6 +6,7 @@ context, rows powers of two up to what a batch holds. Results come back in the o
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import math
@@ -23,6 +24,7 @@ from jaxlm.models.heads import gather_positions
 
 LOGITS = 2**25  # float32 logits that a batch may hold at a time (128 MB)
 BATCH_TOKENS = 8192
+AHEAD = 4  # batches that wait on the device, so that it never waits for the host
 
 Params = Any
 # (context (c,), continuation (n,)): int32 ids, c and n at least 1
@@ -101,16 +103,16 @@ class Scorer:
           ValueError: for rows without tokens or places, or longer than max_len; if a log-probability is not a number.
         """
         check_rows(rows, max_len)
-        # Asked for first and read afterwards, so that the device never waits for the host.
-        results = []
-        for batch in plan(rows, max_len, batch_tokens):
-            arrays = lay_out(rows, batch, few_slots=is_encoder(self.model))
-            results.append((batch.indices, self.score_batch(params, *arrays)))
+        launched = (
+            (batch, self.score_batch(params, *lay_out(rows, batch, is_encoder(self.model))))
+            for batch in plan(rows, max_len, batch_tokens)
+        )
         scored: dict[int, Scored] = {}
-        for numbers, arrays in results:  # of which the last rows may be padding
-            for i, logprobs, likeliest in zip(numbers, *jax.device_get(arrays), strict=False):
-                size = len(rows[i].places)
-                scored[i] = Scored(logprobs[:size], likeliest[:size])
+        for batch, results in some_behind(launched, AHEAD):
+            arrays = jax.device_get(results)
+            for i, logprobs, likeliest in zip(batch.indices, *arrays, strict=False):
+                size = len(rows[i].places)  # the rest, and whole rows past the batch's, is padding
+                scored[int(i)] = Scored(logprobs[:size], likeliest[:size])
         if any(np.isnan(s.logprobs).any() for s in scored.values()):
             raise ValueError(
                 "found a log-probability that is NaN; expected numbers: either the parameters have NaN in them, or a "
@@ -185,11 +187,26 @@ def token_logprobs(
     ]
     if wrong:
         raise ValueError("expected 1 id or more of each:\n  " + "\n  ".join(wrong))
-    rows = []
-    for context, continuation in pairs:
-        tokens = np.concatenate([context, continuation[:-1]])
-        rows.append(Row(tokens, np.arange(len(context) - 1, len(tokens)), continuation))
-    return scorer.score(params, rows, max_len=max_len, batch_tokens=batch_tokens)
+    # Continuations that differ in their last id only, the choices of a question, are asked for in one row.
+    rows: dict[bytes, list[int]] = {}
+    read = [np.concatenate([c, new[:-1]]).astype(np.int32) for c, new in pairs]
+    for number, tokens in enumerate(read):
+        rows.setdefault(tokens.tobytes(), []).append(number)
+    asked = [join_rows(read, pairs, numbers) for numbers in rows.values()]
+    scored: dict[int, Scored] = {}
+    found = scorer.score(params, asked, max_len=max_len, batch_tokens=batch_tokens)
+    for numbers, joined in zip(rows.values(), found, strict=True):
+        ends = np.cumsum([len(pairs[i][1]) for i in numbers])[:-1]
+        parts = zip(np.split(joined.logprobs, ends), np.split(joined.likeliest, ends), strict=True)
+        scored |= {i: Scored(*part) for i, part in zip(numbers, parts, strict=True)}
+    return [scored[i] for i in range(len(pairs))]
+
+
+def join_rows(read: Sequence[np.ndarray], pairs: Sequence[Pair], numbers: Sequence[int]) -> Row:
+    """The row of pairs that read the same tokens, with the places and labels of each."""
+    tokens = read[numbers[0]]
+    places = [np.arange(len(pairs[i][0]) - 1, len(tokens)) for i in numbers]
+    return Row(tokens, np.concatenate(places), np.concatenate([pairs[i][1] for i in numbers]))
 
 
 def make_windows(num_tokens: int, window: int, stride: int) -> Iterator[Window]:
@@ -294,15 +311,18 @@ def next_power(count: int) -> int:
 
 
 def lay_out(
-    rows: Sequence[Row], batch: Batch, *, few_slots: bool
+    rows: Sequence[Row], batch: Batch, few_slots: bool
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
     """(a model's batch, places (B, M), labels (B, M), slots in use ()).
 
-    few_slots: M is the next power of two of what is needed; else the length, so that it is no shape of its own.
+    few_slots: M is the next power of two of what is needed; else it is the length, as long as that is enough, so that it
+      is no shape of its own.
     """
     chosen = [rows[i] for i in batch.indices]
     num_slots = max(len(row.places) for row in chosen)
-    slots = next_power(num_slots) if few_slots else batch.length
+    slots = next_power(num_slots)
+    if not few_slots:
+        slots = max(batch.length, slots)
     places, labels = np.zeros((2, batch.rows, slots), np.int32)
     for i, row in enumerate(chosen):
         places[i, : len(row.places)] = row.places
@@ -313,6 +333,16 @@ def lay_out(
         labels,
         np.int32(num_slots),
     )
+
+
+def some_behind(launched: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """The same items, each only after `ahead` more are made."""
+    waiting: collections.deque[Any] = collections.deque()
+    for item in launched:
+        waiting.append(item)
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def batch_devices() -> int:

@@ -127,6 +127,25 @@ def test_many_requests_compile_few_programs():
     assert scorer.score_batch._cache_size() == 3
 
 
+def test_choices_that_differ_in_their_last_id_are_read_once(monkeypatch):
+    """Their scores are the definition (`test_scores_are_the_definition`), but the model reads one row."""
+    scorer, seen = scoring.Scorer(GPT, None), []
+    score_rows = scorer.score
+    monkeypatch.setattr(
+        scorer, "score", lambda p, rows, **kw: seen.append(rows) or score_rows(p, rows, **kw)
+    )
+    choices = [(ids(0, 9), np.array([i], np.int32)) for i in range(30)]
+    choices += [
+        (ids(0, 7), np.append(ids(0, 9)[7:], np.int32(4)))
+    ]  # cut elsewhere, and ids 7, 8 also asked for
+    found = score([*choices, (ids(1, 9), ids(2, 2))], scorer=scorer)
+    assert [len(row.places) for row in seen[0]] == [33, 2]
+    np.testing.assert_allclose(
+        [f.total for f in found[:30]], plain_logs(GPT, ids(0, 9))[-1][:30], atol=2e-5
+    )
+    np.testing.assert_allclose(found[30].logprobs[-1], found[4].total, atol=2e-5)
+
+
 def test_batches_are_as_large_as_asked_for_and_hold_every_row_once():
     rows = [scoring.Row(ids(i, 1 + i % 40), np.arange(1), ids(i, 1)) for i in range(100)]
     batches = list(scoring.plan(rows, 40, 128))
