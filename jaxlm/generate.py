@@ -1,48 +1,253 @@
-"""Continues prompts with a trained decoder: `python -m jaxlm.generate --checkpoint=W --prompt='def '`.
+"""Uses a trained model on texts: `python -m jaxlm.generate --checkpoint=W --prompt='def '`.
 
-A prompt of an encoder has [MASK] in it, and the likeliest tokens in its place are printed.
+    --task=generate    a decoder goes on from each prompt; a single one is written token by token
+    --task=fill_mask   an encoder ranks tokens for each [MASK]
+    --task=embed       vectors, into --output=F.npz (vectors, texts) or F.jsonl
+    --task=score       log-likelihood, tokens and bits per byte of each text
+
+Without --task a decoder generates and an encoder fills masks. The checkpoint is a run's folder W, W@STEP, or
+hf:FOLDER_OR_HUB_ID. From Python: `jaxlm.api`, whose defaults hold here.
 """
 
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 from absl import app, flags, logging
 
-from jaxlm import build
-from jaxlm.inference.samples import MASK, continue_prompts, fill_prompts
+from jaxlm import api
+from jaxlm.host import keep_freed_memory
+
+STREAMED = "max_new_tokens temperature top_k top_p min_p repetition_penalty stop seed".split()
+Row = dict[str, Any]
 
 
-def define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its checkpoints.")
-    flags.DEFINE_integer("step", None, "Which checkpoint of the workdir; default the newest.")
-    flags.DEFINE_multi_string("prompt", None, "Text to continue; may be given several times.")
-    flags.DEFINE_integer("max_new_tokens", 100, "How many tokens to add at most.", lower_bound=1)
-    flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token.", lower_bound=0)
-    flags.DEFINE_integer("top_k", 50, "Sample from that many; 0 = from all.", lower_bound=0)
-    flags.DEFINE_integer("seed", 0, "Another seed gives another text.")
-    flags.mark_flags_as_required(["checkpoint", "prompt"])
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    own = {"flag_values": values}
+    flags.DEFINE_string("checkpoint", None, "W, W@STEP, or hf:FOLDER_OR_HUB_ID.", **own)
+    flags.DEFINE_integer("step", None, "Which checkpoint of W; else the newest, or best.", **own)
+    flags.DEFINE_enum("task", None, list(TASKS), "Else what the model is for.", **own)
+    flags.DEFINE_multi_string("prompt", [], "A text; may be given several times.", **own)
+    flags.DEFINE_string("prompts_file", "", "A text a line; or F.jsonl: prompt or text.", **own)
+    flags.DEFINE_string("output", "", "F.jsonl, or F.npz for vectors, not the terminal.", **own)
+    flags.DEFINE_integer("max_new_tokens", None, "How many tokens to add at most (100).", **own)
+    flags.DEFINE_float("temperature", None, "0 takes the likeliest token (0.8).", **own)
+    flags.DEFINE_integer(
+        "top_k", None, "Sample from that many, 0 = all (50); or show that many (5).", **own
+    )
+    flags.DEFINE_float("top_p", None, "Sample from the fewest that have this probability.", **own)
+    flags.DEFINE_float("min_p", None, "From those this likely beside the likeliest.", **own)
+    flags.DEFINE_float("repetition_penalty", None, "Above 1 repeats less.", **own)
+    flags.DEFINE_multi_string("stop", None, "Ends a text; may be given several times.", **own)
+    flags.DEFINE_integer("seed", None, "Another seed gives another text (0).", **own)
+    flags.DEFINE_integer("num_samples", None, "Texts for each prompt (1).", **own)
+    flags.DEFINE_integer("num_beams", None, "Above 1: beam search instead of sampling.", **own)
+    flags.DEFINE_float("length_penalty", None, "Above 0 prefers longer beams (1).", **own)
+    flags.DEFINE_integer("batch_size", None, "Texts that are continued at once (8).", **own)
+    flags.DEFINE_string("pooling", None, "Of vectors: mean or cls; else the model's own.", **own)
+    flags.mark_flag_as_required("checkpoint", values)
 
 
-def main(argv):
-    del argv
-    args = flags.FLAGS
-    logging.set_verbosity(logging.ERROR)  # of libraries: Orbax warns of a file that nothing needs
-    loaded = build.load_checkpoint(args.checkpoint, step=args.step)
-    parts = (loaded.model, loaded.params, loaded.tokenizer, args.prompt)
-    max_len = loaded.config.seq_len
-    if loaded.config.family == "bert":
-        wrong = [prompt for prompt in args.prompt if MASK not in prompt]
-        if wrong:
-            raise app.UsageError(f"an encoder fills {MASK}; these prompts have none: {wrong}")
-        texts = fill_prompts(*parts, max_len=max_len)
-    else:
-        texts = continue_prompts(
-            *parts,
-            max_new_tokens=args.max_new_tokens,
-            max_len=max_len,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            seed=args.seed,
+def run(args: Any) -> None:
+    """Does what the flags say: prints, or writes --output.
+
+    Raises:
+      BadInput, ValueError, FileNotFoundError, ImportError: with what to change; then nothing was written.
+    """
+    prompts = [*args.prompt, *(read_prompts(Path(args.prompts_file)) if args.prompts_file else [])]
+    if not prompts:
+        raise api.BadInput("found no texts: give --prompt or --prompts_file")
+    if args.output:
+        check_output(Path(args.output), args.task)
+    lm = api.load(args.checkpoint, args.step)
+    name = args.task or ("generate" if lm.family == "gpt" else "fill_mask")
+    task = TASKS[name]
+    task.run(lm, prompts, args.output, options_of(args, name))
+
+
+def options_of(args: Any, name: str) -> dict[str, Any]:
+    """The options that were given, which must be those of the task."""
+    every = dict.fromkeys(option for task in TASKS.values() for option in task.options)
+    given = {option: getattr(args, option) for option in every if getattr(args, option) is not None}
+    if wrong := [f"--{option}" for option in given if option not in TASKS[name].options]:
+        raise api.BadInput(f"{', '.join(wrong)}: not for --task={name}")
+    return given
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The texts of a file: one a line, or of F.jsonl one an object. Empty lines are left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise api.BadInput(f"{path}: no UTF-8 at byte {error.start}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise api.BadInput(f"{path} is empty: expected a text a line")
+    if path.suffix == ".jsonl":
+        return [read_object(f"{path}:{number}", line) for number, line in numbered]
+    return [line.removesuffix("\r") for _, line in numbered]
+
+
+def read_object(where: str, line: str) -> str:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        found = None
+    text = found.get("prompt", found.get("text")) if isinstance(found, dict) else None
+    if not isinstance(text, str):
+        raise api.BadInput(f"{where}: expected an object with a text as 'prompt' or 'text'")
+    return text
+
+
+def check_output(path: Path, task: str | None) -> None:
+    """Raises BadInput if the file cannot be written, before anything is computed."""
+    suffixes = (".jsonl", ".npz") if task == "embed" else (".jsonl",)
+    if path.suffix not in suffixes:
+        raise api.BadInput(
+            f"--output={path}: expected a name that ends with {' or '.join(suffixes)}"
         )
-    for prompt, text in zip(args.prompt, texts, strict=True):
-        print(f"{prompt}{text}" if loaded.config.family == "gpt" else f"{prompt}\n  {text}")
+    if not path.absolute().parent.is_dir():
+        raise api.BadInput(f"--output={path}: there is no folder {path.parent}")
+
+
+def write_whole(path: str, write: Callable[[Any], None]) -> None:
+    """`write` to a file beside `path`, which takes its place when it is whole."""
+    partial = f"{path}.{os.getpid()}.partial"
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def write_rows(path: str, rows: Iterable[Row]) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(path, lambda file: file.writelines(line.encode() for line in lines))
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def generate(
+    lm: api.LanguageModel, prompts: Sequence[str], output: str, options: Mapping[str, Any]
+) -> None:
+    if len(prompts) == 1 and not output and set(options) <= set(STREAMED):
+        begin = prompts[0]
+        for piece in api.stream(lm, prompts[0], **options):
+            print(begin + piece.text, end="", flush=True)
+            begin = ""
+        print()
+        return
+    found = api.generate(lm, prompts, **options)
+    rows = [
+        {
+            "prompt": prompt,
+            "text": made.text,
+            "finish": made.finish,
+            "tokens": len(made.tokens),
+            "score": made.score,
+        }
+        for prompt, samples in zip(prompts, found, strict=True)
+        for made in samples
+    ]
+    if output:
+        write_rows(output, rows)
+    else:
+        print("\n\n".join(row["prompt"] + row["text"] for row in rows))
+
+
+def fill_mask(
+    lm: api.LanguageModel, prompts: Sequence[str], output: str, options: Mapping[str, Any]
+) -> None:
+    found = api.fill_mask(lm, prompts, **options)
+    if output:
+        rows = [
+            {
+                "text": text,
+                "masks": [[[c.token, c.probability] for c in candidates] for candidates in masks],
+            }
+            for text, masks in zip(prompts, found, strict=True)
+        ]
+        write_rows(output, rows)
+        return
+    for text, masks in zip(prompts, found, strict=True):
+        print(text)
+        for number, candidates in enumerate(masks, 1):
+            print(f"  mask {number}" if len(masks) > 1 else "", end="\n" if len(masks) > 1 else "")
+            for candidate in candidates:
+                print(f"  {candidate.token:<20} {candidate.probability:.4f}")
+
+
+def embed(
+    lm: api.LanguageModel, prompts: Sequence[str], output: str, options: Mapping[str, Any]
+) -> None:
+    if not output:
+        raise api.BadInput("--task=embed writes vectors: give --output=F.npz or F.jsonl")
+    vectors = api.embed(lm, prompts, **options)
+    if output.endswith(".npz"):
+        write_whole(output, lambda file: np.savez(file, vectors=vectors, texts=np.array(prompts)))
+        return
+    pairs = zip(prompts, vectors.tolist(), strict=True)
+    write_rows(output, ({"text": text, "vector": vector} for text, vector in pairs))
+
+
+def score(
+    lm: api.LanguageModel, prompts: Sequence[str], output: str, options: Mapping[str, Any]
+) -> None:
+    found = api.score(lm, prompts, **options)
+    rows = [
+        {
+            "text": text,
+            "logprob": said.logprob,
+            "tokens": said.num_tokens,
+            "bits_per_byte": said.bits_per_byte,
+        }
+        for text, said in zip(prompts, found, strict=True)
+    ]
+    if output:
+        write_rows(output, rows)
+        return
+    print(f"{'logprob':>12} {'tokens':>7} {'bits/byte':>9}  text")
+    for row in rows:
+        figures = f"{row['logprob']:12.3f} {row['tokens']:7} {row['bits_per_byte']:9.3f}"
+        print(f"{figures}  {row['text']}")
+
+
+class Task(NamedTuple):
+    """What is done with the texts, and its options in `jaxlm.api`."""
+
+    run: Callable[[api.LanguageModel, Sequence[str], str, Mapping[str, Any]], None]
+    options: Sequence[str]
+
+
+TASKS = {
+    "generate": Task(
+        generate, [*STREAMED, "num_samples", "num_beams", "length_penalty", "batch_size"]
+    ),
+    "fill_mask": Task(fill_mask, ["top_k"]),
+    "embed": Task(embed, ["pooling"]),
+    "score": Task(score, []),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    keep_freed_memory()
+    logging.set_verbosity(logging.ERROR)  # of libraries: Orbax warns of a file that nothing needs
+    try:
+        run(flags.FLAGS)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"found: {error}")
 
 
 if __name__ == "__main__":

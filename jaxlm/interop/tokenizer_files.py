@@ -86,7 +86,7 @@ def puts_bos(folder: Path, tokenizer: Any) -> bool:
     if isinstance(says.get("add_bos_token"), bool):
         return says["add_bos_token"]
     if tokenizer.kind == "sentencepiece":
-        return True  # as Llama's and Gemma's classes do
+        return tokenizer.bos_id < num_model_ids(tokenizer)  # as Llama and Gemma do
     if tokenizer.kind != "tokenizer_json":
         return False
     model = hf.Tokenizer.from_str(tokenizer.blob.decode("utf-8"))

