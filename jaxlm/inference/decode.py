@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.inference.logits import make_batch, pad_rows, unembed
+from jaxlm.inference.logits import unembed
 from jaxlm.inference.sampling import Sampling, draw
 from jaxlm.models.cache import KVCache, grow, make_cache
 
@@ -316,44 +316,3 @@ def check_prompts(
             problems.append(f"row {row} has ids {unknown}: 0 to {decoder.num_ids - 1}")
     if problems:
         raise ValueError("cannot generate:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-@functools.partial(jax.jit, static_argnames=("apply_logits", "top_k"))
-def rank_tokens(
-    params: Params,
-    tokens_BT: jax.Array,
-    length_B: jax.Array,
-    positions_BM: jax.Array,
-    *,
-    apply_logits: Any,
-    top_k: int,
-) -> tuple[jax.Array, jax.Array]:
-    """(probabilities, ids), each (B, M, top_k), of the likeliest tokens at the given positions."""
-    logits = apply_logits(params, make_batch(tokens_BT, length_B), positions_BM)
-    return jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
-
-
-def fill_mask(
-    apply_logits: Any,
-    params: Params,
-    rows: Sequence[np.ndarray],
-    *,
-    mask_id: int,
-    max_len: int,
-    top_k: int = 5,
-) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-    """For each row, for each mask token in it from left to right: (ids (top_k,), their probabilities (top_k,))."""
-    tokens, lengths = pad_rows(rows, max_len)
-    places = [np.flatnonzero(np.asarray(row) == mask_id) for row in rows]
-    most = max(len(p) for p in places)
-    slots = 1 << max(most - 1, 0).bit_length()  # a power of two: few different shapes
-    positions = np.zeros((len(rows), slots), np.int32)
-    for slot, place in zip(positions, places, strict=True):
-        slot[: len(place)] = place
-    probs, ids = jax.device_get(
-        rank_tokens(params, tokens, lengths, positions, apply_logits=apply_logits, top_k=top_k)
-    )
-    return [
-        [(ids[row, slot], probs[row, slot]) for slot in range(len(place))]
-        for row, place in enumerate(places)
-    ]

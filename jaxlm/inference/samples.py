@@ -8,20 +8,8 @@ from typing import Any
 import numpy as np
 
 from jaxlm.inference import decode
-from jaxlm.inference.logits import make_apply_logits
+from jaxlm.inference.fill_mask import encode_masked, fill_mask
 from jaxlm.inference.sampling import make_sampling
-
-MASK = "[MASK]"  # how a prompt's text writes the tokenizer's mask token
-
-
-def encode_prompt(tokenizer: Any, text: str) -> np.ndarray:
-    """bos, then the text's ids, with the mask id wherever the text says [MASK]."""
-    ids = [np.array([tokenizer.bos_id], np.int32)]
-    for index, part in enumerate(text.split(MASK)):
-        if index:
-            ids.append(np.array([tokenizer.mask_id], np.int32))
-        ids.append(np.asarray(tokenizer.encode(part), np.int32))
-    return np.concatenate(ids)
 
 
 def continue_prompts(
@@ -38,7 +26,8 @@ def continue_prompts(
 ) -> list[str]:
     """The continuation of each prompt by a decoder. A prompt that leaves no room keeps its last tokens."""
     room = max_len - min(max_new_tokens, max_len // 2)
-    ids = [encode_prompt(tokenizer, prompt)[-room:] for prompt in prompts]
+    bos = np.array([tokenizer.bos_id], np.int32)
+    ids = [np.concatenate([bos, tokenizer.encode(prompt)])[-room:] for prompt in prompts]
     new = decode.generate(
         decode.make_decoder(model, tokenizer.vocab_size),
         params,
@@ -56,20 +45,21 @@ def fill_prompts(
     model: Any, params: Any, tokenizer: Any, prompts: Sequence[str], *, max_len: int, top_k: int = 5
 ) -> list[str]:
     """For each prompt with [MASK], the likeliest tokens in its places: 'the 0.31, a 0.12 | …'."""
-    end = np.array([tokenizer.eos_id], np.int32)
-    ids = [np.concatenate([encode_prompt(tokenizer, p)[: max_len - 1], end]) for p in prompts]
-    rows = decode.fill_mask(
-        make_apply_logits(model, tokenizer.vocab_size),
+    end = np.array([tokenizer.sep_id], np.int32)
+    rows = [encode_masked(tokenizer, prompt)[:-1] for prompt in prompts]
+    filled = fill_mask(
+        model,
         params,
-        ids,
+        [np.concatenate([row[: max_len - 1], end]) for row in rows],
         mask_id=tokenizer.mask_id,
+        num_ids=tokenizer.vocab_size,
         max_len=max_len,
         top_k=top_k,
     )
     describe = lambda place: ", ".join(
         f"{tokenizer.token(int(i))} {p:.2f}" for i, p in zip(*place, strict=True)
     )
-    return [" | ".join(map(describe, places)) for places in rows]
+    return [" | ".join(map(describe, places)) for places in filled]
 
 
 def make_sampler(run: Any, writer: Any):
