@@ -4,11 +4,12 @@
     for continuation in generate(decoder, params, prompts, max_new_tokens=100, max_len=1024, sampling=make_sampling()):
         print(tokenizer.decode(continuation.tokens))
 
-Shapes are rounded up to powers of two, so that a fixed few programs serve all lengths; see `bucket`.
+Lengths are rounded up to powers of two, so that a fixed few programs serve all of them; nothing else compiles.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.inference.batches import round_up
 from jaxlm.inference.logits import unembed
 from jaxlm.inference.sampling import Sampling, draw
 from jaxlm.models.cache import KVCache, grow, make_cache
+from jaxlm.models.gpt import GPT
 
 Params = Any
 Stop = Callable[[int, np.ndarray], bool]
-SMALLEST_BUCKET = 16
 
 
 class Continuation(NamedTuple):
@@ -47,13 +49,25 @@ class Decoder:
     prefill(params, tokens_BP, segment_ids_BP, size=S) -> (logits_BV, cache): reads prompts, padded on the left with segment
     0, and makes room for S tokens in all. step(params, cache, tokens_B) -> (logits_BV, cache): reads one more token of each
     row; the cache that it was given is used up. Logits are float32, of the token that comes next, for `num_ids` ids.
+
+    params are the model's. What `prepare` makes of them gives the same, faster where it pays.
     """
 
     def __init__(self, model: Any, num_ids: int):
-        self.model, self.num_ids = model, num_ids
+        self.num_ids, self.is_unrolled = num_ids, jax.default_backend() == "cpu"
+        self.model = unrolled(model) if self.is_unrolled else model
         self.prefill = jax.jit(self._prefill, static_argnames="size")
         self.step = jax.jit(self._step, donate_argnames="cache")
         self.extend = jax.jit(self._extend, donate_argnames="state")
+
+    def prepare(self, params: Params) -> Params:
+        """The same parameters, those of each layer in arrays of their own; on accelerators, as they are.
+
+        XLA:CPU has no views: of stacked ones it copies each layer's out before every use.
+        """
+        if not self.is_unrolled or isinstance(params["layers"], tuple):
+            return params
+        return unstack_layers(params)
 
     def _prefill(self, params, tokens_BP, segment_ids_BP, size):
         cache = make_cache(self.model.config, *tokens_BP.shape)
@@ -65,7 +79,8 @@ class Decoder:
 
     def _read(self, params, cache, tokens_BT, segment_ids_BT):
         batch = {"tokens": tokens_BT, "segment_ids": segment_ids_BT}
-        outputs = self.model.apply({"params": params}, batch, cache=cache)
+        variables = {"params": stack_layers(params)}
+        outputs = self.model.apply(variables, batch, cache=cache)
         return unembed(outputs, outputs.hidden[:, -1:], self.num_ids)[:, 0], outputs.cache
 
     def _extend(self, params, state, sampling, eos_id, steps):
@@ -83,12 +98,38 @@ class Decoder:
         return jax.lax.while_loop(wants_more, add, (jnp.int32(0), state))[1]
 
 
+def unrolled(model: Any) -> Any:
+    return model.clone(config=dataclasses.replace(model.config, unroll=0))
+
+
+@jax.jit
+def unstack_layers(params: Params) -> Params:
+    """`layers`, whose arrays are (L, …), as a tuple of L trees."""
+    length = jax.tree.leaves(params["layers"])[0].shape[0]
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(length))
+    return {**params, "layers": layers}
+
+
+def stack_layers(params: Params) -> Params:
+    """The reverse; within a program with unrolled layers it costs nothing, since XLA sees where each slice comes from."""
+    if not isinstance(params["layers"], tuple):
+        return params
+    return {**params, "layers": jax.tree.map(lambda *x: jnp.stack(x), *params["layers"])}
+
+
 @functools.lru_cache(maxsize=16)
 def make_decoder(model: Any, num_ids: int | None = None) -> Decoder:
     """The decoder of a Linen model; the same one each time.
 
     num_ids: the tokenizer's; ids past it, of a padded vocabulary, are never drawn. None = all.
+
+    Raises:
+      ValueError: if the model is no decoder, or predicts classes instead of tokens.
     """
+    if not isinstance(model, GPT):
+        raise ValueError(f"{type(model).__name__} does not continue text: it takes a decoder (GPT)")
+    if model.head is not None:
+        raise ValueError(f"this model has a head for {model.head}: text takes one without a head")
     return Decoder(model, num_ids or model.config.vocab_size)
 
 
@@ -118,22 +159,6 @@ class State:
         return self.tokens_BN[:, self.made - 1]
 
 
-def begin_state(cache, limit_B, samples_B, seed, seen_BV) -> State:
-    rows, size = cache.segment_ids.shape
-    zero_B = jnp.zeros(rows, jnp.int32)
-    return State(
-        cache=cache,
-        tokens_BN=jnp.zeros((rows, size), jnp.int32),
-        logprobs_BN=jnp.zeros((rows, size), jnp.float32),
-        made=jnp.int32(0),
-        count_B=zero_B,
-        limit_B=limit_B,
-        ended_B=zero_B > 0,
-        keys_B=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), samples_B),
-        seen_BV=seen_BV,
-    )
-
-
 @functools.partial(jax.jit, donate_argnames="cache")
 def begin(
     cache: KVCache,
@@ -146,7 +171,18 @@ def begin(
     eos_id: jax.Array,
 ) -> State:
     """The state after the first new token, which is drawn from what the prompts give."""
-    state = begin_state(cache, limit_B, samples_B, seed, seen_BV)
+    rows, size = cache.segment_ids.shape
+    state = State(
+        cache=cache,
+        tokens_BN=jnp.zeros((rows, size), jnp.int32),
+        logprobs_BN=jnp.zeros((rows, size), jnp.float32),
+        made=jnp.int32(0),
+        count_B=jnp.zeros(rows, jnp.int32),
+        limit_B=limit_B,
+        ended_B=jnp.zeros(rows, bool),
+        keys_B=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), samples_B),
+        seen_BV=seen_BV,
+    )
     return add_tokens(state, logits_BV, sampling, eos_id)
 
 
@@ -175,8 +211,10 @@ def add_tokens(state: State, logits_BV: jax.Array, sampling: Sampling, eos_id: j
     )
 
 
-def generate(decoder: Decoder, params: Params, prompts: Sequence[np.ndarray], **options):
-    """The continuation of each prompt: list[Continuation]. Options as of `stream`, whose pieces it joins."""
+def generate(
+    decoder: Decoder, params: Params, prompts: Sequence[np.ndarray], **options: Any
+) -> list[Continuation]:
+    """The continuation of each prompt. The options are those of `stream`, whose pieces it joins."""
     options = {"chunk": 16 if options.get("stop") else None} | options
     pieces = list(stream(decoder, params, prompts, **options))
     return [
@@ -217,12 +255,13 @@ def stream(
     check_prompts(decoder, prompts, max_new_tokens, max_len)
     lengths = np.array([len(prompt) for prompt in prompts])
     limit_B = np.minimum(max_new_tokens, max_len - lengths).astype(np.int32)
-    tokens_BP, segment_ids_BP = pad_left(prompts, min(bucket(lengths.max()), max_len))
-    size = bucket(tokens_BP.shape[1] + limit_B.max())
+    tokens_BP, segment_ids_BP = pad_left(prompts, round_up(int(lengths.max()), max_len))
+    size = round_up(tokens_BP.shape[1] + int(limit_B.max()), 2 * max_len)
     samples_B = np.asarray(number_samples(prompts) if samples is None else samples, np.int32)
     seen_BV = find_seen(prompts, decoder.num_ids) if sampling.needs_seen else None
     eos = np.int32(eos_id)
 
+    params = decoder.prepare(params)
     logits_BV, cache = decoder.prefill(params, tokens_BP, segment_ids_BP, size=size)
     state = begin(cache, logits_BV, limit_B, samples_B, np.uint32(seed), seen_BV, sampling, eos)
     shown = np.zeros(len(prompts), int)
@@ -242,8 +281,8 @@ def new_pieces(
     state: State, shown: np.ndarray, stopped: np.ndarray, stop: Stop | None
 ) -> list[Continuation]:
     """What each row has made since `shown` tokens; `shown` and `stopped` are brought up to date."""
-    tokens_BN, logprobs_BN, count_B, ended_B, done_B = jax.device_get(
-        (state.tokens_BN, state.logprobs_BN, state.count_B, state.ended_B, state.done_B)
+    tokens_BN, logprobs_BN, count_B, limit_B, ended_B = jax.device_get(
+        (state.tokens_BN, state.logprobs_BN, state.count_B, state.limit_B, state.ended_B)
     )
     pieces = []
     for row, (start, end) in enumerate(zip(shown, count_B, strict=True)):
@@ -255,18 +294,13 @@ def new_pieces(
                     stopped[row], end = True, n
                     break
         finish = "stop" if stopped[row] else "eos" if ended_B[row] else "length"
-        is_done = stopped[row] or done_B[row]
+        is_done = stopped[row] or ended_B[row] or end >= limit_B[row]
         new = slice(start, end)
         pieces.append(
             Continuation(tokens_BN[row, new], logprobs_BN[row, new], finish if is_done else "")
         )
         shown[row] = end
     return pieces
-
-
-def bucket(length: int) -> int:
-    """The power of two from `length` on, at least 16: few different shapes, so few programs."""
-    return max(SMALLEST_BUCKET, 1 << (int(length) - 1).bit_length())
 
 
 def pad_left(prompts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import pytest
 
 from jaxlm import build, interop
 from jaxlm.inference import decode
+from jaxlm.inference.sampling import make_sampling
 from jaxlm.interop import convert, mapping, parity
 from jaxlm.interop.arrays import create_item
 from jaxlm.models import GPT, TransformerConfig
@@ -177,14 +178,16 @@ def test_an_exported_run_generates_the_same_greedy_text_in_transformers(kind, tm
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
         batch = reader(prompt, return_tensors="pt")
         assert batch["input_ids"][0].tolist() == ids
-        (new,) = decode.generate(
-            decode.make_apply_logits(model, tokenizer.vocab_size),
+        (continuation,) = decode.generate(
+            decode.make_decoder(model, tokenizer.vocab_size),
             params,
             [np.array(ids, np.int32)],
             max_new_tokens=16,
             max_len=64,
+            sampling=make_sampling(temperature=0),
             eos_id=tokenizer.eos_id,
         )
+        new = continuation.tokens
         written = theirs.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
