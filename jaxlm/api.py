@@ -22,6 +22,7 @@ from jaxlm.inference import decode, scoring
 from jaxlm.inference import embed as embedding
 from jaxlm.inference import fill_mask as masks
 from jaxlm.inference.batches import plan_batches
+from jaxlm.inference.beam import beam_search
 from jaxlm.inference.sampling import Sampling, make_sampling
 from jaxlm.inference.text import TextStream
 from jaxlm.inputs import (
@@ -122,10 +123,10 @@ def generate(
     need_lm(lm, "gpt")
     check_counts(num_samples=num_samples, num_beams=num_beams, batch_size=batch_size)
     if num_beams > 1:
-        if stop or num_samples > num_beams:
+        if stop or num_samples > num_beams or not math.isfinite(length_penalty):
             raise BadInput(
-                f"num_beams={num_beams}: expected at most that many samples and no stop strings, found num_samples="
-                f"{num_samples} and stop={list(stop)}"
+                f"num_beams={num_beams}, num_samples={num_samples}, length_penalty={length_penalty}, stop={list(stop)}: "
+                "expected at most num_beams samples, a finite penalty and no stop strings"
             )
         beams = dict(num_beams=num_beams, length_penalty=length_penalty, num_return=num_samples)
         options = common_options(lm, max_new_tokens) | beams
@@ -215,8 +216,6 @@ def search_beams(
     numbers: Sequence[int],
 ) -> list[list[Generation]]:
     """The best continuations of each row; its number makes no difference."""
-    from jaxlm.inference.beam import beam_search
-
     decoder = decode.make_decoder(lm.model, lm.num_tokens)
     found = lm.in_mesh(beam_search)(decoder, lm.params, rows, **options)
     generations = []

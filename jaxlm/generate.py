@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import app, flags, logging
 
 from jaxlm import api
 from jaxlm.host import keep_freed_memory
+from jaxlm.parallel.mesh import make_mesh
 
 STREAMED = "max_new_tokens temperature top_k top_p min_p repetition_penalty stop seed".split()
 Row = dict[str, Any]
@@ -50,6 +52,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("num_beams", None, "Above 1: beam search instead of sampling.", **own)
     flags.DEFINE_float("length_penalty", None, "Above 0 prefers longer beams (1).", **own)
     flags.DEFINE_integer("batch_size", None, "Texts that are continued at once (8).", **own)
+    flags.DEFINE_integer("tensor", 1, "Devices over which the heads are spread.", **own)
     flags.DEFINE_string("pooling", None, "Of vectors: mean or cls; else the model's own.", **own)
     flags.mark_flag_as_required("checkpoint", values)
 
@@ -65,7 +68,8 @@ def run(args: Any) -> None:
         raise api.BadInput("found no texts: give --prompt or --prompts_file")
     if args.output:
         check_output(Path(args.output), args.task)
-    lm = api.load(args.checkpoint, args.step)
+    mesh = make_mesh(tensor=args.tensor, devices=jax.devices()[: args.tensor])
+    lm = api.load(args.checkpoint, args.step, mesh=mesh)
     name = args.task or ("generate" if lm.family == "gpt" else "fill_mask")
     task = TASKS[name]
     task.run(lm, prompts, args.output, options_of(args, name))
@@ -183,9 +187,15 @@ def fill_mask(
     for text, masks in zip(prompts, found, strict=True):
         print(text)
         for number, candidates in enumerate(masks, 1):
-            print(f"  mask {number}" if len(masks) > 1 else "", end="\n" if len(masks) > 1 else "")
+            if len(masks) > 1:
+                print(f"  mask {number}")
             for candidate in candidates:
-                print(f"  {candidate.token:<20} {candidate.probability:.4f}")
+                print(f"  {printable(candidate.token):<20} {candidate.probability:.4f}")
+
+
+def printable(token: str) -> str:
+    """The token on one line."""
+    return token if token.isprintable() else repr(token)[1:-1]
 
 
 def embed(

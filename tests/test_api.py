@@ -48,16 +48,19 @@ def random_params(config):
     return init_params(model, {"tokens": jnp.zeros((1, 4), jnp.int32)})
 
 
+def save_random(spec, folder):
+    config = tiny.tiny_config(spec, "no store")
+    return save(folder, config, random_params(config))
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    config = tiny.tiny_config("configs/gpt.py:tiny", "no store")
-    return save(tmp_path_factory.mktemp("gpt"), config, random_params(config))
+    return save_random("configs/gpt.py:tiny", tmp_path_factory.mktemp("gpt"))
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    config = tiny.tiny_config("configs/bert.py:tiny,objective=mlm_nsp", "no store")
-    return save(tmp_path_factory.mktemp("bert"), config, random_params(config))
+    return save_random("configs/bert.py:tiny,objective=mlm_nsp", tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
@@ -249,9 +252,7 @@ def test_heads_are_spread_over_a_mesh(workdir, gpt):
     lm = api.load(workdir, mesh=make_mesh(tensor=2, devices=jax.devices()[:2]))
     kernel = lm.params["layers"]["attention"]["query"]
     assert len(kernel.sharding.device_set) == 2
-    options = dict(temperature=0, max_new_tokens=4)
-    [[one]], [[two]] = (api.generate(model, ["def "], **options) for model in (gpt, lm))
-    assert one.tokens.tolist() == two.tokens.tolist()
+    np.testing.assert_allclose(api.embed(lm, ["def "]), api.embed(gpt, ["def "]), atol=1e-5)
 
 
 def test_parameters_that_are_not_finite_are_named(tmp_path):

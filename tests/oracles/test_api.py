@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers as hf
 
 from jaxlm import api
+from jaxlm.inference.fill_mask import encode_masked
+from jaxlm.interop.tokenizer_files import fetch_tokenizer
 from tests.oracles.test_published_minilm import SENTENCES, their_embeddings
 
 pytestmark = pytest.mark.oracles
@@ -90,3 +93,33 @@ def test_vectors_are_the_published_ones(published):
 def test_the_check_of_vectors_fails_for_another_pooling(published):
     with pytest.raises(AssertionError):
         check_vectors(lambda lm, texts: api.embed(lm, texts, pooling="cls"), published)
+
+
+def check_masked_ids(encode, folder):
+    """Where a mask takes the space before it along, as RoBERTa's does, and elsewhere."""
+    theirs = transformers.RobertaTokenizerFast.from_pretrained(folder)
+    ours = fetch_tokenizer(str(folder))
+    for text in (
+        "the cat <mask> on",
+        "<mask> cat",
+        "a <mask> <mask> mat.",
+        "cat<mask>",
+        "mat <mask>",
+    ):
+        assert encode(ours, text).tolist() == theirs(text)["input_ids"]
+
+
+def test_masked_texts_have_robertas_ids(tmp_path):
+    model = hf.ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    model.train_from_iterator([" ".join(WORDS)] * 20, 400, special_tokens=special)
+    model.save_model(str(tmp_path))
+    vocab, merges = (str(tmp_path / name) for name in ("vocab.json", "merges.txt"))
+    mask = transformers.AddedToken("<mask>", lstrip=True)  # as in the published tokenizers
+    theirs = transformers.RobertaTokenizerFast(vocab, merges, mask_token=mask)
+    theirs.save_pretrained(tmp_path)
+    check_masked_ids(encode_masked, tmp_path)
+    with pytest.raises(AssertionError):
+        check_masked_ids(
+            lambda t, text: encode_masked(t, text.replace("<mask>", "[MASK] ")), tmp_path
+        )
