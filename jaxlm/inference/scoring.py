@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens: after a context, over long texts in strided windows, and under masks.
 
-Everything goes through `Scorer`, which compiles once for each (rows, length) bucket: lengths are powers of two up to the
-context, rows powers of two up to what a batch holds. Results come back in the order in which they were asked for.
+Everything goes through `Scorer`, which compiles once for each shape: lengths are powers of two up to the context, and of
+each length there are a full batch and a few smaller ones. Results come back in the order in which they were asked for.
 """
 
 from __future__ import annotations
@@ -292,8 +292,8 @@ def join(parts: Sequence[Scored]) -> Scored:
 
 
 def plan(rows: Sequence[Row], max_len: int, batch_tokens: int) -> Iterator[Batch]:
-    """Every row once, the longest first. Full batches of one length have one shape; what is left of them has a power of
-    two of rows."""
+    """Every row once, the longest first. All batches of one length are equally large but the last one, which may be a
+    quarter, a sixteenth, … of them."""
     by_length: dict[int, list[int]] = {}
     for number, row in enumerate(rows):
         by_length.setdefault(round_up(len(row.tokens), max_len), []).append(number)
@@ -301,8 +301,10 @@ def plan(rows: Sequence[Row], max_len: int, batch_tokens: int) -> Iterator[Batch
         numbers.sort(key=lambda i: len(rows[i].places))  # neighbours need equally many chunks
         most = 1 << (max(1, batch_tokens // length).bit_length() - 1)
         for start in range(0, len(numbers), most):
-            indices = np.array(numbers[start : start + most])
-            yield Batch(indices, max(next_power(len(indices)), batch_devices()), length)
+            indices, size = np.array(numbers[start : start + most]), most
+            while size // 4 >= len(indices):
+                size //= 4
+            yield Batch(indices, max(size, batch_devices()), length)
 
 
 def next_power(count: int) -> int:

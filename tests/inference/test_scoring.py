@@ -123,8 +123,8 @@ def test_many_requests_compile_few_programs():
             for _ in range(count)
         ]
         score(pairs, scorer=scorer)
-    # 1 or 2 rows of 16 tokens, 1 of 24
-    assert scorer.score_batch._cache_size() == 3
+    # 2 rows of 16 tokens, 1 of 24
+    assert scorer.score_batch._cache_size() == 2
 
 
 def test_choices_that_differ_in_their_last_id_are_read_once(monkeypatch):
@@ -153,6 +153,8 @@ def test_batches_are_as_large_as_asked_for_and_hold_every_row_once():
     for batch in batches:
         assert batch.length in (16, 32, 40) and batch.rows * batch.length <= 128
         assert all(len(rows[i].tokens) <= batch.length for i in batch.indices)
+        assert len(batch.indices) <= batch.rows <= max(2, 4 * len(batch.indices))
+    assert len({(batch.rows, batch.length) for batch in batches}) <= 2 + 2 + 2
 
 
 def test_sums_are_the_training_losss():
