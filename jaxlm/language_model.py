@@ -17,6 +17,7 @@ from jaxlm.interop import tokenizer_files
 from jaxlm.models import MODELS, TransformerConfig
 from jaxlm.parallel import mesh as meshes
 from jaxlm.tuning import Repair, Source
+from jaxlm.tuning.source import split_step
 
 PyTree = Any
 LM_HEAD = ("mlm_head/", "unembed")  # the parameters beyond the body that a language model has
@@ -73,20 +74,13 @@ def load(
 
     checkpoint: a workdir 'W' or 'W@step' (the newest step; of a fine-tuned run the best), one of its checkpoints, or
       'hf:FOLDER_OR_HUB_ID[@REVISION]'. Adapters are merged, averaged parameters taken where there are some.
-    mesh: where it runs, default: the first device. Heads are spread over its axis 'tensor', batches over the others.
+    mesh: where it runs, default: the first device. Heads are spread over its axis 'tensor'; batches are small, so its other
+      axes should be 1.
 
     Raises:
       ValueError, FileNotFoundError, ImportError: if there is no model, or parameters that are not finite.
     """
-    spec = str(checkpoint)
-    is_hf = spec.startswith(build.HUGGING_FACE)
-    if step is None and not is_hf and "@" not in spec:
-        step = tuning.best_step(spec)
-    if step is not None:
-        if is_hf or "@" in spec:
-            raise BadInput(f"{spec} with step={step}: give a step to a workdir, once")
-        spec = f"{spec}@{step}"
-    source = tuning.open_source(spec)
+    source = tuning.open_source(with_step(str(checkpoint), step))
     mesh = mesh or meshes.make_mesh(devices=jax.devices()[:1])
     dtype = build.resolve_dtype("auto" if source.config is None else source.config.dtype, mesh)
     config = TransformerConfig(**source.model, dtype=dtype, param_dtype=source.param_dtype)
@@ -109,6 +103,19 @@ def load(
         pooling=tuned.get("task", {}).get("pooling", "") if source.task == "embedding" else "",
         no_lm=find_lm_problem(source, repair),
     )
+
+
+def with_step(checkpoint: str, step: int | None) -> str:
+    """The checkpoint with the step that is meant: the one given, of a fine-tuned run the best, or none (the newest)."""
+    if checkpoint.startswith(build.HUGGING_FACE):
+        if step is not None:
+            raise BadInput(f"found {checkpoint} and step={step}: such a model has no steps")
+        return checkpoint
+    path, named = split_step(checkpoint)
+    if named is not None and step is not None:
+        raise BadInput(f"found {checkpoint} and step={step}: name the step once")
+    meant = tuning.best_step(path) if named is None and step is None else step
+    return checkpoint if meant is None else f"{path}@{meant}"
 
 
 def read_params(source: Source, wanted: PyTree) -> tuple[PyTree, Repair]:

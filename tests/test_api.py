@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -204,6 +205,14 @@ def test_a_fine_tuned_embedding_gives_the_vectors_that_it_was_tuned_for(tuned):
     np.testing.assert_allclose(api.embed(lm, texts), wanted, atol=1e-5)
 
 
+def test_the_step_that_a_fine_tuned_run_reports_is_loaded(tuned, tmp_path):
+    shutil.copytree(tuned, tmp_path / "run")
+    (tmp_path / "run" / "report.json").write_text('{"step": 5}')
+    with pytest.raises(FileNotFoundError, match=r"step 5 .*found steps \[0\]"):
+        api.load(tmp_path / "run")
+    assert api.load(tmp_path / "run", step=0).task == "embedding"
+
+
 def test_a_fine_tuned_model_predicts_no_tokens(tuned):
     lm = api.load(tuned)
     for use in (api.fill_mask, api.generate, api.score):
@@ -270,6 +279,10 @@ def test_a_step_can_be_named_and_must_be_there(workdir):
         api.load(workdir, step=7)
     with pytest.raises(api.BadInput, match="once"):
         api.load(f"{workdir}@0", step=0)
+    with pytest.raises(api.BadInput, match="no steps"):
+        api.load("hf:nowhere", step=0)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in W@newest"):
+        api.load("W@newest")
     with pytest.raises(FileNotFoundError, match="no checkpoint in nowhere"):
         api.load("nowhere")
 

@@ -79,8 +79,7 @@ def open_source(init_from: str) -> Source:
             task=incoming.source.task,
             hf_files=folder,
         )
-    path, _, step = init_from.partition("@")
-    step_dir = find_step(path, int(step) if step else None)
+    step_dir = find_step(*split_step(init_from))
     workdir = step_dir.parent.parent
     config = build.saved_config(workdir / "config.json")
     tokenizer = tokenizers.load_tokenizer(workdir / "tokenizer")
@@ -109,6 +108,12 @@ def open_source(init_from: str) -> Source:
         hf_files=workdir / "tokenizer" / tokenizer_files.KEPT if came_from else None,
         made_up=frozenset(came_from.get("initialised", ())),
     )
+
+
+def split_step(checkpoint: str) -> tuple[str, int | None]:
+    """'W@7' -> ('W', 7), 'W' -> ('W', None)."""
+    path, _, step = checkpoint.rpartition("@")
+    return (path, int(step)) if path and step.isdecimal() else (checkpoint, None)
 
 
 def model_fields(config: TransformerConfig) -> dict[str, Any]:
