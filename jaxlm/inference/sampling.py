@@ -39,7 +39,7 @@ class Sampling:
 
     @property
     def needs_seen(self) -> bool:
-        """Whether `draw` wants to know the tokens that were there before."""
+        """Whether `draw` needs to know which tokens were there before."""
         return self.repetition_penalty is not None
 
 
@@ -96,7 +96,8 @@ def draw(
 ) -> jax.Array:
     """The next token of each row, int32 (B,). A row's draw depends on its own logits and key only.
 
-    keys_B: a key for each row, used once. seen_BV: see `seen_tokens`; None if the sampling does not need it.
+    keys_B: a key for each row, used once. seen_BV: bool, which tokens are in the row's prompt or came since; it may be None
+    unless `sampling.needs_seen`.
     """
     logits_BV = penalise(logits_BV.astype(jnp.float32), seen_BV, sampling)
     return jax.lax.cond(
@@ -106,25 +107,12 @@ def draw(
     )
 
 
-def seen_tokens(tokens_BT: jax.Array, real_BT: jax.Array, vocab_size: int) -> jax.Array:
-    """Which tokens of the vocabulary each row holds, bool (B, V). real_BT: False or 0 is padding and counts nothing."""
-    rows_B1 = jnp.arange(len(tokens_BT))[:, None]
-    tokens_BT = jnp.where(real_BT > 0, tokens_BT, vocab_size)  # out of bounds: dropped
-    seen_BV = jnp.zeros((len(tokens_BT), vocab_size), bool)
-    return seen_BV.at[rows_B1, tokens_BT].set(True, mode="drop")
-
-
-def see(seen_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
-    """`seen_BV` with one more token in each row."""
-    return seen_BV.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
-
-
 def penalise(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling) -> jax.Array:
     """The logits with the repetition penalty, if it is on."""
     if sampling.repetition_penalty is None:
         return logits_BV
     if seen_BV is None:
-        raise ValueError("repetition_penalty is on: expected seen_BV (`seen_tokens`), found None")
+        raise ValueError("repetition_penalty is on: expected seen_BV (B, V), found None")
     penalty = sampling.repetition_penalty
     penalised_BV = jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
     return jnp.where(seen_BV, penalised_BV, logits_BV)

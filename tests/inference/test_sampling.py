@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 from jaxlm.inference import sampling
-from jaxlm.inference.sampling import Sampling, draw, make_sampling, see, seen_tokens
+from jaxlm.inference.sampling import Sampling, draw, make_sampling
 from tests.models.tiny import equations
 
 V, DRAWS = 11, 1 << 14
@@ -108,7 +108,7 @@ def test_temperature_zero_is_the_likeliest_token_after_the_penalty():
     assert set(draw_many(greedy).tolist()) == {2}
     greedy = all_on(temperature=0, repetition_penalty=1.5)
     assert set(draw_many(greedy).tolist()) == {9}
-    with pytest.raises(ValueError, match="seen_tokens"):
+    with pytest.raises(ValueError, match="seen_BV"):
         sampling.penalise(jnp.zeros((1, V)), None, make_sampling(repetition_penalty=1.5))
 
 
@@ -138,14 +138,6 @@ def test_the_program_holds_only_the_filters_that_are_on_and_none_of_them_sorts()
     on, off = primitives(make_sampling(0.5, 3, 0.9, 0.1)), primitives(make_sampling())
     assert "scan" in on and "scan" not in off
     assert not {"sort", "top_k", "cumsum"} & on
-
-
-def test_padding_is_not_seen():
-    tokens = jnp.array([[0, 0, 3, 1], [2, 2, 0, 4]])
-    real = jnp.array([[0, 0, 1, 1], [1, 1, 1, 1]])
-    seen = seen_tokens(tokens, real, 5)
-    assert seen.astype(int).tolist() == [[0, 1, 0, 1, 0], [1, 0, 1, 0, 1]]
-    assert see(seen, jnp.array([4, 4])).astype(int).tolist() == [[0, 1, 0, 1, 1], [1, 0, 1, 0, 1]]
 
 
 def test_options_out_of_range_are_named_all_at_once():

@@ -1,7 +1,6 @@
 """Penalised and filtered logits against transformers' logits processors and warpers."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,9 +35,7 @@ def theirs(logits_BV, tokens_BT, options):
 
 @jax.jit
 def filtered(logits_BV, tokens_BT, sampling):
-    seen_BV = None
-    if sampling.needs_seen:
-        seen_BV = ours.seen_tokens(tokens_BT, jnp.ones_like(tokens_BT), logits_BV.shape[1])
+    seen_BV = jax.nn.one_hot(tokens_BT, logits_BV.shape[1], dtype=bool).any(1)
     return ours.warp(ours.penalise(logits_BV, seen_BV, sampling), sampling)
 
 
