@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxlm.inference.batches import round_up
 from jaxlm.inference.logits import unembed
-from jaxlm.inference.sampling import Sampling, draw, see, seen_tokens
+from jaxlm.inference.sampling import Sampling, draw
 from jaxlm.models.cache import KVCache, grow, make_cache
 from jaxlm.models.gpt import GPT
 
@@ -186,9 +186,6 @@ def begin(
     return add_tokens(state, logits_BV, sampling, eos_id)
 
 
-find_seen = jax.jit(seen_tokens, static_argnums=2)
-
-
 def add_tokens(state: State, logits_BV: jax.Array, sampling: Sampling, eos_id: jax.Array) -> State:
     """Draws the next column; what a finished row draws is not counted.
 
@@ -201,7 +198,9 @@ def add_tokens(state: State, logits_BV: jax.Array, sampling: Sampling, eos_id: j
     put = lambda x_BN, x_B: jax.lax.dynamic_update_slice(x_BN, x_B[:, None], (0, state.made))
     ended_B = state.ended_B | (~state.done_B & (tokens_B == eos_id))
     goes_on_B = ~state.done_B & ~ended_B
-    seen_BV = None if state.seen_BV is None else see(state.seen_BV, tokens_B)
+    seen_BV = state.seen_BV
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
     return state.replace(
         tokens_BN=put(state.tokens_BN, tokens_B),
         logprobs_BN=put(state.logprobs_BN, logprobs_B),
@@ -259,9 +258,7 @@ def stream(
     tokens_BP, segment_ids_BP = pad_left(prompts, round_up(int(lengths.max()), max_len))
     size = round_up(tokens_BP.shape[1] + int(limit_B.max()), 2 * max_len)
     samples_B = np.asarray(number_samples(prompts) if samples is None else samples, np.int32)
-    seen_BV = None
-    if sampling.needs_seen:
-        seen_BV = find_seen(tokens_BP, segment_ids_BP, decoder.num_ids)
+    seen_BV = find_seen(prompts, decoder.num_ids) if sampling.needs_seen else None
     eos = np.int32(eos_id)
 
     params = decoder.prepare(params)
@@ -325,6 +322,14 @@ def number_samples(prompts: Sequence[np.ndarray]) -> list[int]:
         numbers.append(counts[key])
         counts[key] += 1
     return numbers
+
+
+def find_seen(prompts: Sequence[np.ndarray], num_ids: int) -> np.ndarray:
+    """Which ids are in each prompt, bool (B, V)."""
+    seen_BV = np.zeros((len(prompts), num_ids), bool)
+    for seen, prompt in zip(seen_BV, prompts, strict=True):
+        seen[prompt] = True
+    return seen_BV
 
 
 def check_prompts(
