@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import build
 from jaxlm.inference import scoring
 from jaxlm.objectives.losses import cross_entropy
+from jaxlm.parallel import mesh as meshes
 from tests.models import tiny
 
 MAX_LEN, SPECIAL, MASK = 24, (0, 1, 2), 2
@@ -277,3 +279,10 @@ def test_parameters_that_are_no_numbers_are_refused():
     broken = jax.tree.map(lambda x: x * np.nan, params_of(GPT))
     with pytest.raises(ValueError, match="the parameters have NaN"):
         scoring.token_logprobs(scoring.make_scorer(GPT), broken, make_pairs()[:1], max_len=MAX_LEN)
+
+
+def test_a_mesh_changes_nothing():
+    """Rows over two devices, heads and vocabulary over two: also a batch of fewer rows than devices."""
+    mesh = meshes.make_mesh(2, 1, 2, devices=jax.devices()[:4])
+    scorer = scoring.Scorer(GPT, None)
+    check_scores_are_the_definition(build.in_mesh(mesh, functools.partial(score, scorer=scorer)))
