@@ -22,7 +22,7 @@ from jaxlm.inference import decode, scoring
 from jaxlm.inference import embed as embedding
 from jaxlm.inference import fill_mask as masks
 from jaxlm.inference.batches import plan_batches
-from jaxlm.inference.beam import beam_search
+from jaxlm.inference.beam import Beam, beam_search
 from jaxlm.inference.sampling import Sampling, make_sampling
 from jaxlm.inference.text import TextStream
 from jaxlm.inputs import (
@@ -128,15 +128,17 @@ def generate(
                 f"num_beams={num_beams}, num_samples={num_samples}, length_penalty={length_penalty}, stop={list(stop)}: "
                 "expected at most num_beams samples, a finite penalty and no stop strings"
             )
-        beams = dict(num_beams=num_beams, length_penalty=length_penalty, num_return=num_samples)
-        options = common_options(lm, max_new_tokens) | beams
-        search = functools.partial(search_beams, lm, options)
+        options = common_options(lm, max_new_tokens) | dict(
+            num_beams=num_beams, length_penalty=length_penalty, num_return=num_samples
+        )
+        search = functools.partial(search_beams, lm, options, prepared(lm, beam_search))
         rows = encode_prompts(lm, prompts)
         return in_batches(search, rows, lm.max_len, max(1, batch_size // num_beams))
     sampling = checked(make_sampling, temperature, top_k, top_p, min_p, repetition_penalty)
     options = sampling_options(lm, max_new_tokens, sampling, stop, seed)
     rows = [ids for ids in encode_prompts(lm, prompts) for _ in range(num_samples)]
-    found = in_batches(functools.partial(sample, lm, stop, options), rows, lm.max_len, batch_size)
+    draw = functools.partial(sample, lm, stop, options, prepared(lm, decode.generate))
+    found = in_batches(draw, rows, lm.max_len, batch_size)
     return [found[i : i + num_samples] for i in range(0, len(found), num_samples)]
 
 
@@ -189,37 +191,42 @@ def sampling_options(
     return common_options(lm, max_new_tokens) | dict(sampling=sampling, seed=seed)
 
 
+def prepared(lm: LanguageModel, function: Callable[..., Result]) -> Callable[..., Result]:
+    """A function of a decoder, its parameters and prompts, given the first two; once, for many batches."""
+    decoder = decode.make_decoder(lm.model, lm.num_tokens)
+    params = lm.in_mesh(decoder.prepare)(lm.params)
+    return lm.in_mesh(functools.partial(function, decoder, params))
+
+
 def sample(
     lm: LanguageModel,
     stop: Sequence[str],
     options: dict[str, Any],
+    run: Callable[..., list[decode.Continuation]],
     rows: Sequence[np.ndarray],
     numbers: Sequence[int],
 ) -> list[Generation]:
     """A continuation of each row, drawn."""
     texts = [Text(lm, row, stop) for row in rows]
-    drawn = lm.in_mesh(decode.generate)(
-        decode.make_decoder(lm.model, lm.num_tokens),
-        lm.params,
+    drawn = run(
         rows,
         **options,
         samples=numbers,
         stop=(lambda row, tokens: texts[row].stops(tokens)) if stop else None,
     )
-    return [text.generation(*found) for text, found in zip(texts, drawn, strict=True)]
+    return [text.generation(found) for text, found in zip(texts, drawn, strict=True)]
 
 
 def search_beams(
     lm: LanguageModel,
     options: dict[str, Any],
+    run: Callable[..., list[list[Beam]]],
     rows: Sequence[np.ndarray],
     numbers: Sequence[int],
 ) -> list[list[Generation]]:
     """The best continuations of each row; its number makes no difference."""
-    decoder = decode.make_decoder(lm.model, lm.num_tokens)
-    found = lm.in_mesh(beam_search)(decoder, lm.params, rows, **options)
     generations = []
-    for row, beams in zip(rows, found, strict=True):
+    for row, beams in zip(rows, run(rows, **options), strict=True):
         room = min(options["max_new_tokens"], lm.max_len - len(row))
         generations.append([ranked(lm, row, tokens, score, room) for tokens, score in beams])
     return generations
@@ -283,10 +290,10 @@ class Text:
         self.written += self._stream.finish()
         return self.written
 
-    def generation(self, tokens: np.ndarray, logprobs: np.ndarray, finish: str) -> Generation:
-        self.stops(tokens)
-        score = float(logprobs.sum(dtype=np.float64))
-        return Generation(self.finish(), tokens, logprobs, score, finish)
+    def generation(self, found: decode.Continuation) -> Generation:
+        self.stops(found.tokens)
+        score = float(found.logprobs.sum(dtype=np.float64))
+        return Generation(self.finish(), found.tokens, found.logprobs, score, found.finish)
 
 
 def in_batches(
