@@ -5,6 +5,8 @@
 
 --mode=train          tokens/s, step and compile time, MFU, input wait, peak memory; with --against=torch also
                       transformers' model of the same sizes, in blocks of steps that alternate with ours
+--mode=decode         tokens/s of a decoder's prompts and of its new tokens in batches of 1 and 8, greedy, with random
+                      parameters, --steps times; with --against=torch also transformers' `generate`, in turns
 --mode=cross_entropy  the chunked loss against the plain one: memory and time (needs no config)
 --mode=mlm_flops      FLOPs of a BERT config's step with the head at the masked positions and at all of them
 
@@ -21,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -33,12 +35,15 @@ from ml_collections import ConfigDict
 from jaxlm import build
 from jaxlm.flags import define_config_flag
 from jaxlm.host import keep_freed_memory
+from jaxlm.inference import decode
+from jaxlm.inference.sampling import make_sampling
 from jaxlm.models.flops import train_step_flops
 from jaxlm.objectives.losses import cross_entropy, plain_cross_entropy
 from jaxlm.training.throughput import measured_matmul_flops
-from tools.torch_reference import make_torch_step
+from tools.torch_reference import make_torch_generate, make_torch_step
 
-MODES = ("train", "cross_entropy", "mlm_flops")
+MODES = ("train", "decode", "cross_entropy", "mlm_flops")
+T = TypeVar("T")
 ROUNDS = 5  # alternations of ours and theirs
 WARMUP_STEPS = 3  # of each, untimed: meanwhile the heap grows to what both need together
 
@@ -110,9 +115,9 @@ class TrainSteps:
         return time.perf_counter() - started
 
 
-def alternate(steppers: Sequence[Callable[[], float]], steps: int) -> list[list[float]]:
+def alternate(steppers: Sequence[Callable[[], T]], steps: int) -> list[list[T]]:
     """The seconds of `steps` calls of each stepper, in blocks that take turns, so that they share the weather."""
-    seconds: list[list[float]] = [[] for _ in steppers]
+    seconds: list[list[T]] = [[] for _ in steppers]
     for block in np.array_split(np.arange(steps), min(ROUNDS, steps)):
         for stepper, collected in zip(steppers, seconds, strict=True):
             collected += [stepper() for _ in block]
@@ -191,6 +196,81 @@ def peak_memory_bytes() -> int:
         return stats["peak_bytes_in_use"]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --- decode -----------------------------------------------------------------------------------------------------------
+
+
+def benchmark_decode(
+    config: ConfigDict,
+    rounds: int,
+    against: str = "",
+    prompt_len: int = 128,
+    new_tokens: int = 64,
+    batch_sizes: Sequence[int] = (1, 8),
+) -> dict[str, Any]:
+    """Times generation from random prompts, ours and theirs in turns; see `describe_decode`."""
+    mesh = build.meshes.make_mesh(devices=jax.devices()[:1])
+    model = build.make_model(config, mesh)
+    batch = {"tokens": jnp.zeros((1, 1), jnp.int32)}
+    params = jax.jit(lambda: nn.meta.unbox(model.init(jax.random.key(0), batch)["params"]))()
+    report: dict[str, Any] = {
+        "mode": "decode",
+        "device": f"{mesh.devices.flat[0].device_kind}, {num_cores()} cores",
+        "dtype": model.config.dtype,
+        "prompt_len": prompt_len,
+        "new_tokens": new_tokens,
+    }
+    for rows in batch_sizes:
+        rng = np.random.default_rng(0)
+        prompts = rng.integers(0, config.model.vocab_size, (rows, prompt_len), np.int32)
+        generators = [make_generate(model, params, prompts, new_tokens)]
+        if against == "torch":
+            threads = num_cores()
+            generators.append(make_torch_generate(config, prompts, new_tokens, threads=threads))
+        for generate in generators:
+            generate()
+        seconds = alternate(generators, rounds)
+        ours, *theirs = (describe_decode(np.array(times), rows, prompt_len) for times in seconds)
+        report[f"batch_{rows}"] = ours
+        for other in theirs:
+            ours[against] = dict(other)
+            ours["prefill_ratio"] = ours["prefill"] / other["prefill"]
+            ours["decode_ratio"] = ours["decode"] / other["decode"]
+    return report
+
+
+def make_generate(
+    model: nn.Module, params: Any, prompts: np.ndarray, new_tokens: int
+) -> Callable[[], list[float]]:
+    """A function that generates greedily and returns the seconds of the first token and of each further one."""
+    decoder = decode.make_decoder(model)
+    params = decoder.prepare(params)
+    options = dict(max_new_tokens=new_tokens, max_len=prompts.shape[1] + new_tokens)
+
+    def generate() -> list[float]:
+        times = [time.perf_counter()]
+        sampling = make_sampling(temperature=0)
+        for _ in decode.stream(decoder, params, list(prompts), sampling=sampling, **options):
+            times.append(time.perf_counter())
+        return np.diff(times).tolist()
+
+    return generate
+
+
+def describe_decode(seconds: np.ndarray, rows: int, prompt_len: int) -> dict[str, float]:
+    """Of seconds (rounds, new tokens): tokens/s until the first new token and of all further ones, by medians.
+
+    late_token: the time of one of the last quarter of the tokens over that of the first.
+    """
+    first, rest = statistics.median(seconds[:, 0]), seconds[:, 1:]
+    quarter = max(1, rest.shape[1] // 4)
+    return {
+        "prefill": rows * prompt_len / first,
+        "decode": rows / float(np.median(rest)),
+        "token_seconds": float(np.median(rest)),
+        "late_token": float(np.median(rest[:, -quarter:]) / np.median(rest[:, :quarter])),
+    }
 
 
 # --- cross-entropy ----------------------------------------------------------------------------------------------------
@@ -312,6 +392,8 @@ def main(argv):
         raise app.UsageError(f"--mode={args.mode} needs --config=configs/NAME.py:VARIANT")
     elif args.mode == "mlm_flops":
         report = benchmark_mlm_flops(args.config)
+    elif args.mode == "decode":
+        report = benchmark_decode(args.config, args.steps, args.against)
     else:
         with tempfile.TemporaryDirectory() as temporary:
             workdir = args.workdir or temporary

@@ -1,4 +1,4 @@
-"""The yardstick of `tools/benchmark.py --against=torch`: transformers' model of a config's sizes, trained by torch.
+"""The yardstick of `tools/benchmark.py --against=torch`: transformers' model of a config's sizes, run by torch.
 
 Needs the `oracles` extra (torch and transformers).
 """
@@ -53,6 +53,46 @@ def make_torch_step(config: ConfigDict, *, threads: int, seed: int = 0) -> Calla
         return time.perf_counter() - started
 
     return step
+
+
+def make_torch_generate(
+    config: ConfigDict, prompts: np.ndarray, new_tokens: int, *, threads: int, seed: int = 0
+) -> Callable[[], list[float]]:
+    """A function that generates greedily (float32, SDPA, cache) and returns the seconds of each new token.
+
+    prompts: (B, P) ids. The first new token's seconds are those of the prompts. Raises ValueError as `make_torch_step`.
+    """
+    import torch
+    import transformers
+
+    check_has_twin(config)
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    transformers.logging.set_verbosity_error()
+    model = make_gpt2(transformers, config.model).eval()
+    model.generation_config.eos_token_id = None  # nothing ends early
+    tokens = torch.from_numpy(prompts.astype(np.int64))
+    options = dict(max_new_tokens=new_tokens, do_sample=False, use_cache=True, pad_token_id=0)
+
+    def generate() -> list[float]:
+        clock = Clock()
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), streamer=clock, **options)
+        return np.diff(clock.times).tolist()
+
+    return generate
+
+
+class Clock:
+    """What transformers calls a streamer: it is given the prompts, and then each new column of tokens."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, tokens: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 def check_has_twin(config: ConfigDict) -> None:

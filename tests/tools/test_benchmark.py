@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from jaxlm import build
@@ -46,6 +47,40 @@ def test_against_torch_reports_both_and_the_ratio_of_their_medians(spec, store, 
     report = benchmark.benchmark_train(config, tmp_path / "run", 2, "torch", peak_sizes=(64,))
     theirs = report["torch"]["step_seconds"]
     assert report["ratio"] == pytest.approx(theirs / report["step_seconds"])
+
+
+def check_decode(found, seconds, rows, prompt_len):
+    """By medians: the first token is the prompts', each further one is one of every row."""
+    first, rest = seconds[:, 0], seconds[:, 1:]
+    assert found["prefill"] == pytest.approx(rows * prompt_len / np.median(first))
+    assert found["decode"] == pytest.approx(rows / np.median(rest))
+    assert found["late_token"] == pytest.approx(3.0)
+
+
+def test_tokens_per_second_are_of_the_median_token_and_late_ones_are_told():
+    seconds = np.array([[9.0] + [1.0] * 8 + [2.0] * 8 + [3.0] * 8] * 3)
+    found = benchmark.describe_decode(seconds, 8, 128)
+    check_decode(found, seconds, 8, 128)
+    with pytest.raises(AssertionError):
+        check_decode(benchmark.describe_decode(seconds[:, 1:], 8, 128), seconds, 8, 128)
+
+
+DECODE = dict(prompt_len=5, new_tokens=4, batch_sizes=(2,))
+
+
+def test_a_decode_report_is_of_each_batch(store):
+    config = tiny.tiny_config("configs/gpt.py:gpt2", store)
+    report = benchmark.benchmark_decode(config, 2, **DECODE)
+    assert report["batch_2"]["prefill"] > 0 and report["batch_2"]["decode"] > 0
+
+
+@pytest.mark.oracles
+def test_decoding_against_torch_reports_both_and_their_ratios(store):
+    pytest.importorskip("transformers")
+    config = tiny.tiny_config("configs/gpt.py:gpt2", store)
+    found = benchmark.benchmark_decode(config, 2, "torch", **DECODE)["batch_2"]
+    assert found["decode_ratio"] == pytest.approx(found["decode"] / found["torch"]["decode"])
+    assert found["prefill_ratio"] == pytest.approx(found["prefill"] / found["torch"]["prefill"])
 
 
 @pytest.mark.oracles
