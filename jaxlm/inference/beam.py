@@ -79,6 +79,8 @@ def beam_search(
         wrong.append(f"num_return={num_return}: 1 to num_beams={num_beams}")
     if early_stopping not in (True, False, "never"):
         wrong.append(f"early_stopping={early_stopping!r}: True, False or 'never'")
+    if not -10 <= length_penalty <= 10:
+        wrong.append(f"length_penalty={length_penalty}: -10 to 10")
     if wrong:
         raise ValueError("cannot search beams:\n" + "\n".join(f"  - {w}" for w in wrong))
     check_prompts(decoder, prompts, max_new_tokens, max_len)

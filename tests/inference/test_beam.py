@@ -173,8 +173,8 @@ def test_the_number_of_tokens_and_the_lengths_of_prompts_compile_nothing():
 
 def test_options_out_of_range_are_named_all_at_once():
     with pytest.raises(ValueError) as error:
-        find(num_beams=0, num_return=2, early_stopping="always")
-    for wrong in ("num_beams=0", "num_return=2", "early_stopping='always'"):
+        find(num_beams=0, num_return=2, early_stopping="always", length_penalty=np.nan)
+    for wrong in ("length_penalty=nan", "num_beams=0", "num_return=2", "early_stopping='always'"):
         assert wrong in str(error.value)
     with pytest.raises(ValueError, match="row 0 has 0 tokens"):
         find([np.zeros(0, np.int32)])
