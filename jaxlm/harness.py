@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 
 try:
     import lm_eval
@@ -46,6 +48,7 @@ from jaxlm.inference.text import TextStream
 from jaxlm.inputs import bos_of, need_lm
 from jaxlm.language_model import BadInput, LanguageModel, load
 
+log = logging.getLogger("jaxlm")
 MAX_NEW_TOKENS = 256  # where a task says nothing, as lm-eval's `hf` has it
 FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -67,6 +70,7 @@ class JaxLM(TemplateLM):
 
     checkpoint: as of `jaxlm.language_model.load`, or what it gave. max_length: the context; 0 is the model's.
     batch_size: rows that generate at once. batch_tokens: of the batches that are scored. Neither changes a score.
+    device, max_batch_size: what lm-eval's command line passes for torch; they are not used.
     """
 
     def __init__(
@@ -77,10 +81,11 @@ class JaxLM(TemplateLM):
         max_length: int = 0,
         batch_size: int | str = 8,
         batch_tokens: int = scoring.BATCH_TOKENS,
-        **ignored: Any,
+        device: Any = None,
+        max_batch_size: Any = None,
     ):
         super().__init__()
-        del ignored  # the harness names a device of torch's and largest batches
+        del device, max_batch_size
         lm = load(checkpoint, step) if isinstance(checkpoint, str) else checkpoint
         need_lm(lm, "gpt")
         self.lm, self.batch_tokens = lm, batch_tokens
@@ -110,10 +115,11 @@ class JaxLM(TemplateLM):
     ) -> list[int]:
         """The ids of a text, after those that stand before every text unless it is to have none."""
         del kwargs
-        if add_special_tokens is None:
-            string = string.removeprefix(self.lm.tokenizer.token(self.prefix_token_id))
-        prefix = [] if add_special_tokens is False else list(self.lm.prefix)
-        return prefix + self.lm.tokenizer.encode(string).tolist()
+        encode, start = self.lm.tokenizer.encode, list(self.lm.prefix)
+        spelled = self.lm.tokenizer.token(self.prefix_token_id)
+        if add_special_tokens is None and string.startswith(spelled):  # a task has written it
+            start, string = [self.prefix_token_id], string.removeprefix(spelled)
+        return (start if add_special_tokens is not False else []) + encode(string).tolist()
 
     # --- log-likelihoods ---
 
@@ -123,6 +129,7 @@ class JaxLM(TemplateLM):
         """(log-probability, is greedy) of each continuation; a context that is too long loses its beginning."""
         del disable_tqdm, kwargs
         pairs = [self.fit(context, continuation) for _, context, continuation in requests]
+        warn_of_cuts(len(r[1]) > len(pair[0]) for r, pair in zip(requests, pairs, strict=True))
         answers = [(found.total, found.is_greedy) for found in self.score(pairs)]
         for (strings, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", strings, answer)
@@ -208,7 +215,9 @@ class JaxLM(TemplateLM):
 
     def generate(self, contexts: Sequence[str], options: Options) -> list[str]:
         room = self.max_length - options.max_new_tokens
-        prompts = [np.array(self.tok_encode(text)[-room:], np.int32) for text in contexts]
+        encoded = [self.tok_encode(text) for text in contexts]
+        warn_of_cuts(len(ids) > room for ids in encoded)
+        prompts = [np.array(ids[-room:], np.int32) for ids in encoded]
         samples = decode.number_samples(prompts)
         texts: dict[int, str] = {}
         for batch in plan_batches([len(p) for p in prompts], self.max_length, self.batch_size):
@@ -239,6 +248,11 @@ class JaxLM(TemplateLM):
             return streams[row].stopped
 
         return stop
+
+
+def warn_of_cuts(are_cut: Iterable[bool]) -> None:
+    if count := sum(are_cut):
+        log.warning("%d contexts are longer than the model's: their beginnings are left out", count)
 
 
 def run_tasks(
@@ -291,10 +305,14 @@ def define_flags() -> None:
 def main(argv):
     del argv
     keep_freed_memory()
-    logging.set_verbosity(logging.ERROR)  # of libraries: Orbax warns of a file that nothing needs
+    # Of libraries: Orbax warns of a file that nothing needs. Ours say what was cut.
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    log.setLevel(logging.WARNING)
     args = flags.FLAGS
     names = ("step", "include_path", "num_fewshot", "limit", "batch_size")
     try:
+        if args.output and not Path(args.output).absolute().parent.is_dir():
+            raise BadInput(f"--output={args.output}: there is no such folder")
         results = run_tasks(
             args.checkpoint, args.tasks, **{name: args[name].value for name in names}
         )

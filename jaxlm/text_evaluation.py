@@ -201,11 +201,13 @@ def eos_of(lm: LanguageModel) -> tuple[int, ...]:
 def in_groups(texts: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
     """Lists of texts that together have about GROUP_TOKENS tokens, so that neither many nor long ones fill the memory."""
     group: list[np.ndarray] = []
+    size = 0
     for ids in texts:
         group.append(ids)
-        if sum(map(len, group)) >= GROUP_TOKENS:
+        size += len(ids)
+        if size >= GROUP_TOKENS:
             yield group
-            group = []
+            group, size = [], 0
     if group:
         yield group
 

@@ -204,10 +204,34 @@ def test_the_command_prints_a_table_and_writes_its_figures(run, tasks, theirs, t
         command, env=tiny.environment(), cwd=tiny.ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "|tiny_choice|" in result.stdout
+    assert "|tiny_choice|" in result.stdout and "8 contexts are longer" in result.stderr
     written = json.loads((tmp_path / "f.json").read_text())
     acc = np.mean([s["acc"] for s in theirs["samples"]["tiny_choice"][:6]])
     np.testing.assert_allclose(written["results"]["tiny_choice"]["acc,none"], acc, atol=1e-6)
+
+
+def test_text_becomes_the_ids_of_the_hf_model(run):
+    from lm_eval.models.huggingface import HFLM
+
+    from jaxlm.harness import JaxLM
+
+    ours, theirs = JaxLM(run[0]), HFLM(pretrained=run[1], device="cpu", dtype="float32")
+    assert ours.prefix_token_id == theirs.prefix_token_id
+    assert ours.eot_token_id == theirs.eot_token_id and ours.max_length == theirs.max_length
+    begun = theirs.tokenizer.decode(theirs.prefix_token_id) + "the cat"
+    for text in ("", "the cat", " the  cat\n", begun):
+        assert ours.tok_encode(text) == theirs.tok_encode(text)
+        if text != begun:
+            special = dict(add_special_tokens=False)
+            assert ours.tok_encode(text, **special) == theirs.tok_encode(text, **special)
+
+
+def test_contexts_that_are_cut_are_counted(run, caplog):
+    from jaxlm.harness import JaxLM
+
+    lm = JaxLM(run[0])
+    lm._loglikelihood_tokens([(("", ""), [1] * size, [2]) for size in (3, 64, 65, 80)])
+    assert "2 contexts are longer than the model's" in caplog.text
 
 
 def test_what_it_cannot_do_is_said(run, tasks, monkeypatch):
