@@ -75,11 +75,15 @@ class Generation:
 
 @dataclass(frozen=True)
 class Piece:
-    """What `stream` yields: more text, and (id, log-probability) of the tokens since the piece before."""
+    """What `stream` yields: more text, and (id, log-probability) of the tokens since the piece before.
+
+    alternatives: for each of these tokens, the same of the likeliest ones at its place, the likeliest first.
+    """
 
     text: str
     tokens: tuple[tuple[int, float], ...]
     finish: str = ""
+    alternatives: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 def generate(
@@ -154,25 +158,31 @@ def stream(
     repetition_penalty: float = 1.0,
     stop: Sequence[str] = (),
     seed: int = 0,
+    alternatives: int = 0,
 ) -> Iterator[Piece]:
     """The continuation that `generate` gives, token by token.
 
     >>> lm = load(workdir)
-    >>> pieces = list(stream(lm, "def ", seed=1, max_new_tokens=5))
+    >>> pieces = list(stream(lm, "def ", seed=1, max_new_tokens=5, alternatives=3))
     >>> [[whole]] = generate(lm, ["def "], seed=1, max_new_tokens=5)
     >>> "".join(piece.text for piece in pieces) == whole.text
     True
     >>> pieces[-1].finish
     'length'
+    >>> [[(likeliest, logprob), second, third]] = pieces[0].alternatives
 
     A piece may have no text yet: half a character, or what may become a stop string, waits for the tokens that follow.
+    alternatives: how many of the likeliest tokens each piece tells beside its own.
 
     Raises:
       BadInput: as `generate` does, before the first piece.
     """
     need_lm(lm, "gpt")
     sampling = checked(make_sampling, temperature, top_k, top_p, min_p, repetition_penalty)
+    if not 0 <= alternatives <= lm.num_tokens:
+        raise BadInput(f"alternatives={alternatives}: expected 0 to {lm.num_tokens}, all tokens")
     options = sampling_options(lm, max_new_tokens, sampling, stop, seed)
+    options |= dict(alternatives=alternatives)
     (ids,) = encode_prompts(lm, [prompt])
     return stream_pieces(lm, ids, stop, options)
 
@@ -259,9 +269,14 @@ def stream_pieces(
         (new,) = step
         if new.finish:
             text.finish()
-        tokens = zip(new.tokens.tolist(), new.logprobs.tolist(), strict=True)
-        yield Piece(text.written[shown:], tuple(tokens), new.finish)
+        tokens = pairs(new.tokens, new.logprobs)
+        others = () if new.alternatives is None else tuple(map(pairs, *new.alternatives))
+        yield Piece(text.written[shown:], tokens, new.finish, others)
         shown = len(text.written)
+
+
+def pairs(ids: np.ndarray, logprobs: np.ndarray) -> tuple[tuple[int, float], ...]:
+    return tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
 
 
 def checked(make: Callable[..., Result], *options: Any) -> Result:

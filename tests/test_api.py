@@ -332,6 +332,7 @@ REFUSED = {
         "num_beams=2",
     ),
     "streamed": (lambda gpt, bert: api.stream(gpt, "x" * 40), "41 tokens"),
+    "alternatives": (lambda gpt, bert: api.stream(gpt, "x", alternatives=-1), "expected 0 to"),
 }
 
 

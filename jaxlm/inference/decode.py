@@ -35,12 +35,14 @@ class Continuation(NamedTuple):
 
     tokens: (n,) int32, without the eos that ended them. logprobs: (n,) float32, each token's log-probability by the model
     itself, before temperature and filters. finish: 'eos', 'length' (enough tokens, or the context is full), 'stop', or
-    '' if it goes on.
+    '' if it goes on. alternatives: the k likeliest at each place, (ids (n, k) int32, log-probabilities (n, k) float32),
+    the likeliest first; None if none were asked for.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     finish: str
+    alternatives: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class Decoder:
@@ -138,6 +140,7 @@ class State:
     """A batch of continuations under way: N is room for new tokens, of which the first `made` columns are there.
 
     count_B: of those, how many are the row's own: it may have ended. limit_B: how many it may have. ended_B: by eos.
+    likeliest: the ids (B, N, k) and log-probabilities of the k likeliest tokens at each column; None: not wanted.
     """
 
     cache: KVCache
@@ -149,6 +152,7 @@ class State:
     ended_B: jax.Array
     keys_B: jax.Array
     seen_BV: jax.Array | None
+    likeliest: tuple[jax.Array, jax.Array] | None
 
     @property
     def done_B(self) -> jax.Array:
@@ -159,7 +163,7 @@ class State:
         return self.tokens_BN[:, self.made - 1]
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames="cache", static_argnames="alternatives")
 def begin(
     cache: KVCache,
     logits_BV: jax.Array,
@@ -169,9 +173,12 @@ def begin(
     seen_BV: jax.Array | None,
     sampling: Sampling,
     eos_id: jax.Array,
+    alternatives: int,
 ) -> State:
     """The state after the first new token, which is drawn from what the prompts give."""
     rows, size = cache.segment_ids.shape
+    shape = rows, size, alternatives
+    likeliest = (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
     state = State(
         cache=cache,
         tokens_BN=jnp.zeros((rows, size), jnp.int32),
@@ -182,6 +189,7 @@ def begin(
         ended_B=jnp.zeros(rows, bool),
         keys_B=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), samples_B),
         seen_BV=seen_BV,
+        likeliest=likeliest if alternatives else None,
     )
     return add_tokens(state, logits_BV, sampling, eos_id)
 
@@ -194,20 +202,26 @@ def add_tokens(state: State, logits_BV: jax.Array, sampling: Sampling, eos_id: j
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.made)
     tokens_B = draw(logits_BV, keys_B, state.seen_BV, sampling)
     own_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=1)[:, 0]
-    logprobs_B = own_B - jax.nn.logsumexp(logits_BV, axis=-1)
-    put = lambda x_BN, x_B: jax.lax.dynamic_update_slice(x_BN, x_B[:, None], (0, state.made))
+    total_B = jax.nn.logsumexp(logits_BV, axis=-1)
+    put = lambda x_BN, x_B: jax.lax.dynamic_update_slice_in_dim(x_BN, x_B[:, None], state.made, 1)
     ended_B = state.ended_B | (~state.done_B & (tokens_B == eos_id))
     goes_on_B = ~state.done_B & ~ended_B
     seen_BV = state.seen_BV
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
+    likeliest = state.likeliest
+    if likeliest is not None:
+        ids_BNk, logprobs_BNk = likeliest
+        top_Bk, ids_Bk = jax.lax.top_k(logits_BV, ids_BNk.shape[-1])
+        likeliest = put(ids_BNk, ids_Bk), put(logprobs_BNk, top_Bk - total_B[:, None])
     return state.replace(
         tokens_BN=put(state.tokens_BN, tokens_B),
-        logprobs_BN=put(state.logprobs_BN, logprobs_B),
+        logprobs_BN=put(state.logprobs_BN, own_B - total_B),
         made=state.made + 1,
         count_B=state.count_B + goes_on_B,
         ended_B=ended_B,
         seen_BV=seen_BV,
+        likeliest=likeliest,
     )
 
 
@@ -217,14 +231,14 @@ def generate(
     """The continuation of each prompt. The options are those of `stream`, whose pieces it joins."""
     options = {"chunk": 16 if options.get("stop") else None} | options
     pieces = list(stream(decoder, params, prompts, **options))
-    return [
-        Continuation(
-            np.concatenate([piece.tokens for piece in row]),
-            np.concatenate([piece.logprobs for piece in row]),
-            row[-1].finish,
-        )
-        for row in zip(*pieces, strict=True)
-    ]
+    return [join_pieces(row) for row in zip(*pieces, strict=True)]
+
+
+def join_pieces(pieces: Sequence[Continuation]) -> Continuation:
+    tokens, logprobs, finish, alternatives = zip(*pieces, strict=True)
+    join = lambda arrays: np.concatenate(list(arrays))
+    likeliest = None if None in alternatives else tuple(map(join, zip(*alternatives, strict=True)))
+    return Continuation(join(tokens), join(logprobs), finish[-1], likeliest)
 
 
 def stream(
@@ -240,6 +254,7 @@ def stream(
     eos_id: int = -1,
     stop: Stop | None = None,
     chunk: int | None = 1,
+    alternatives: int = 0,
 ) -> Iterator[list[Continuation]]:
     """Yields, after the first token and after every `chunk` more (None: all), what is new in each row.
 
@@ -248,6 +263,7 @@ def stream(
     samples: a row draws by the seed and its number here; by default equal prompts are numbered from 0.
     eos_id: -1 never ends early. stop(row, tokens (n,)): whether a row ends with its n-th new token; asked on the host for
     every n, between chunks.
+    alternatives: how many of the likeliest tokens at each place are told, too; another number compiles again.
 
     Raises:
       ValueError: if a prompt is empty, longer than max_len or has unknown ids, listing all such rows.
@@ -263,7 +279,8 @@ def stream(
 
     params = decoder.prepare(params)
     logits_BV, cache = decoder.prefill(params, tokens_BP, segment_ids_BP, size=size)
-    state = begin(cache, logits_BV, limit_B, samples_B, np.uint32(seed), seen_BV, sampling, eos)
+    draws = samples_B, np.uint32(seed), seen_BV, sampling
+    state = begin(cache, logits_BV, limit_B, *draws, eos, alternatives)
     shown = np.zeros(len(prompts), int)
     stopped = np.zeros(len(prompts), bool)
     while True:
@@ -281,8 +298,9 @@ def new_pieces(
     state: State, shown: np.ndarray, stopped: np.ndarray, stop: Stop | None
 ) -> list[Continuation]:
     """What each row has made since `shown` tokens; `shown` and `stopped` are brought up to date."""
-    tokens_BN, logprobs_BN, count_B, limit_B, ended_B = jax.device_get(
-        (state.tokens_BN, state.logprobs_BN, state.count_B, state.limit_B, state.ended_B)
+    tokens_BN, logprobs_BN, likeliest, count_B, limit_B, ended_B = jax.device_get(
+        (state.tokens_BN, state.logprobs_BN, state.likeliest)
+        + (state.count_B, state.limit_B, state.ended_B)
     )
     pieces = []
     for row, (start, end) in enumerate(zip(shown, count_B, strict=True)):
@@ -295,10 +313,10 @@ def new_pieces(
                     break
         finish = "stop" if stopped[row] else "eos" if ended_B[row] else "length"
         is_done = stopped[row] or ended_B[row] or end >= limit_B[row]
-        new = slice(start, end)
-        pieces.append(
-            Continuation(tokens_BN[row, new], logprobs_BN[row, new], finish if is_done else "")
-        )
+        new = row, slice(start, end)
+        alternatives = None if likeliest is None else tuple(array[new] for array in likeliest)
+        finish = finish if is_done else ""
+        pieces.append(Continuation(tokens_BN[new], logprobs_BN[new], finish, alternatives))
         shown[row] = end
     return pieces
 

@@ -223,6 +223,29 @@ def test_the_stream_check_fails_for_a_stream_that_repeats_itself():
         check_stream([join([pieces[: i + 1]][0]) for i in range(len(pieces))], 1)
 
 
+def check_alternatives(continuations, num):
+    """At each place they are the likeliest tokens after all tokens before it, with their log-probabilities."""
+    for prompt, new in zip(PROMPTS, continuations, strict=True):
+        row = np.zeros((3, 16), np.int32)
+        row[0, : len(prompt) + 6] = [*prompt, *new.tokens]
+        here = np.asarray(all_log_probs(row))[0, len(prompt) - 1 :][:6]
+        ids, logprobs = new.alternatives
+        assert ids.shape == logprobs.shape == (6, num)
+        np.testing.assert_allclose(logprobs, -np.sort(-here, axis=-1)[:, :num], atol=1e-4)
+        np.testing.assert_allclose(logprobs, np.take_along_axis(here, ids, -1), atol=1e-4)
+
+
+def test_the_likeliest_alternatives_are_told_and_change_nothing():
+    options = dict(max_new_tokens=6, max_len=16, sampling=make_sampling(), seed=2, chunk=4)
+    plain = decode.generate(make_decoder(MODEL), PARAMS, PROMPTS, **options)
+    told = decode.generate(make_decoder(MODEL), PARAMS, PROMPTS, alternatives=4, **options)
+    assert tokens_of(told) == tokens_of(plain) and plain[0].alternatives is None
+    check_alternatives(told, 4)
+    wrong = [new._replace(alternatives=tuple(x[:, ::-1] for x in new.alternatives)) for new in told]
+    with pytest.raises(AssertionError):
+        check_alternatives(wrong, 4)
+
+
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
