@@ -24,6 +24,7 @@ from absl import app, flags, logging
 
 from jaxlm import api
 from jaxlm.host import keep_freed_memory
+from jaxlm.inputs import read_prompts
 from jaxlm.parallel.mesh import make_mesh
 
 STREAMED = "max_new_tokens temperature top_k top_p min_p repetition_penalty stop seed".split()
@@ -85,31 +86,6 @@ def options_of(args: Any, name: str) -> dict[str, Any]:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The texts of a file: one a line, or of F.jsonl one an object. Empty lines are left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise api.BadInput(f"{path}: no UTF-8 at byte {error.start}") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise api.BadInput(f"{path} is empty: expected a text a line")
-    if path.suffix == ".jsonl":
-        return [read_object(f"{path}:{number}", line) for number, line in numbered]
-    return [line.removesuffix("\r") for _, line in numbered]
-
-
-def read_object(where: str, line: str) -> str:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError:
-        found = None
-    text = found.get("prompt", found.get("text")) if isinstance(found, dict) else None
-    if not isinstance(text, str):
-        raise api.BadInput(f"{where}: expected an object with a text as 'prompt' or 'text'")
-    return text
 
 
 def check_output(path: Path, task: str | None) -> None:

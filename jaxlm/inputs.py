@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +17,31 @@ FAMILIES = {
     "gpt": "a decoder: it continues texts, and fills no masks",
     "bert": "an encoder: it fills masks, and does not continue texts",
 }
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The texts of a file: one a line, or of F.jsonl one an object. Empty lines are left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: no UTF-8 at byte {error.start}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise BadInput(f"{path} is empty: expected a text a line")
+    if path.suffix == ".jsonl":
+        return [read_object(f"{path}:{number}", line) for number, line in numbered]
+    return [line.removesuffix("\r") for _, line in numbered]
+
+
+def read_object(where: str, line: str) -> str:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        found = None
+    text = found.get("prompt", found.get("text")) if isinstance(found, dict) else None
+    if not isinstance(text, str):
+        raise BadInput(f"{where}: expected an object with a text as 'prompt' or 'text'")
+    return text
 
 
 def need_lm(lm: LanguageModel, family: str) -> None:

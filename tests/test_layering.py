@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ENTRYPOINTS = {"pretrain", "finetune", "evaluate", "generate"}
+ENTRYPOINTS = {"pretrain", "finetune", "evaluate", "generate", "harness"}
 PEERS = {"models", "objectives", "tasks", "data"}
 # A module's layer -> the layers of jaxlm that it may import (itself always).
 THIRD_PARTY_ONLY: frozenset[str] = frozenset()

@@ -23,9 +23,9 @@ from jaxlm import api
 from jaxlm.data.column_names import ROLES
 from jaxlm.data.columns import as_role_records, choose_columns
 from jaxlm.data.records import format_problems, read_records
-from jaxlm.generate import read_prompts
 from jaxlm.host import keep_freed_memory
 from jaxlm.inference.search import Index
+from jaxlm.inputs import read_prompts
 
 LINES = ("", ".txt", ".text", ".md")  # endings of files with a text a line
 SAME = 0.999  # cosine of a text's vector and that of the same text from the same model, in another batch
