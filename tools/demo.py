@@ -108,7 +108,7 @@ def options_of(lm: api.LanguageModel, most_tokens: int = MOST_TOKENS) -> list[Op
                 ("top_k", "Top k", 0, lm.num_tokens, 1),
                 ("top_p", "Top p", 0.01, 1, 0.01),
                 ("min_p", "Min p", 0, 1, 0.01),
-                ("repetition_penalty", "Repetition penalty", 0.1, 10, 0.05),
+                ("repetition_penalty", "Repeat penalty", 0.1, 10, 0.05),
                 ("seed", "Seed", 0, 2**32 - 1, 1),
             ],
         ),

@@ -20,9 +20,9 @@ FLAGS = (
 
 
 @contextlib.contextmanager
-def serve(checkpoint: str | Path):
+def serve(checkpoint: str | Path, *flags: str):
     """Runs tools/demo.py on a free port of this machine; gives its address."""
-    command = [sys.executable, "tools/demo.py", f"--checkpoint={checkpoint}", "--port=0"]
+    command = [sys.executable, "tools/demo.py", f"--checkpoint={checkpoint}", "--port=0", *flags]
     with tempfile.TemporaryFile("w+") as errors:
         server = subprocess.Popen(
             command,

@@ -9,7 +9,7 @@ from tests.browser.page import Page
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--checkpoint", required=True)
 parser.add_argument("--output", type=Path, required=True)
-parser.add_argument("--text", default="def read_lines(path):\n    ")
+parser.add_argument("--text", default="def read_lines(path):\n")
 parser.add_argument("--set", action="append", default=[], help="NAME=VALUE: an option of the page")
 parser.add_argument("--token", type=int, default=0, help="whose probabilities are shown")
 parser.add_argument("--width", type=int, default=960)
@@ -21,7 +21,9 @@ def main() -> None:
         page = Page(driver, address)
         for option in args.set:
             page.set(*option.split("=", 1))
-        page.ask(args.text)
+        for _ in range(2):  # the second time nothing is compiled
+            page.ask(args.text)
+            page.wait(page.find("go").is_enabled)
         print(page.find("status").text, page.find("error").text)
         page.all(".token")[args.token].click()
         page.run("document.activeElement.blur()")

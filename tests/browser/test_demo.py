@@ -18,9 +18,10 @@ def save_tiny(folder, spec, **changes):
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
-    """The address of a page with a decoder; its context is long, so there is time to stop it."""
+    """The address of a page with a decoder; its texts may be long, so there is time to stop it."""
     long = dict(seq_len=2048, model__max_len=2048)
-    with serve(save_tiny(tmp_path_factory.mktemp("gpt"), "configs/gpt.py:tiny", **long)) as address:
+    folder = save_tiny(tmp_path_factory.mktemp("gpt"), "configs/gpt.py:tiny", **long)
+    with serve(folder, "--max_new_tokens=2000") as address:
         yield address
 
 
@@ -107,14 +108,14 @@ def test_markup_is_text_wherever_it_comes_from(browser, decoder):
 
 def test_a_text_can_be_stopped_and_another_asked_for(browser, decoder):
     page = Page(browser, decoder)
-    page.set("max_new_tokens", 512)
+    page.set("max_new_tokens", 2000)
     page.run("part('text').value = 'def '")
     page.find("go").click()
     page.wait(lambda: len(page.all(".token")) > 3)
     assert not page.find("go").is_enabled()
     page.press("ESCAPE")
     page.wait(lambda: page.find("status").text == "Stopped.")
-    assert page.find("go").is_enabled() and 3 < len(page.all(".token")) < 512
+    assert page.find("go").is_enabled() and 3 < len(page.all(".token")) < 1500
     page.set("max_new_tokens", 3)
     page.ask()
     assert "3 tokens in" in page.find("status").text and len(page.all(".token")) <= 3
@@ -128,7 +129,7 @@ def test_what_is_wrong_is_said_on_the_page(browser, decoder):
     page.ask("def ")
     said = page.find("error").text
     assert "temperature: expected a number from 0 to 5, found 99" in said and "seed" in said
-    assert page.output == "def " or page.output == ""
+    assert page.all(".token") == []
     page.check_quiet(statuses=[400])
 
 
