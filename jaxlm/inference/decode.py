@@ -297,7 +297,10 @@ def stream(
 def new_pieces(
     state: State, shown: np.ndarray, stopped: np.ndarray, stop: Stop | None
 ) -> list[Continuation]:
-    """What each row has made since `shown` tokens; `shown` and `stopped` are brought up to date."""
+    """What each row has made since `shown` tokens; `shown` and `stopped` are brought up to date.
+
+    Pieces are copies: on a CPU the arrays are views of the state's own memory, which `extend` uses again.
+    """
     tokens_BN, logprobs_BN, likeliest, count_B, limit_B, ended_B = jax.device_get(
         (state.tokens_BN, state.logprobs_BN, state.likeliest)
         + (state.count_B, state.limit_B, state.ended_B)
@@ -314,9 +317,10 @@ def new_pieces(
         finish = "stop" if stopped[row] else "eos" if ended_B[row] else "length"
         is_done = stopped[row] or ended_B[row] or end >= limit_B[row]
         new = row, slice(start, end)
-        alternatives = None if likeliest is None else tuple(array[new] for array in likeliest)
+        copy = lambda array, new=new: array[new].copy()
+        alternatives = None if likeliest is None else tuple(map(copy, likeliest))
         finish = finish if is_done else ""
-        pieces.append(Continuation(tokens_BN[new], logprobs_BN[new], finish, alternatives))
+        pieces.append(Continuation(copy(tokens_BN), copy(logprobs_BN), finish, alternatives))
         shown[row] = end
     return pieces
 
