@@ -361,7 +361,8 @@ def serve(app: Any, host: str, port: int) -> None:
             limit_concurrency=MOST_CONNECTIONS,
             timeout_graceful_shutdown=FAREWELL,
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        with contextlib.suppress(KeyboardInterrupt):  # which is how it ends
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,9 +40,12 @@ def serve(checkpoint: str | Path, *flags: str):
             assert words[:1] == ["open"], errors.read()
             yield words[1]
         finally:
-            server.terminate()
-            server.wait(timeout=60)
+            server.send_signal(signal.SIGINT)
+            code = server.wait(timeout=60)
             server.stdout.close()
+        errors.seek(0)
+        said = errors.read()
+        assert code == 0 and "Traceback" not in said, said
 
 
 @contextlib.contextmanager
