@@ -173,7 +173,7 @@ def begin(
     seen_BV: jax.Array | None,
     sampling: Sampling,
     eos_id: jax.Array,
-    alternatives: int,
+    alternatives: int = 0,
 ) -> State:
     """The state after the first new token, which is drawn from what the prompts give."""
     rows, size = cache.segment_ids.shape
