@@ -21,7 +21,7 @@ import numpy as np
 from jaxlm.inference import decode, scoring
 from jaxlm.inference import embed as embedding
 from jaxlm.inference import fill_mask as masks
-from jaxlm.inference.batches import plan_batches
+from jaxlm.inference.batches import in_batches
 from jaxlm.inference.beam import Beam, beam_search
 from jaxlm.inference.sampling import Sampling, make_sampling
 from jaxlm.inference.text import TextStream
@@ -137,12 +137,17 @@ def generate(
         )
         search = functools.partial(search_beams, lm, options, prepared(lm, beam_search))
         rows = encode_prompts(lm, prompts)
-        return in_batches(search, rows, lm.max_len, max(1, batch_size // num_beams))
+        run = lambda indices: search([rows[i] for i in indices])
+        return in_batches(
+            run, [len(row) for row in rows], lm.max_len, max(1, batch_size // num_beams)
+        )
     sampling = checked(make_sampling, temperature, top_k, top_p, min_p, repetition_penalty)
     options = sampling_options(lm, max_new_tokens, sampling, stop, seed)
     rows = [ids for ids in encode_prompts(lm, prompts) for _ in range(num_samples)]
     draw = functools.partial(sample, lm, stop, options, prepared(lm, decode.generate))
-    found = in_batches(draw, rows, lm.max_len, batch_size)
+    numbers = decode.number_samples(rows)
+    run = lambda indices: draw([rows[i] for i in indices], [numbers[i] for i in indices])
+    found = in_batches(run, [len(row) for row in rows], lm.max_len, batch_size)
     return [found[i : i + num_samples] for i in range(0, len(found), num_samples)]
 
 
@@ -216,7 +221,7 @@ def sample(
     rows: Sequence[np.ndarray],
     numbers: Sequence[int],
 ) -> list[Generation]:
-    """A continuation of each row, drawn."""
+    """A continuation of each row, drawn by its number among equal ones."""
     texts = [Text(lm, row, stop) for row in rows]
     drawn = run(
         rows,
@@ -232,9 +237,8 @@ def search_beams(
     options: dict[str, Any],
     run: Callable[..., list[list[Beam]]],
     rows: Sequence[np.ndarray],
-    numbers: Sequence[int],
 ) -> list[list[Generation]]:
-    """The best continuations of each row; its number makes no difference."""
+    """The best continuations of each row."""
     generations = []
     for row, beams in zip(rows, run(rows, **options), strict=True):
         room = min(options["max_new_tokens"], lm.max_len - len(row))
@@ -309,23 +313,6 @@ class Text:
         self.stops(found.tokens)
         score = float(found.logprobs.sum(dtype=np.float64))
         return Generation(self.finish(), found.tokens, found.logprobs, score, found.finish)
-
-
-def in_batches(
-    run: Callable[[Sequence[np.ndarray], Sequence[int]], Sequence[Result]],
-    rows: Sequence[np.ndarray],
-    max_len: int,
-    max_rows: int,
-) -> list[Result]:
-    """What `run` gives for each row. It gets rows and how many equal ones come before each; a batch that is not full
-    repeats its last row."""
-    numbers = decode.number_samples(rows)
-    found: dict[int, Result] = {}
-    for batch in plan_batches([len(row) for row in rows], max_len, max_rows):
-        padded = [*batch.indices, *[batch.indices[-1]] * (batch.rows - len(batch.indices))]
-        results = run([rows[i] for i in padded], [numbers[i] for i in padded])
-        found |= dict(zip(padded, results, strict=True))
-    return [found[i] for i in range(len(rows))]
 
 
 # --- fill_mask --------------------------------------------------------------------------------------------------------

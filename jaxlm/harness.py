@@ -42,7 +42,7 @@ except ImportError as error:
 
 from jaxlm.host import keep_freed_memory
 from jaxlm.inference import decode, scoring
-from jaxlm.inference.batches import plan_batches
+from jaxlm.inference.batches import in_batches
 from jaxlm.inference.sampling import make_sampling
 from jaxlm.inference.text import TextStream
 from jaxlm.inputs import bos_of, need_lm
@@ -219,25 +219,23 @@ class JaxLM(TemplateLM):
         warn_of_cuts(len(ids) > room for ids in encoded)
         prompts = [np.array(ids[-room:], np.int32) for ids in encoded]
         samples = decode.number_samples(prompts)
-        texts: dict[int, str] = {}
-        for batch in plan_batches([len(p) for p in prompts], self.max_length, self.batch_size):
-            # A batch that is not full repeats its last row.
-            rows = [*batch.indices, *[batch.indices[-1]] * (batch.rows - len(batch.indices))]
+
+        def run(indices: list[int]) -> list[str]:
             made = self.lm.in_mesh(decode.generate)(
                 self.decoder,
                 self.lm.params,
-                [prompts[i] for i in rows],
+                [prompts[i] for i in indices],
                 max_new_tokens=options.max_new_tokens,
                 max_len=self.max_length,
                 sampling=options.sampling,
-                samples=[samples[i] for i in rows],
+                samples=[samples[i] for i in indices],
                 eos_id=self.eot_token_id,
-                stop=self.make_stop(options.until, len(rows)),
+                stop=self.make_stop(options.until, len(indices)),
             )
-            for i, new in zip(rows, made, strict=True):
-                text = self.lm.tokenizer.decode(new.tokens)
-                texts[int(i)] = postprocess_generated_text(text, list(options.until), None)
-        return [texts[i] for i in range(len(contexts))]
+            texts = [self.lm.tokenizer.decode(new.tokens) for new in made]
+            return [postprocess_generated_text(text, list(options.until), None) for text in texts]
+
+        return in_batches(run, [len(p) for p in prompts], self.max_length, self.batch_size)
 
     def make_stop(self, until: Sequence[str], rows: int) -> decode.Stop:
         """Tells of each row, token by token, whether a stop string is complete."""

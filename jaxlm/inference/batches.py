@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 LEAST = 16
+Result = TypeVar("Result")
 
 
 def round_up(length: int, most: int) -> int:
@@ -52,3 +53,18 @@ def pad_batch(rows: Sequence[np.ndarray], batch: Batch) -> dict[str, np.ndarray]
         tokens[place, : len(row)], segment_ids[place, : len(row)] = row, 1
     positions = np.broadcast_to(np.arange(batch.length, dtype=np.int32), tokens.shape)
     return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
+
+
+def in_batches(
+    run: Callable[[list[int]], Sequence[Result]],
+    lengths: Sequence[int],
+    max_len: int,
+    max_rows: int,
+) -> list[Result]:
+    """What `run` gives for each row. It gets the indices of a batch at a time, the last one again where rows are left."""
+    found: dict[int, Result] = {}
+    for batch in plan_batches(lengths, max_len, max_rows):
+        indices = batch.indices.tolist()
+        indices += indices[-1:] * (batch.rows - len(indices))
+        found |= dict(zip(indices, run(indices), strict=True))
+    return [found[i] for i in range(len(lengths))]

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm.inference.batches import round_up
-from jaxlm.inference.decode import Decoder, check_prompts, pad_left
+from jaxlm.inference.decode import Decoder, read_prompts
 from jaxlm.models.cache import take_rows
 
 # (cache, the row of it that each row continues (R,), the token that each row reads (R,)) -> (logits (R, V), cache)
@@ -83,13 +82,8 @@ def beam_search(
         wrong.append(f"length_penalty={length_penalty}: -10 to 10")
     if wrong:
         raise ValueError("cannot search beams:\n" + "\n".join(f"  - {w}" for w in wrong))
-    check_prompts(decoder, prompts, max_new_tokens, max_len)
-    lengths = np.array([len(prompt) for prompt in prompts])
-    limits = np.minimum(max_new_tokens, max_len - lengths)
-    tokens_BP, segment_ids_BP = pad_left(prompts, round_up(int(lengths.max()), max_len))
-    size = round_up(tokens_BP.shape[1] + int(limits.max()), 2 * max_len)
     params = decoder.prepare(params)
-    logits_BV, cache = decoder.prefill(params, tokens_BP, segment_ids_BP, size=size)
+    logits_BV, cache, limits = read_prompts(decoder, params, prompts, max_new_tokens, max_len)
 
     def advance(cache, parents_R, tokens_R):
         return decoder.step(params, reorder(cache, parents_R), tokens_R)

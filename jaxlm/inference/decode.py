@@ -268,17 +268,12 @@ def stream(
     Raises:
       ValueError: if a prompt is empty, longer than max_len or has unknown ids, listing all such rows.
     """
-    check_prompts(decoder, prompts, max_new_tokens, max_len)
-    lengths = np.array([len(prompt) for prompt in prompts])
-    limit_B = np.minimum(max_new_tokens, max_len - lengths).astype(np.int32)
-    tokens_BP, segment_ids_BP = pad_left(prompts, round_up(int(lengths.max()), max_len))
-    size = round_up(tokens_BP.shape[1] + int(limit_B.max()), 2 * max_len)
+    params = decoder.prepare(params)
+    logits_BV, cache, limit_B = read_prompts(decoder, params, prompts, max_new_tokens, max_len)
     samples_B = np.asarray(number_samples(prompts) if samples is None else samples, np.int32)
     seen_BV = find_seen(prompts, decoder.num_ids) if sampling.needs_seen else None
     eos = np.int32(eos_id)
 
-    params = decoder.prepare(params)
-    logits_BV, cache = decoder.prefill(params, tokens_BP, segment_ids_BP, size=size)
     draws = samples_B, np.uint32(seed), seen_BV, sampling
     state = begin(cache, logits_BV, limit_B, *draws, eos, alternatives)
     shown = np.zeros(len(prompts), int)
@@ -323,6 +318,26 @@ def new_pieces(
         pieces.append(Continuation(copy(tokens_BN), copy(logprobs_BN), finish, alternatives))
         shown[row] = end
     return pieces
+
+
+def read_prompts(
+    decoder: Decoder,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    max_len: int,
+) -> tuple[jax.Array, KVCache, np.ndarray]:
+    """(logits (B, V) of what follows, a cache with room for that, how many tokens may follow each prompt (B,)).
+
+    Raises:
+      ValueError: as `stream` does.
+    """
+    check_prompts(decoder, prompts, max_new_tokens, max_len)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    limit_B = np.minimum(max_new_tokens, max_len - lengths).astype(np.int32)
+    tokens_BP, segment_ids_BP = pad_left(prompts, round_up(int(lengths.max()), max_len))
+    size = round_up(tokens_BP.shape[1] + int(limit_B.max()), 2 * max_len)
+    return *decoder.prefill(params, tokens_BP, segment_ids_BP, size=size), limit_B
 
 
 def pad_left(prompts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxlm.inference.batches import Batch, pad_batch, plan_batches, round_up
+from jaxlm.inference.batches import Batch, in_batches, pad_batch, plan_batches, round_up
 
 
 def check_plan(plan):
@@ -47,3 +47,14 @@ def test_padding_is_of_segment_0_whole_rows_too():
     assert batch["tokens"].tolist() == [[8, 0, 0, 0], [5, 6, 7, 0], [0] * 4, [0] * 4]
     assert batch["segment_ids"].tolist() == [[1, 0, 0, 0], [1, 1, 1, 0], [0] * 4, [0] * 4]
     assert batch["positions"].tolist() == [[0, 1, 2, 3]] * 4
+
+
+def test_results_come_in_the_order_of_the_rows_and_a_batch_is_filled_with_its_last_row():
+    lengths, asked = [3, 99, 40, 1, 20, 7, 8], []
+    assert (
+        in_batches(lambda rows: asked.append(rows) or [lengths[i] for i in rows], lengths, 128, 4)
+        == lengths
+    )
+    assert asked == [[1, 2, 4, 6], [5, 0, 3, 3]]
+    with pytest.raises(ValueError, match="shorter"):  # a result is missing
+        in_batches(lambda rows: rows[1:], lengths, 128, 4)
