@@ -21,6 +21,7 @@ from jaxlm.data import prepare as preparation
 from jaxlm.data import sources as text_sources
 from jaxlm.data.pipeline import EvalBatches, TrainBatches, make_iterator
 from jaxlm.data.token_store import TokenStore
+from jaxlm.files import new_folder
 from jaxlm.interop import convert, tokenizer_files
 from jaxlm.models import MODELS
 from jaxlm.models.flops import train_step_flops
@@ -164,8 +165,9 @@ def make_tokenizer(config: ConfigDict, workdir: Path) -> Any:
             if isinstance(document, text_sources.Document)
         )
         tokenizer = tokenizers.train_tokenizer(kind, texts, **options)
-    tokenizer.save(saved)
-    return tokenizer
+    with new_folder(saved) as folder:
+        tokenizer.save(folder)
+    return tokenizers.load_tokenizer(saved)
 
 
 def named_sources(sources: tuple[str, ...]) -> list[tuple[str, str]]:

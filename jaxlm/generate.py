@@ -12,7 +12,6 @@ hf:FOLDER_OR_HUB_ID. From Python: `jaxlm.api`, whose defaults hold here.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from jaxlm import api
+from jaxlm.files import write_whole
 from jaxlm.host import keep_freed_memory
 from jaxlm.inputs import read_prompts
 from jaxlm.parallel.mesh import make_mesh
@@ -97,17 +97,6 @@ def check_output(path: Path, task: str | None) -> None:
         )
     if not path.absolute().parent.is_dir():
         raise api.BadInput(f"--output={path}: there is no folder {path.parent}")
-
-
-def write_whole(path: str, write: Callable[[Any], None]) -> None:
-    """`write` to a file beside `path`, which takes its place when it is whole."""
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
 
 
 def write_rows(path: str, rows: Iterable[Row]) -> None:

@@ -24,6 +24,7 @@ from jaxlm import build
 from jaxlm.data.augment import Augmentation, AugmentedFeatures
 from jaxlm.data.examples import Examples, TrainExamples, lay_out, plan_shapes
 from jaxlm.data.records import Problem, check_problems
+from jaxlm.files import new_folder
 from jaxlm.interop import convert, tokenizer_files
 from jaxlm.models import HEADS
 from jaxlm.models.flops import train_step_flops
@@ -191,7 +192,8 @@ def make_run(
     config, task, source = prepared.config, prepared.task, prepared.source
     mesh = mesh or meshes.make_mesh(**config.mesh)
     if not (workdir / "tokenizer").is_dir():
-        save_tokenizer(source, workdir / "tokenizer")
+        with new_folder(workdir / "tokenizer") as folder:
+            save_tokenizer(source, folder)
     write_task(workdir, config.task.name, prepared.fitted)
     model = build.make_model(config, mesh)
     train = prepared.splits["train"].examples

@@ -14,7 +14,6 @@ from jaxlm.language_model import load
 from jaxlm.text_evaluation import evaluate_text
 from jaxlm.tokenizers import train_tokenizer
 from tests import tiny
-from tests.oracles.test_convert import make_workdir, to_hf
 
 pytestmark = pytest.mark.oracles
 MISSING = "missing: bash tools/check.sh --oracles"
@@ -22,6 +21,8 @@ torch = pytest.importorskip("torch", reason=MISSING)
 transformers = pytest.importorskip("transformers", reason=MISSING)
 lm_eval = pytest.importorskip("lm_eval", reason="missing: pip install -e '.[harness]'")
 from lm_eval.tasks import TaskManager  # noqa: E402
+
+from tests.oracles.test_convert import make_workdir, to_hf  # noqa: E402
 
 CONTEXT = 64
 GPT2 = dict(
