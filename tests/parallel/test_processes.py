@@ -61,11 +61,15 @@ def train(tmp_path, config_path, processes, wrong=False):
         for i in range(processes)
     ]
     results = []
-    for child in children:
-        out, err = child.communicate(timeout=300)
-        assert child.returncode == 0, err[-4000:]
-        (line,) = [x for x in out.splitlines() if x.startswith("RESULT ")]
-        results.append(json.loads(line.removeprefix("RESULT ")))
+    try:
+        for child in children:
+            out, err = child.communicate(timeout=300)
+            assert child.returncode == 0, err[-4000:]
+            (line,) = [x for x in out.splitlines() if x.startswith("RESULT ")]
+            results.append(json.loads(line.removeprefix("RESULT ")))
+    finally:
+        for child in children:
+            child.kill()  # one that waits for another that failed
     return results
 
 
