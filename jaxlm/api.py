@@ -24,6 +24,7 @@ from jaxlm.inference import fill_mask as masks
 from jaxlm.inference.batches import in_batches
 from jaxlm.inference.beam import Beam, beam_search
 from jaxlm.inference.sampling import Sampling, make_sampling
+from jaxlm.inference.search import normalized
 from jaxlm.inference.text import TextStream
 from jaxlm.inputs import (
     bos_of,
@@ -400,7 +401,7 @@ def embed(
     vectors = lm.in_mesh(embedding.embed)(
         lm.model, lm.params, rows, pooling=POOLINGS[pooling][lm.family], max_len=lm.max_len
     )
-    return embedding.normalize(vectors) if normalize else vectors
+    return normalized(vectors) if normalize else vectors
 
 
 # --- score ------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from jaxlm.data.token_store import TokenStore
 from jaxlm.host import keep_freed_memory
 from jaxlm.text_evaluation import evaluate_text
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_item
+from jaxlm.tuning.source import split_step
 
 
 def open_run(checkpoint: str | Path, step: int | None = None) -> tuple[build.Run, Path]:
@@ -49,7 +50,7 @@ def evaluate_data(
     lm = language_model.load(checkpoint, step)
     is_run = not checkpoint.startswith(build.HUGGING_FACE)
     if is_run:
-        workdir = find_step(checkpoint.partition("@")[0], step).parent.parent
+        workdir = find_step(split_step(checkpoint)[0], step).parent.parent
         options["config"] = build.saved_config(workdir / "config.json")
     return {"checkpoint": checkpoint} | evaluate_text(lm, data, **options)
 

@@ -11,9 +11,14 @@ LEAST = 16
 Result = TypeVar("Result")
 
 
+def next_power(count: int) -> int:
+    """The smallest power of two that is at least `count`."""
+    return 1 << (count - 1).bit_length()
+
+
 def round_up(length: int, most: int) -> int:
     """The next power of two, at least 16 and at most `most`."""
-    return min(most, max(LEAST, 1 << (length - 1).bit_length()))
+    return min(most, max(LEAST, next_power(length)))
 
 
 class Batch(NamedTuple):
@@ -34,7 +39,7 @@ def plan_batches(lengths: Sequence[int], max_len: int, max_rows: int) -> list[Ba
     return [
         Batch(
             part,
-            min(max_rows, 1 << (len(part) - 1).bit_length()),
+            min(max_rows, next_power(len(part))),
             round_up(int(lengths[part[0]]), max_len),
         )
         for part in parts

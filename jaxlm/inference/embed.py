@@ -41,9 +41,3 @@ def embed(
         pooled = jax.device_get(run(params, pad_batch(rows, batch)))
         vectors[batch.indices] = pooled[: len(batch.indices)]
     return vectors
-
-
-def normalize(vectors_ND: np.ndarray) -> np.ndarray:
-    """Of length 1; zeros stay zeros."""
-    lengths = np.sqrt(np.square(vectors_ND).sum(-1, keepdims=True))
-    return vectors_ND / np.maximum(lengths, 1e-12)

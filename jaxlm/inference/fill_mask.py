@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.inference.batches import pad_batch, plan_batches
+from jaxlm.inference.batches import next_power, pad_batch, plan_batches
 from jaxlm.inference.logits import unembed
 
 MASK = "[MASK]"  # how a text writes the tokenizer's mask token; its own spelling will do, too
@@ -79,7 +79,7 @@ def fill_mask(
     found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in rows]
     for batch in plan_batches([len(row) for row in rows], max_len, MAX_ROWS):
         most = max(1, *(len(places[i]) for i in batch.indices))
-        slots = 1 << (most - 1).bit_length()  # a power of two: few shapes
+        slots = next_power(most)  # few shapes
         positions = np.zeros((batch.rows, slots), np.int32)
         for place, index in zip(positions, batch.indices, strict=False):
             place[: len(places[index])] = places[index]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.inference.batches import Batch, pad_batch, round_up
+from jaxlm.inference.batches import Batch, next_power, pad_batch, round_up
 from jaxlm.inference.logits import unembed
 from jaxlm.models import BERT
 from jaxlm.models.heads import gather_positions
@@ -305,11 +305,6 @@ def plan(rows: Sequence[Row], max_len: int, batch_tokens: int) -> Iterator[Batch
             while size // 4 >= len(indices):
                 size //= 4
             yield Batch(indices, max(size, batch_devices()), length)
-
-
-def next_power(count: int) -> int:
-    """The smallest power of two that is at least `count`."""
-    return 1 << (count - 1).bit_length()
 
 
 def lay_out(

@@ -208,7 +208,8 @@ Carry = tuple[jax.Array, KVCache | None]  # what goes from layer to layer
 class Block(nn.Module):
     """One layer: attention and MLP, each with its norms and its residual. Returns (carry, None), as a scan wants.
 
-    carry: x (B, T, D), and the cache of all layers or None. views: one for each distinct attention window. differences: see `layer_differences`, here of this layer.
+    carry: x (B, T, D), and the cache of all layers or None. views: one for each distinct attention window.
+    differences: see `layer_differences`, here of this layer.
     """
 
     config: TransformerConfig
