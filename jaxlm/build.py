@@ -1,10 +1,11 @@
-"""From a ConfigDict to the parts of a run. The only module that knows configs and every package below."""
+"""From a ConfigDict to the parts of a run: `program` makes what needs no data, this the rest. These two and `tuning` are
+the only modules that know configs."""
 
 import dataclasses
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -23,17 +23,19 @@ from jaxlm.data.pipeline import EvalBatches, TrainBatches, make_iterator
 from jaxlm.data.token_store import TokenStore
 from jaxlm.files import new_folder
 from jaxlm.interop import convert, tokenizer_files
-from jaxlm.models import MODELS
-from jaxlm.models.flops import train_step_flops
-from jaxlm.models.heads import Head
 from jaxlm.models.transformer import TransformerConfig
-from jaxlm.objectives import OBJECTIVES
 from jaxlm.parallel import mesh as meshes
-from jaxlm.training import optimizers, partition
+from jaxlm.program import (
+    ONE_TOKEN,
+    Program,
+    abstract_params,
+    make_model,
+    make_program,
+    sharded_shapes,
+)
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_item, restore_state
 from jaxlm.training.metrics import MetricSums, one_behind, with_perplexity
-from jaxlm.training.state import TrainState, new_state
-from jaxlm.training.step import make_eval_step, make_train_step
+from jaxlm.training.state import TrainState
 from jaxlm.training.throughput import peak_flops
 
 PyTree = Any
@@ -59,13 +61,6 @@ EXECUTION_FIELDS = (
 )
 
 HUGGING_FACE = "hf:"  # what an `init_from` begins with that is no run of ours
-
-
-def pick(table: Mapping[str, Any], name: str, what: str) -> Any:
-    """`table[name]`, or an error that lists the names there are."""
-    if name not in table:
-        raise ValueError(f"unknown {what} {name!r}: known are {', '.join(sorted(table))}")
-    return table[name]
 
 
 def read_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -133,13 +128,6 @@ def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def resolve_dtype(dtype: str, mesh: jax.sharding.Mesh) -> str:
-    """'auto' is bfloat16 on accelerators and float32 on CPUs, by the mesh's devices."""
-    if dtype != "auto":
-        return dtype
-    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
 
 
 def make_tokenizer(config: ConfigDict, workdir: Path) -> Any:
@@ -233,118 +221,15 @@ def mixture_weights(
     return schedule
 
 
-def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:
-    options = TransformerConfig(
-        **config.model,
-        dtype=resolve_dtype(config.dtype, mesh),
-        param_dtype=config.param_dtype,
-        remat=config.remat,
-        unroll=config.unroll,
-        attention_kernel=config.attention_kernel,
-    )
-    model = pick(MODELS, config.family, "family")
-    if "head" in config:  # a fine-tuning run has a task's head instead of an objective's
-        return model(options, head=Head(options, **config.head))
-    pairs = {"num_pair_classes": 2} if config.objective.name in ("mlm_nsp", "mlm_sop") else {}
-    return model(options, **pairs)
+@dataclass(kw_only=True)
+class Run(Program):
+    """Every part of a training run, built and sharded; see `make_run`."""
 
-
-def make_objective(config: ConfigDict, tokenizer: Any) -> Any:
-    options = config.objective.to_dict()
-    return pick(OBJECTIVES, options.pop("name"), "objective")(tokenizer=tokenizer, **options)
-
-
-@dataclass
-class Run:
-    """Every part of a training run, built and sharded; see `make_run`.
-
-    objective: what has `loss`: an objective of pretraining or a task of fine-tuning.
-    dummy: one row of a batch, which parameters are initialised with. boxed: abstract parameters with their axis names.
-    step_tokens, step_flops: real tokens and model FLOPs (forward and backward, no recomputation) of a mean step.
-    is_trained: whether the parameter of a path trains.
-    """
-
-    config: ConfigDict
     workdir: Path
-    mesh: jax.sharding.Mesh
     tokenizer: Any
-    model: nn.Module
-    objective: Any
     train_batches: Any
     eval_batches: Mapping[str, Any]
-    optimizer: Any
-    plateau: Any
-    dummy: Mapping[str, jax.Array]
-    boxed: PyTree
     data_fingerprint: dict[str, str]
-    step_tokens: float
-    step_flops: float
-    is_trained: Callable[[str], bool] = lambda path: True
-
-    def in_mesh(self, function: Callable) -> Callable:
-        return in_mesh(self.mesh, function)
-
-    @cached_property
-    def state_shape(self) -> TrainState:
-        """The state as ShapeDtypeStructs with shardings: what is restored, compiled for, and made."""
-        params = nn.meta.unbox(self.boxed)
-        shapes = jax.eval_shape(self.new_state, params)
-        shardings = meshes.param_shardings(self.mesh, self.boxed)
-        state_shardings = meshes.mirror_shardings(self.mesh, shapes, params, shardings)
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings
-        )
-
-    @property
-    def param_shapes(self) -> PyTree:
-        """All parameters, those that do not train included, as ShapeDtypeStructs with shardings."""
-        return partition.join(self.state_shape.params, self.state_shape.frozen)
-
-    def new_state(self, params: PyTree) -> TrainState:
-        trained, frozen = partition.split(params, self.is_trained)
-        ema = self.config.ema_decay > 0
-        return new_state(trained, self.optimizer, ema=ema, plateau=self.plateau, frozen=frozen)
-
-    def evaluated_params(self, state: TrainState) -> tuple[PyTree, str]:
-        """What evaluation takes: the averaged parameters where there are some; and 'ema' or 'raw'."""
-        if state.ema is None:
-            return partition.join(state.params, state.frozen), "raw"
-        return partition.join(state.ema, state.frozen), "ema"
-
-    def init_state(self, params: PyTree | None = None) -> TrainState:
-        """A fresh state, sharded from birth; with `params`, those instead of random ones."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
-        if params is not None:
-            return self.in_mesh(jax.jit(self.new_state, out_shardings=shardings))(params)
-
-        def make(seed):
-            variables = self.model.init(jax.random.key(seed), self.dummy)
-            return self.new_state(nn.meta.unbox(variables["params"]))
-
-        return self.in_mesh(jax.jit(make, out_shardings=shardings))(self.config.seed)
-
-    @cached_property
-    def train_step(self) -> Callable:
-        """Jitted (state, batch) -> (state, metrics); the state is donated."""
-        config = self.config
-        step = make_train_step(
-            self.model,
-            self.objective.loss,
-            self.optimizer,
-            make_schedule(config),
-            seed=config.seed,
-            accumulation_steps=config.accumulation_steps,
-            grad_clip_norm=config.optimizer.grad_clip_norm,
-            ema_decay=config.ema_decay,
-        )
-        shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        return self.in_mesh(jitted)
-
-    @cached_property
-    def eval_step(self) -> Callable:
-        """Jitted (params, batch) -> metrics as (total, weight) pairs."""
-        return self.in_mesh(jax.jit(make_eval_step(self.model, self.objective.loss)))
 
     def device_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
         """The batches of steps `start_step`, `start_step` + 1, … on the devices."""
@@ -359,11 +244,6 @@ class Run:
         self, batch: Mapping[str, np.ndarray], batch_size: int = 0
     ) -> dict[str, jax.Array]:
         return meshes.put_batch(self.mesh, batch, batch_size or self.config.batch_size)
-
-    def update_plateau(self, state: TrainState, value: float) -> TrainState:
-        """Lowers the learning rate's scale if the held-out loss has stopped falling."""
-        update = self.in_mesh(jax.jit(self.plateau.update))
-        return state.replace(plateau=update(state.plateau, jnp.float32(value)))
 
     def evaluate(self, params: PyTree) -> dict[str, float]:
         """Metrics over the fixed held-out set: of all text together, and as `source/metric` for each source."""
@@ -386,54 +266,6 @@ class Run:
     def peak(self) -> tuple[float, str]:
         return peak_flops(list(self.mesh.devices.flat), self.model.config.dtype)
 
-    @property
-    def num_params(self) -> int:
-        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.param_shapes))
-
-
-def in_mesh(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
-    """`function`, traced and run with the mesh and the axis rules in force."""
-
-    def run(*args, **kwargs):
-        with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
-            return function(*args, **kwargs)
-
-    return run
-
-
-def dummy_batch(objective: Any, seq_len: int) -> dict[str, jax.Array]:
-    """One row of the shapes that the objective makes: what parameters are initialised with."""
-    empty = {
-        "tokens": np.zeros(1, np.int32),
-        "segment_ids": np.ones(1, np.int32),
-        "positions": np.zeros(1, np.int32),
-        "sentence_starts": np.zeros(1, bool),
-    }
-    if objective.window(seq_len).pair:
-        empty = {**empty, "other": dict(empty)}
-    row = objective.corrupt(np.random.default_rng(0), empty, seq_len)
-    return {key: jnp.asarray(value)[None] for key, value in row.items()}
-
-
-def make_schedule(config: ConfigDict) -> Callable:
-    schedule = config.optimizer.schedule.to_dict()
-    return optimizers.make_schedule(
-        schedule.pop("name"),
-        learning_rate=config.optimizer.learning_rate,
-        num_train_steps=config.num_train_steps,
-        **schedule,
-    )
-
-
-def make_optimizer(config: ConfigDict, boxed: PyTree) -> tuple[Any, Any]:
-    """(direction of the update, reduce-on-plateau or None), from `config.optimizer`."""
-    options = config.optimizer.to_dict()
-    for handled_elsewhere in ("learning_rate", "schedule", "grad_clip_norm"):
-        options.pop(handled_elsewhere)
-    plateau = optimizers.Plateau(**options.pop("plateau")) if "plateau" in options else None
-    axes = meshes.logical_axes(boxed)
-    return optimizers.make_optimizer(options.pop("name"), axes=axes, **options), plateau
-
 
 def make_run(
     config: ConfigDict, workdir: str | Path, *, mesh: jax.sharding.Mesh | None = None
@@ -449,7 +281,7 @@ def make_run(
     tokenizer = make_tokenizer(config, workdir)
     check_config(config, tokenizer)
     stores = make_stores(config, tokenizer, workdir)
-    model, objective = make_model(config, mesh), make_objective(config, tokenizer)
+    program = make_program(config, mesh, tokenizer)
 
     train = {name: TokenStore(path, "train") for name, path in stores.items()}
     weights = mixture_weights(
@@ -458,7 +290,7 @@ def make_run(
     train_batches = TrainBatches(
         train,
         weights,
-        objective,
+        program.objective,
         config.seq_len,
         config.batch_size,
         config.seed,
@@ -468,7 +300,7 @@ def make_run(
     eval_batches = {
         name: EvalBatches(
             TokenStore(path, "validation"),
-            objective,
+            program.objective,
             config.seq_len,
             config.eval.batch_size,
             config.seed,
@@ -477,51 +309,13 @@ def make_run(
         )
         for name, path in stores.items()
     }
-    dummy = dummy_batch(objective, config.seq_len)
-    boxed = abstract_params(model, dummy)
-    optimizer, plateau = make_optimizer(config, boxed)
     return Run(
-        config=config,
+        **program.parts(),
         workdir=workdir,
-        mesh=mesh,
         tokenizer=tokenizer,
-        model=model,
-        objective=objective,
         train_batches=train_batches,
         eval_batches=eval_batches,
-        optimizer=optimizer,
-        plateau=plateau,
-        dummy=dummy,
-        boxed=boxed,
         data_fingerprint={name: store.fingerprint for name, store in train.items()},
-        step_tokens=config.batch_size * config.seq_len,
-        step_flops=train_step_flops(
-            model.config,
-            batch_size=config.batch_size,
-            seq_len=config.seq_len,
-            num_predictions=objective.num_predictions(config.seq_len),
-            causal=config.family == "gpt",
-        ),
-    )
-
-
-ONE_TOKEN = {
-    "tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)
-}  # enough of a batch for `abstract_params`
-
-
-def abstract_params(model: nn.Module, batch: Mapping[str, jax.Array]) -> PyTree:
-    """The model's parameters as boxed ShapeDtypeStructs; nothing is allocated."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), batch))["params"]
-
-
-def sharded_shapes(mesh: jax.sharding.Mesh, boxed: PyTree) -> PyTree:
-    """Boxed abstract parameters as plain ShapeDtypeStructs with their shardings."""
-    shardings = meshes.param_shardings(mesh, boxed)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        nn.meta.unbox(boxed),
-        shardings,
     )
 
 

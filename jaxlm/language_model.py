@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxlm import build, tuning
+from jaxlm import program as programs
 from jaxlm.interop import tokenizer_files
 from jaxlm.models import MODELS, TransformerConfig
 from jaxlm.parallel import mesh as meshes
@@ -60,7 +61,7 @@ class LanguageModel:
 
     def in_mesh(self, function: Callable) -> Callable:
         """`function`, traced and run with the mesh in force."""
-        return build.in_mesh(self.mesh, function)
+        return programs.in_mesh(self.mesh, function)
 
 
 def load(
@@ -82,10 +83,10 @@ def load(
     """
     source = tuning.open_source(with_step(str(checkpoint), step))
     mesh = mesh or meshes.make_mesh(devices=jax.devices()[:1])
-    dtype = build.resolve_dtype("auto" if source.config is None else source.config.dtype, mesh)
+    dtype = programs.resolve_dtype("auto" if source.config is None else source.config.dtype, mesh)
     config = TransformerConfig(**source.model, dtype=dtype, param_dtype=source.param_dtype)
     model = MODELS[source.family](config)
-    wanted = build.sharded_shapes(mesh, build.abstract_params(model, build.ONE_TOKEN))
+    wanted = programs.sharded_shapes(mesh, programs.abstract_params(model, programs.ONE_TOKEN))
     params, repair = read_params(source, wanted)
     check_finite(str(checkpoint), params)
     tuned = source.config if source.task and source.config is not None else {}

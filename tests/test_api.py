@@ -13,6 +13,7 @@ import tokenizers as hf
 from flax.traverse_util import flatten_dict
 
 from jaxlm import api, build, inputs, tuning
+from jaxlm import program as programs
 from jaxlm.inference.fill_mask import encode_masked
 from jaxlm.interop import convert
 from jaxlm.interop.tokenizer_files import fetch_tokenizer, puts_bos
@@ -45,7 +46,7 @@ def save(folder, config, params, train="all", **about):
 
 def random_params(config):
     """All parameters of a config's model, drawn so that every one matters."""
-    model = build.make_model(config, make_mesh(devices=jax.devices()[:1]))
+    model = programs.make_model(config, make_mesh(devices=jax.devices()[:1]))
     return init_params(model, {"tokens": jnp.zeros((1, 4), jnp.int32)})
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm import build, evaluate, tuning
+from jaxlm import program as programs
 from jaxlm.finetune import EarlyStopping, finetune
 from jaxlm.interop import hub
 from jaxlm.training.checkpoints import find_step
@@ -111,9 +112,9 @@ def test_weights_are_accounted_for(tuned, sources):
     config = build.saved_config(workdir / "config.json")
     source = tuning.open_source(str(sources / "bert"))
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
-    model = build.make_model(config, mesh)
-    shapes = build.sharded_shapes(
-        mesh, build.abstract_params(model, {"tokens": np.zeros((1, 1), np.int32)})
+    model = programs.make_model(config, mesh)
+    shapes = programs.sharded_shapes(
+        mesh, programs.abstract_params(model, {"tokens": np.zeros((1, 1), np.int32)})
     )
     found, _, _ = tuning.read_weights(source, shapes)
     stored = build.load_checkpoint(sources / "bert").params

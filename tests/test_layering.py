@@ -23,6 +23,9 @@ ALLOWED: dict[str, frozenset[str]] = {
     "training": frozenset({"compat", "parallel", "models", "models.layers", "inference"}),
     "inference": frozenset({"compat", "parallel", "models", "models.layers"}),
     "interop": frozenset({"compat", "parallel", "models", "models.layers", "tokenizers"}),
+    "program": frozenset(
+        {"compat", "parallel", "models", "models.layers", "objectives", "training"}
+    ),
 }
 # Packages whose code runs in data workers: they must not even import jax.
 NUMPY_ONLY = {"data"}
@@ -112,6 +115,7 @@ WRONG = {
     "training uses data": ("jaxlm/training/a.py", "from jaxlm import data"),
     "inference uses objectives": ("jaxlm/inference/a.py", "from jaxlm.objectives import mlm"),
     "tokenizers use data": ("jaxlm/tokenizers.py", "import jaxlm.data.sources"),
+    "a program uses data": ("jaxlm/program.py", "from jaxlm.data import pipeline"),
     "build uses an entrypoint": ("jaxlm/build.py", "from jaxlm.pretrain import main"),
     "build uses configs": ("jaxlm/build.py", "from configs import gpt"),
     "configs use jaxlm": ("configs/a.py", "import jaxlm"),

@@ -33,6 +33,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from jaxlm import build
+from jaxlm import program as programs
 from jaxlm.flags import define_config_flag
 from jaxlm.host import keep_freed_memory
 from jaxlm.inference import decode
@@ -211,7 +212,7 @@ def benchmark_decode(
 ) -> dict[str, Any]:
     """Times generation from random prompts, ours and theirs in turns; see `describe_decode`."""
     mesh = build.meshes.make_mesh(devices=jax.devices()[:1])
-    model = build.make_model(config, mesh)
+    model = programs.make_model(config, mesh)
     batch = {"tokens": jnp.zeros((1, 1), jnp.int32)}
     params = jax.jit(lambda: nn.meta.unbox(model.init(jax.random.key(0), batch)["params"]))()
     report: dict[str, Any] = {
@@ -335,7 +336,7 @@ def count_mlm_flops(config: ConfigDict, predictions: int) -> tuple[float, float]
     """(XLA's count, analytic) FLOPs of the loss of one batch and its gradient."""
     config = config.copy_and_resolve_references()
     config.unroll = 0  # a loop's body would be counted once
-    model = build.make_model(config, build.meshes.make_mesh())
+    model = programs.make_model(config, build.meshes.make_mesh())
     rows = lambda length, dtype=jnp.int32: jax.ShapeDtypeStruct((config.batch_size, length), dtype)
     batch = {"tokens": rows(config.seq_len), "masked_positions": rows(predictions)}
     batch |= {"labels": rows(predictions), "weights": rows(predictions, jnp.float32)}

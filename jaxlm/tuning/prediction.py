@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxlm import build
+from jaxlm import program as programs
 from jaxlm.data.columns import Columns
 from jaxlm.data.examples import EvalExamples, Shapes, plan_eval_shapes
 from jaxlm.data.records import Record
@@ -50,7 +51,7 @@ class Predictor:
             return metrics, self.task.predict(outputs, batch)
 
         jitted = jax.jit(predict, out_shardings=meshes.replicated(self.mesh))
-        return build.in_mesh(self.mesh, jitted)
+        return programs.in_mesh(self.mesh, jitted)
 
     def predict(
         self, params: PyTree, split: Split, batches: EvalExamples | None = None
@@ -109,7 +110,7 @@ def local_rows(mesh: jax.sharding.Mesh, shapes: Shapes) -> dict[int, np.ndarray]
 
 def make_task(config: ConfigDict, source: Source, fitted: Mapping[str, Any]) -> Any:
     options = config.task.to_dict()
-    kind = build.pick(TASKS, options.pop("name"), "task")
+    kind = programs.pick(TASKS, options.pop("name"), "task")
     layout = make_layout(
         source.tokenizer,
         config.seq_len,

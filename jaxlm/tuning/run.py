@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from jaxlm import build
+from jaxlm import program as programs
 from jaxlm.data.augment import Augmentation, AugmentedFeatures
 from jaxlm.data.examples import Examples, TrainExamples, lay_out, plan_shapes
 from jaxlm.data.records import Problem, check_problems
@@ -65,7 +66,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
       ValueError: with what to change, if files, options and the model do not fit one another.
     """
     source = open_source(config.init_from)
-    kind = build.pick(TASKS, config.task.name, "task")
+    kind = programs.pick(TASKS, config.task.name, "task")
     data, options = config.data, config.task.to_dict()
     options.pop("name")
     if not data.train:
@@ -163,7 +164,7 @@ def head_fields(source: Source, task: Any) -> dict[str, Any]:
     return usual | task.head
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TaskRun(build.Run):
     """A training run over labelled examples: a `build.Run` whose evaluation also gives the task's scores."""
 
@@ -195,7 +196,7 @@ def make_run(
         with new_folder(workdir / "tokenizer") as folder:
             save_tokenizer(source, folder)
     write_task(workdir, config.task.name, prepared.fitted)
-    model = build.make_model(config, mesh)
+    model = programs.make_model(config, mesh)
     train = prepared.splits["train"].examples
     ways = meshes.axis_size(mesh, ("data", "fsdp"))
     shapes = plan_shapes(
@@ -216,14 +217,14 @@ def make_run(
         augmented(config, task, prepared.splits["train"]),
     )
     dummy = dummy_batch(train)
-    boxed = build.abstract_params(model, dummy)
+    boxed = programs.abstract_params(model, dummy)
     is_trained = partition.trainable(
         config.tuning.train,
         frozen_layers=config.tuning.frozen_layers,
         num_layers=config.model.num_layers,
     )
     trained, _ = partition.split(boxed, is_trained)
-    optimizer, plateau = build.make_optimizer(config, trained)
+    optimizer, plateau = programs.make_optimizer(config, trained)
     optimizer = optimizers.scale_layers(
         optimizer,
         meshes.logical_axes(trained),

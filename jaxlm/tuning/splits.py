@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxlm import build
+from jaxlm import program as programs
 from jaxlm.data import demos
 from jaxlm.data.column_names import ROLES
 from jaxlm.data.columns import Columns, as_role_records, choose_columns
@@ -71,7 +71,7 @@ def read_file(
     )
     if not records:
         raise ValueError(f"{path} has no row that can be read:\n{format_problems(problems)}")
-    roles = build.pick(ROLES, task, "task")
+    roles = programs.pick(ROLES, task, "task")
     given = columns or {
         key.removesuffix("_column"): value
         for key, value in data.items()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import build
+from jaxlm import program as programs
 from jaxlm.inference import scoring
 from jaxlm.objectives.losses import cross_entropy
 from jaxlm.parallel import mesh as meshes
@@ -285,4 +285,4 @@ def test_a_mesh_changes_nothing():
     """Rows over two devices, heads and vocabulary over two: also a batch of fewer rows than devices."""
     mesh = meshes.make_mesh(2, 1, 2, devices=jax.devices()[:4])
     scorer = scoring.Scorer(GPT, None)
-    check_scores_are_the_definition(build.in_mesh(mesh, functools.partial(score, scorer=scorer)))
+    check_scores_are_the_definition(programs.in_mesh(mesh, functools.partial(score, scorer=scorer)))

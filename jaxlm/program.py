@@ -1,0 +1,277 @@
+"""What a run computes, without its data: model, objective, optimizer and the jitted steps over a mesh.
+
+The mesh may be of devices that this machine does not have: `train_step` of a run and what a plan compiles are one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxlm.models import MODELS
+from jaxlm.models.flops import train_step_flops
+from jaxlm.models.heads import Head
+from jaxlm.models.transformer import TransformerConfig
+from jaxlm.objectives import OBJECTIVES
+from jaxlm.parallel import mesh as meshes
+from jaxlm.training import optimizers, partition
+from jaxlm.training.state import TrainState, new_state
+from jaxlm.training.step import make_eval_step, make_train_step
+
+PyTree = Any
+
+
+@dataclass(kw_only=True)
+class Program:
+    """The parts of a run that need neither data nor a workdir, sharded; see `make_program`.
+
+    objective: what has `loss`: an objective of pretraining or a task of fine-tuning.
+    dummy: one row of a batch, which parameters are initialised with. boxed: abstract parameters with their axis names.
+    step_tokens, step_flops: real tokens and model FLOPs (forward and backward, no recomputation) of a mean step.
+    is_trained: whether the parameter of a path trains.
+    """
+
+    config: ConfigDict
+    mesh: jax.sharding.Mesh
+    model: nn.Module
+    objective: Any
+    optimizer: Any
+    plateau: Any
+    dummy: Mapping[str, jax.Array]
+    boxed: PyTree
+    step_tokens: float
+    step_flops: float
+    is_trained: Callable[[str], bool] = lambda path: True
+
+    def parts(self) -> dict[str, Any]:
+        """The fields of a Program, which a run is made of besides its data."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Program)}
+
+    def in_mesh(self, function: Callable) -> Callable:
+        return in_mesh(self.mesh, function)
+
+    @cached_property
+    def state_shape(self) -> TrainState:
+        """The state as ShapeDtypeStructs with shardings: what is restored, compiled for, and made."""
+        params = nn.meta.unbox(self.boxed)
+        shapes = jax.eval_shape(self.new_state, params)
+        shardings = meshes.param_shardings(self.mesh, self.boxed)
+        state_shardings = meshes.mirror_shardings(self.mesh, shapes, params, shardings)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings
+        )
+
+    @property
+    def param_shapes(self) -> PyTree:
+        """All parameters, those that do not train included, as ShapeDtypeStructs with shardings."""
+        return partition.join(self.state_shape.params, self.state_shape.frozen)
+
+    @cached_property
+    def batch_shape(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch of `config.batch_size` rows, as the devices hold it: ShapeDtypeStructs with shardings."""
+        sharding = meshes.batch_sharding(self.mesh)
+        return {
+            key: jax.ShapeDtypeStruct(
+                (self.config.batch_size, *x.shape[1:]), x.dtype, sharding=sharding
+            )
+            for key, x in self.dummy.items()
+        }
+
+    def new_state(self, params: PyTree) -> TrainState:
+        trained, frozen = partition.split(params, self.is_trained)
+        ema = self.config.ema_decay > 0
+        return new_state(trained, self.optimizer, ema=ema, plateau=self.plateau, frozen=frozen)
+
+    def evaluated_params(self, state: TrainState) -> tuple[PyTree, str]:
+        """What evaluation takes: the averaged parameters where there are some; and 'ema' or 'raw'."""
+        if state.ema is None:
+            return partition.join(state.params, state.frozen), "raw"
+        return partition.join(state.ema, state.frozen), "ema"
+
+    def init_state(self, params: PyTree | None = None) -> TrainState:
+        """A fresh state, sharded from birth; with `params`, those instead of random ones."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
+        if params is not None:
+            return self.in_mesh(jax.jit(self.new_state, out_shardings=shardings))(params)
+
+        def make(seed):
+            variables = self.model.init(jax.random.key(seed), self.dummy)
+            return self.new_state(nn.meta.unbox(variables["params"]))
+
+        return self.in_mesh(jax.jit(make, out_shardings=shardings))(self.config.seed)
+
+    @cached_property
+    def jitted_train_step(self) -> Any:
+        """(state, batch) -> (state, metrics), jitted, the state donated; to be traced with the mesh in force."""
+        config = self.config
+        step = make_train_step(
+            self.model,
+            self.objective.loss,
+            self.optimizer,
+            make_schedule(config),
+            seed=config.seed,
+            accumulation_steps=config.accumulation_steps,
+            grad_clip_norm=config.optimizer.grad_clip_norm,
+            ema_decay=config.ema_decay,
+        )
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
+        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+    @cached_property
+    def train_step(self) -> Callable:
+        """Jitted (state, batch) -> (state, metrics); the state is donated."""
+        return self.in_mesh(self.jitted_train_step)
+
+    def lower_train_step(self) -> jax.stages.Lowered:
+        """The train step lowered for the mesh's devices, from shapes alone."""
+        platform = self.mesh.devices.flat[0].platform
+        trace = self.in_mesh(self.jitted_train_step.trace)
+        return self.in_mesh(trace(self.state_shape, self.batch_shape).lower)(
+            lowering_platforms=({"gpu": "cuda"}.get(platform, platform),)
+        )
+
+    @cached_property
+    def eval_step(self) -> Callable:
+        """Jitted (params, batch) -> metrics as (total, weight) pairs."""
+        return self.in_mesh(jax.jit(make_eval_step(self.model, self.objective.loss)))
+
+    def update_plateau(self, state: TrainState, value: float) -> TrainState:
+        """Lowers the learning rate's scale if the held-out loss has stopped falling."""
+        update = self.in_mesh(jax.jit(self.plateau.update))
+        return state.replace(plateau=update(state.plateau, jnp.float32(value)))
+
+    @property
+    def num_params(self) -> int:
+        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.param_shapes))
+
+
+def make_program(config: ConfigDict, mesh: jax.sharding.Mesh, tokenizer: Any) -> Program:
+    """The program of a pretraining run. tokenizer: only its ids and tables are read (`TokenTables`)."""
+    model, objective = make_model(config, mesh), make_objective(config, tokenizer)
+    dummy = dummy_batch(objective, config.seq_len)
+    boxed = abstract_params(model, dummy)
+    optimizer, plateau = make_optimizer(config, boxed)
+    return Program(
+        config=config,
+        mesh=mesh,
+        model=model,
+        objective=objective,
+        optimizer=optimizer,
+        plateau=plateau,
+        dummy=dummy,
+        boxed=boxed,
+        step_tokens=config.batch_size * config.seq_len,
+        step_flops=train_step_flops(
+            model.config,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            num_predictions=objective.num_predictions(config.seq_len),
+            causal=config.family == "gpt",
+        ),
+    )
+
+
+def pick(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """`table[name]`, or an error that lists the names there are."""
+    if name not in table:
+        raise ValueError(f"unknown {what} {name!r}: known are {', '.join(sorted(table))}")
+    return table[name]
+
+
+def resolve_dtype(dtype: str, mesh: jax.sharding.Mesh) -> str:
+    """'auto' is bfloat16 on accelerators and float32 on CPUs, by the mesh's devices."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+
+
+def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:
+    options = TransformerConfig(
+        **config.model,
+        dtype=resolve_dtype(config.dtype, mesh),
+        param_dtype=config.param_dtype,
+        remat=config.remat,
+        unroll=config.unroll,
+        attention_kernel=config.attention_kernel,
+    )
+    model = pick(MODELS, config.family, "family")
+    if "head" in config:  # a fine-tuning run has a task's head instead of an objective's
+        return model(options, head=Head(options, **config.head))
+    pairs = {"num_pair_classes": 2} if config.objective.name in ("mlm_nsp", "mlm_sop") else {}
+    return model(options, **pairs)
+
+
+def make_objective(config: ConfigDict, tokenizer: Any) -> Any:
+    options = config.objective.to_dict()
+    return pick(OBJECTIVES, options.pop("name"), "objective")(tokenizer=tokenizer, **options)
+
+
+def in_mesh(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
+    """`function`, traced and run with the mesh and the axis rules in force."""
+
+    def run(*args, **kwargs):
+        with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def dummy_batch(objective: Any, seq_len: int) -> dict[str, jax.Array]:
+    """One row of the shapes that the objective makes: what parameters are initialised with."""
+    empty = {
+        "tokens": np.zeros(1, np.int32),
+        "segment_ids": np.ones(1, np.int32),
+        "positions": np.zeros(1, np.int32),
+        "sentence_starts": np.zeros(1, bool),
+    }
+    if objective.window(seq_len).pair:
+        empty = {**empty, "other": dict(empty)}
+    row = objective.corrupt(np.random.default_rng(0), empty, seq_len)
+    return {key: jnp.asarray(value)[None] for key, value in row.items()}
+
+
+def make_schedule(config: ConfigDict) -> Callable:
+    schedule = config.optimizer.schedule.to_dict()
+    return optimizers.make_schedule(
+        schedule.pop("name"),
+        learning_rate=config.optimizer.learning_rate,
+        num_train_steps=config.num_train_steps,
+        **schedule,
+    )
+
+
+def make_optimizer(config: ConfigDict, boxed: PyTree) -> tuple[Any, Any]:
+    """(direction of the update, reduce-on-plateau or None), from `config.optimizer`."""
+    options = config.optimizer.to_dict()
+    for handled_elsewhere in ("learning_rate", "schedule", "grad_clip_norm"):
+        options.pop(handled_elsewhere)
+    plateau = optimizers.Plateau(**options.pop("plateau")) if "plateau" in options else None
+    axes = meshes.logical_axes(boxed)
+    return optimizers.make_optimizer(options.pop("name"), axes=axes, **options), plateau
+
+
+ONE_TOKEN = {
+    "tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)
+}  # enough of a batch for `abstract_params`
+
+
+def abstract_params(model: nn.Module, batch: Mapping[str, jax.Array]) -> PyTree:
+    """The model's parameters as boxed ShapeDtypeStructs; nothing is allocated."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), batch))["params"]
+
+
+def sharded_shapes(mesh: jax.sharding.Mesh, boxed: PyTree) -> PyTree:
+    """Boxed abstract parameters as plain ShapeDtypeStructs with their shardings."""
+    shardings = meshes.param_shardings(mesh, boxed)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        nn.meta.unbox(boxed),
+        shardings,
+    )
