@@ -172,7 +172,7 @@ def base() -> ConfigDict:
             eval=dict(batch_size=16, num_batches=0, prompts=(), sample_tokens=64),
             checkpoint=dict(keep_last=2, keep_every=0, best_metric="", best_mode="min"),
             # execution: changes speed and memory, never the result
-            mesh=dict(data=-1, fsdp=1, tensor=1),
+            mesh=dict(data=-1, fsdp=1, expert=1, context=1, tensor=1),
             remat="none",
             unroll=1,
             attention_kernel="xla",

@@ -240,10 +240,8 @@ class Run(Program):
         for batch in batches:
             yield self.put_batch(batch)
 
-    def put_batch(
-        self, batch: Mapping[str, np.ndarray], batch_size: int = 0
-    ) -> dict[str, jax.Array]:
-        return meshes.put_batch(self.mesh, batch, batch_size or self.config.batch_size)
+    def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        return meshes.put_batch(self.mesh, batch)
 
     def evaluate(self, params: PyTree) -> dict[str, float]:
         """Metrics over the fixed held-out set: of all text together, and as `source/metric` for each source."""
@@ -252,7 +250,7 @@ class Run(Program):
         for name, batches in self.eval_batches.items():
             sums = MetricSums()
             for metrics in one_behind(
-                self.eval_step(params, self.put_batch(batches[index], batches.batch_size))
+                self.eval_step(params, self.put_batch(batches[index]))
                 for index in range(len(batches))
             ):
                 sums.add(metrics)

@@ -76,10 +76,10 @@ class Program:
     @cached_property
     def batch_shape(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch of `config.batch_size` rows, as the devices hold it: ShapeDtypeStructs with shardings."""
-        sharding = meshes.batch_sharding(self.mesh)
+        shardings = meshes.batch_shardings(self.mesh, self.dummy)
         return {
             key: jax.ShapeDtypeStruct(
-                (self.config.batch_size, *x.shape[1:]), x.dtype, sharding=sharding
+                (self.config.batch_size, *x.shape[1:]), x.dtype, sharding=shardings[key]
             )
             for key, x in self.dummy.items()
         }

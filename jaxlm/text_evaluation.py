@@ -221,7 +221,7 @@ def encoder_metrics(
     """Mean nats and accuracy of masked tokens, in packed rows of `window` tokens; always the same ones are masked."""
     objective = MaskedLM(lm.tokenizer, **masking_options(config))
     step = lm.in_mesh(jax.jit(make_eval_step(lm.model, objective.loss)))
-    rows = meshes.axis_size(lm.mesh, ("data", "fsdp"))
+    rows = meshes.batch_devices(lm.mesh)
     rows *= max(1, scoring.BATCH_TOKENS // window // rows)
     seed = config.seed if config else 0
     sums = MetricSums()
@@ -233,7 +233,7 @@ def encoder_metrics(
             for batch in EvalBatches(store, objective, window, rows, seed)
         )
         for metrics in one_behind(
-            step(lm.params, meshes.put_batch(lm.mesh, batch, rows)) for batch in batches
+            step(lm.params, meshes.put_batch(lm.mesh, batch)) for batch in batches
         ):
             sums.add(metrics)
     means = with_perplexity(sums.means())

@@ -83,7 +83,7 @@ def base(
             # best_metric '' = the task's own
             checkpoint=dict(keep_last=1, keep_every=0, best_metric="", best_mode="max"),
             # execution: changes speed and memory, never the result
-            mesh=dict(data=-1, fsdp=1, tensor=1),
+            mesh=dict(data=-1, fsdp=1, expert=1, context=1, tensor=1),
             remat="none",
             unroll=0,  # a loop over the layers costs a small model a fifth of its speed (docs/speed_log.md)
             attention_kernel="xla",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from jaxlm.inference.batches import Batch, next_power, pad_batch, round_up
 from jaxlm.inference.logits import unembed
 from jaxlm.models import BERT
 from jaxlm.models.heads import gather_positions
+from jaxlm.parallel import mesh as meshes
 
 LOGITS = 2**25  # float32 logits that a batch may hold at a time (128 MB)
 BATCH_TOKENS = 8192
@@ -344,8 +344,7 @@ def some_behind(launched: Iterable[Any], ahead: int) -> Iterator[Any]:
 
 def batch_devices() -> int:
     """Over how many devices the mesh in force spreads rows."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(axis, 1) for axis in ("data", "fsdp"))
+    return meshes.batch_devices(jax.sharding.get_abstract_mesh())
 
 
 def check_rows(rows: Sequence[Row], max_len: int) -> None:

@@ -22,10 +22,20 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 PARAM_AXES = frozenset(
-    {"embed", "mlp", "heads", "kv", "head_dim", "vocab", "layers", "norm", "pos", "rank"}
+    {"embed", "expert", "mlp", "heads", "kv", "head_dim", "vocab", "layers", "norm", "pos", "rank"}
 )
 ACTIVATION_AXES = frozenset(
-    {"batch", "length", "act_embed", "act_heads", "act_kv", "act_mlp", "act_vocab"}
+    {
+        "batch",
+        "length",
+        "kv_length",
+        "act_embed",
+        "act_heads",
+        "act_kv",
+        "act_mlp",
+        "act_vocab",
+        "act_expert",
+    }
 )
 LOGICAL_AXES = PARAM_AXES | ACTIVATION_AXES
 

@@ -5,23 +5,28 @@ name becomes a mesh axis; everything here is derived from it, so that a change o
 of mesh shape and nothing else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 PyTree = Any
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# Outermost first: what talks most (tensor) is spread over neighbours, what talks least (data) over slices.
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 # Order decides: a mesh axis goes to the first name that asks for it, so `batch` comes before `embed`
 # (the other way round, a batch sharded over fsdp is silently replicated).
 RULES: tuple[tuple[str, Any], ...] = (
-    ("batch", ("data", "fsdp")),
+    ("batch", ("data", "fsdp", "expert")),
+    ("length", "context"),
+    ("kv_length", None),  # attention gathers keys and values over context
     # parameters
+    ("expert", "expert"),
     ("embed", "fsdp"),
     ("mlp", "tensor"),
     ("heads", "tensor"),
@@ -33,40 +38,93 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("pos", None),
     ("rank", None),
     # activations
-    ("length", None),
     ("act_embed", None),
     ("act_heads", "tensor"),
     ("act_kv", "tensor"),
     ("act_mlp", "tensor"),
     ("act_vocab", "tensor"),
+    ("act_expert", "expert"),
 )
 
+# Arrays of a batch that have an entry for each token of a row. Where predictions are gathered, labels and weights
+# have one for each slot instead.
+TOKEN_KEYS = frozenset({"tokens", "segment_ids", "positions", "token_types", "labels", "weights"})
+SLOT_KEYS = frozenset({"labels", "weights"})
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
-    """A mesh of the axes `data`, `fsdp`, `tensor` over `devices` (default: all). One axis may be -1: the rest.
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    expert: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    *,
+    devices=None,
+) -> Mesh:
+    """A mesh of these sizes over `devices` (default: all). One axis may be -1: whatever is left.
+
+    Where TPUs are of several slices, `data` is split over them first, so that only it uses the network between them.
 
     Raises:
-      ValueError: if the product of the sizes is not the number of devices.
+      ValueError: if the product of the sizes is not the number of devices, or `data` no multiple of the slices.
     """
     devices = np.asarray(jax.devices() if devices is None else devices).ravel()
-    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    sizes = dict(zip(MESH_AXES, (data, fsdp, expert, context, tensor), strict=True))
     free = [name for name, size in sizes.items() if size == -1]
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) == 1 and known > 0 and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
-    if len(free) > 1 or int(np.prod(list(sizes.values()))) != len(devices):
+    if len(free) > 1 or known < 1 or int(np.prod(list(sizes.values()))) != len(devices):
         raise ValueError(
             f"a mesh of {sizes} does not cover {len(devices)} devices: the sizes must multiply to "
             f"{len(devices)}; at most one may be -1 (= whatever is left)"
         )
+    auto = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return Mesh(lay_out(devices, sizes), MESH_AXES, axis_types=auto)
+
+
+def lay_out(devices: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+    """The devices as an array of these sizes: neighbours on the chips' own network next to each other.
+
+    GPUs keep their order, which is by host: there an axis may span hosts, and the outer ones do first.
+    """
     shape = tuple(sizes.values())
-    auto = (jax.sharding.AxisType.Auto,) * len(shape)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)
+    if devices[0].platform != "tpu":
+        return devices.reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        inner = len(devices) // slices
+        raise ValueError(
+            f"mesh axis data={sizes['data']} is not divisible by the {slices} slices of these {len(devices)} devices, and "
+            f"the network between slices is too slow for the other axes: set data to a multiple of {slices}, and the "
+            f"others so that they multiply to {inner} or a divisor of it"
+        )
+    dcn = tuple(slices if name == "data" else 1 for name in sizes)
+    inner = tuple(size // outer for size, outer in zip(shape, dcn, strict=True))
+    if slices == 1:
+        return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(inner, dcn, devices, allow_split_physical_axes=True)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `data` and `fsdp`; every other axis of a batch array is whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+RULE = dict(RULES)
+
+
+def spec(*names: str | None) -> PartitionSpec:
+    """What the rule table makes of logical names."""
+    return nn.logical_to_mesh_axes(names, RULES)
+
+
+def batch_shardings(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
+    """How the arrays of a batch lie on the devices, by their names: rows over `batch`, tokens over `length`.
+
+    What has no entry for each token (masked_positions, example_*, and labels of gathered predictions) is whole beyond
+    its rows.
+    """
+    tokens = TOKEN_KEYS - SLOT_KEYS if "masked_positions" in batch else TOKEN_KEYS
+    of_rows, of_tokens = (
+        NamedSharding(mesh, spec(*names)) for names in (("batch",), ("batch", "length"))
+    )
+    return {key: of_tokens if key in tokens else of_rows for key in batch}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -83,38 +141,57 @@ def param_shardings(mesh: Mesh, boxed: PyTree) -> PyTree:
     """A `NamedSharding` for each parameter of the boxed (abstract) tree.
 
     Raises:
-      ValueError: naming every parameter axis that its mesh axes do not divide.
+      ValueError: naming every parameter axis that its mesh axes do not divide, with the nearest sizes that would fit.
     """
-    rules = dict(RULES)
-    shapes = nn.meta.unbox(boxed)
-    problems = []
+    shapes, names = nn.meta.unbox(boxed), logical_axes(boxed)
+    owners: dict[tuple[str, int], list[str]] = {}
 
-    def shard(path, shape, names):
-        axes = tuple(rules[name] if name else None for name in names)
-        for size, name, axis in zip(shape.shape, names, axes, strict=True):
-            ways = axis_size(mesh, axis)
-            if size % ways:
-                problems.append(
-                    f"  {jax.tree_util.keystr(path)}: axis {name!r} has {size} entries, not divisible by the "
-                    f"{ways} devices of mesh axis {axis!r}"
-                )
-        return NamedSharding(mesh, PartitionSpec(*axes))
+    def shard(path, shape, axes):
+        for size, axis in zip(shape.shape, axes, strict=True):
+            if axis:
+                owners.setdefault((axis, size), []).append("/".join(path_names(path)))
+        return NamedSharding(mesh, PartitionSpec(*(RULE[axis] if axis else None for axis in axes)))
 
-    names = logical_axes(boxed)
     shardings = jax.tree_util.tree_map_with_path(shard, shapes, names)
-    if problems:
+    sizes = [
+        (f"axis {axis!r} of {paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}", axis, n)
+        for (axis, n), paths in owners.items()
+    ]
+    if problems := misfits(mesh, sizes):
         raise ValueError(
-            "the mesh does not fit the model; change the mesh or the sizes:\n" + "\n".join(problems)
+            "the mesh does not fit the model:\n" + "\n".join(f"  - {p}" for p in problems)
         )
     return shardings
 
 
+def misfits(mesh: Mesh, sizes: Iterable[tuple[str, str, int]]) -> list[str]:
+    """A line for each size that its mesh axes do not divide, with the nearest sizes, and meshes, that would fit.
+
+    sizes: (what to call it, its logical axis, its size) of each.
+    """
+    lines = []
+    for label, name, size in sizes:
+        axes, ways = RULE[name], axis_size(mesh, RULE[name])
+        if size % ways == 0:
+            continue
+        over = axes if isinstance(axes, str) else " x ".join(axes)
+        lower, upper = size // ways * ways, (size // ways + 1) * ways
+        fits = f"{lower} or {upper}" if lower and name != "vocab" else f"{upper}"
+        shares = [n for n in range(1, mesh.size + 1) if mesh.size % n == 0 and size % n == 0]
+        nearest = [max(n for n in shares if n < ways), *[n for n in shares if n > ways][:1]]
+        lines.append(
+            f"{label} is {size}, not divisible by the {ways} devices of mesh axis {over}: make it {fits}, or set "
+            f"{over} to {' or '.join(map(str, nearest))}"
+        )
+    return lines
+
+
 def axis_size(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
-    """The number of devices along one mesh axis, or along the product of several."""
+    """The number of devices along one mesh axis, or along the product of several; an axis that the mesh lacks has one."""
     if axis is None:
         return 1
     names = (axis,) if isinstance(axis, str) else axis
-    return int(np.prod([mesh.shape[name] for name in names]))
+    return int(np.prod([mesh.shape.get(name, 1) for name in names]))
 
 
 def mirror_shardings(mesh: Mesh, tree: PyTree, params: PyTree, shardings: PyTree) -> PyTree:
@@ -146,32 +223,46 @@ def path_names(path) -> tuple[str, ...]:
     return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
+def batch_devices(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    return axis_size(mesh, RULE["batch"])
+
+
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """The global row numbers, ascending, that this process's devices hold of a batch of `batch_size` rows.
+    """The global row numbers, ascending, of which this process's devices hold all or, with `context`, a part.
 
     Raises:
       ValueError: if `batch_size` is not divisible by the devices of the batch axes.
     """
-    ways = axis_size(mesh, ("data", "fsdp"))
-    if batch_size % ways:
-        lower, upper = batch_size // ways * ways, (batch_size // ways + 1) * ways
-        raise ValueError(
-            f"batch_size {batch_size} is not divisible by the {ways} devices of mesh axes data x fsdp: "
-            f"take {lower or upper} or {upper}"
-        )
-    spans = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    if problems := misfits(mesh, [("batch_size", "batch", batch_size)]):
+        raise ValueError(problems[0])
+    spans = NamedSharding(mesh, spec("batch")).addressable_devices_indices_map((batch_size,))
     rows: set[int] = set()
-    for (span,) in spans:
+    for (span,) in spans.values():
         rows.update(range(*span.indices(batch_size)))
     return np.array(sorted(rows))
 
 
-def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-    """This process's rows as global arrays of `batch_size` rows, sharded over the batch axes."""
-    sharding = batch_sharding(mesh)
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows (`local_rows`, each of whole length) as global arrays, sharded by `batch_shardings`."""
+    shardings = batch_shardings(mesh, batch)
     if jax.process_count() == 1:
-        return jax.device_put(dict(batch), sharding)
+        return jax.device_put(dict(batch), shardings)
+    blocks = batch_devices(mesh)
+    held = len(local_rows(mesh, blocks))  # of the blocks of rows that one device holds
     return {
-        key: jax.make_array_from_process_local_data(sharding, value, (batch_size, *value.shape[1:]))
+        key: _put_rows(shardings[key], value, len(value) * blocks // held)
         for key, value in batch.items()
     }
+
+
+def _put_rows(sharding: NamedSharding, rows: np.ndarray, batch_size: int) -> jax.Array:
+    """This process's rows as its part of a global array of `batch_size` rows."""
+    held = local_rows(sharding.mesh, batch_size)
+
+    def part(index):
+        first, *rest = index
+        start, stop, _ = first.indices(batch_size)
+        return rows[(slice(*np.searchsorted(held, (start, stop))), *rest)]
+
+    return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, part)

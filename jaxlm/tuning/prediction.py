@@ -62,7 +62,8 @@ class Predictor:
         sums, said = MetricSums(), {}
         laid_out = map(batches.laid_out, range(len(batches)))
         for places, results in one_behind(
-            (places, self.step(params, put_rows(self.mesh, batch))) for batch, places in laid_out
+            (places, self.step(params, meshes.put_batch(self.mesh, batch)))
+            for batch, places in laid_out
         ):
             metrics, outputs = jax.device_get(results)
             sums.add(metrics)
@@ -82,11 +83,6 @@ class Predictor:
         return means | self.task.scores(split.records, predictions), predictions
 
 
-def put_rows(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A batch on the devices, of which every process has as many rows."""
-    return meshes.put_batch(mesh, batch, len(batch["tokens"]) * jax.process_count())
-
-
 def eval_batches(
     splits: Mapping[str, Split], config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> dict[str, EvalExamples]:
@@ -97,7 +93,7 @@ def eval_batches(
         size,
         packed=config.packed,
         seq_len=config.seq_len,
-        row_multiple=meshes.axis_size(mesh, ("data", "fsdp")),
+        row_multiple=meshes.batch_devices(mesh),
     )
     rows = local_rows(mesh, shapes)
     return {name: EvalExamples(s.examples, shapes, size, rows) for name, s in splits.items()}

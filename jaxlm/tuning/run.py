@@ -16,7 +16,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
@@ -39,7 +38,6 @@ from jaxlm.tuning.prediction import (
     eval_batches,
     local_rows,
     make_task,
-    put_rows,
 )
 from jaxlm.tuning.source import Source, open_source, read_weights
 from jaxlm.tuning.splits import Split, has_label, hold_out, make_split, read_file, read_whole
@@ -170,11 +168,6 @@ class TaskRun(build.Run):
 
     splits: Mapping[str, Split] = dataclasses.field(default_factory=dict)
 
-    def put_batch(
-        self, batch: Mapping[str, np.ndarray], batch_size: int = 0
-    ) -> dict[str, jax.Array]:
-        return put_rows(self.mesh, batch)
-
     @cached_property
     def predictor(self) -> Predictor:
         return Predictor(self.config, self.mesh, self.model, self.objective)
@@ -198,7 +191,7 @@ def make_run(
     write_task(workdir, config.task.name, prepared.fitted)
     model = programs.make_model(config, mesh)
     train = prepared.splits["train"].examples
-    ways = meshes.axis_size(mesh, ("data", "fsdp"))
+    ways = meshes.batch_devices(mesh)
     shapes = plan_shapes(
         train,
         config.batch_size,

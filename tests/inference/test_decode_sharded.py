@@ -56,7 +56,9 @@ def eight_devices():
 
 def check_cache_sharding(on_mesh):
     """Rows over data and fsdp, kv heads over tensor: (L, B, K, S, H)."""
-    expected = jax.sharding.NamedSharding(on_mesh.mesh, P(None, ("data", "fsdp"), "tensor"))
+    expected = jax.sharding.NamedSharding(
+        on_mesh.mesh, P(None, ("data", "fsdp", "expert"), "tensor")
+    )
     for stored in on_mesh.caches():
         for array in (stored.key, stored.value):
             assert array.shape == (1, 4, 2, 32, 4)

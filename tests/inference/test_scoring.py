@@ -283,6 +283,6 @@ def test_parameters_that_are_no_numbers_are_refused():
 
 def test_a_mesh_changes_nothing():
     """Rows over two devices, heads and vocabulary over two: also a batch of fewer rows than devices."""
-    mesh = meshes.make_mesh(2, 1, 2, devices=jax.devices()[:4])
+    mesh = meshes.make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
     scorer = scoring.Scorer(GPT, None)
     check_scores_are_the_definition(programs.in_mesh(mesh, functools.partial(score, scorer=scorer)))

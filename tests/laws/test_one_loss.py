@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -93,10 +94,11 @@ def packed(seed):
     return rows([docs[i : i + 2] for i in range(0, len(docs), 2)])
 
 
-def train(*, batch=padded, mesh=(1, 1, 1), accumulation_steps=1, loss=loss, steps=STEPS, **changes):
+def train(*, batch=padded, mesh=None, accumulation_steps=1, loss=loss, steps=STEPS, **changes):
     """(losses, gradient norms, parameters) of `steps` steps from one initialisation."""
-    devices = jax.devices()[: int(np.prod(mesh))]
-    mesh = meshes.make_mesh(*mesh, devices=devices)
+    mesh = mesh or dict(data=1)
+    devices = jax.devices()[: math.prod(mesh.values())]
+    mesh = meshes.make_mesh(**mesh, devices=devices)
     model = GPT(dataclasses.replace(CONFIG, **changes))
     dummy = {k: jnp.asarray(v[:1]) for k, v in padded(0).items()}
     boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), dummy))["params"]
@@ -124,7 +126,7 @@ def train(*, batch=padded, mesh=(1, 1, 1), accumulation_steps=1, loss=loss, step
         jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
         for step in range(steps):
             rows_ = batch(step)
-            state, metrics = jitted(state, meshes.put_batch(mesh, rows_, len(rows_["tokens"])))
+            state, metrics = jitted(state, meshes.put_batch(mesh, rows_))
             losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
             norms.append(float(metrics["grad_norm"][0]))
         params = jax.device_get(state.params)
@@ -155,14 +157,14 @@ def test_the_reference_learns():
 
 @pytest.mark.smoke
 def test_fifty_steps_on_a_mesh_of_all_axes_are_the_same():
-    check_same(mesh=(2, 2, 2))
+    check_same(mesh=dict(data=2, fsdp=2, tensor=2))
 
 
 SPREADS = {
-    "eight devices of data": dict(mesh=(8, 1, 1)),
-    "eight devices of fsdp": dict(mesh=(1, 8, 1)),
+    "eight devices of data": dict(mesh=dict(data=8)),
+    "eight devices of fsdp": dict(mesh=dict(data=1, fsdp=8)),
     "four micro-batches": dict(accumulation_steps=4),
-    "four micro-batches on two devices": dict(accumulation_steps=4, mesh=(2, 1, 1)),
+    "four micro-batches on two devices": dict(accumulation_steps=4, mesh=dict(data=2)),
     "packed rows": dict(batch=packed),
     "packed rows in four micro-batches": dict(batch=packed, accumulation_steps=4),
     "unrolled layers": dict(unroll=0),

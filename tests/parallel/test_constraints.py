@@ -11,10 +11,10 @@ from jaxlm.models import attention
 from jaxlm.parallel import mesh as meshes
 from tests.models.tiny import MODERN, equations, make_batch, make_bert, make_gpt
 
-ROWS = ("data", "fsdp")
-RESIDUAL = P(ROWS, None, None)
-HEADS = P(ROWS, None, "tensor", None)
-MLP = P(ROWS, None, "tensor")
+ROWS = ("data", "fsdp", "expert")
+RESIDUAL = P(ROWS, "context", None)
+HEADS = P(ROWS, "context", "tensor", None)
+MLP = P(ROWS, "context", "tensor")
 TABLE = P("tensor", None)
 
 

@@ -42,11 +42,13 @@ def test_parameters_are_sharded_by_their_names():
 
 def test_sizes_that_the_mesh_does_not_divide_are_all_named():
     mesh = meshes.make_mesh(data=1, fsdp=1, tensor=8)
-    with pytest.raises(ValueError, match=r"(?s)query.*axis 'heads' has 4 entries.*8 devices"):
+    with pytest.raises(
+        ValueError, match=r"(?s)axis 'heads' of query is 4, not.* 8 devices.*set tensor to 4"
+    ):
         meshes.param_shardings(mesh, boxed_params())
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (-1, 3, 1)])
+@pytest.mark.parametrize("sizes", [(3, 1), (-1, -1), (-1, 3)])
 def test_a_mesh_that_does_not_cover_the_devices_is_refused(sizes):
     with pytest.raises(ValueError, match="does not cover 8 devices"):
         meshes.make_mesh(*sizes)
@@ -79,14 +81,16 @@ def test_the_mirror_law_fails_for_a_replicated_state():
 def test_a_process_reads_the_rows_that_its_devices_hold():
     mesh = meshes.make_mesh(data=4, fsdp=1, tensor=2)
     assert meshes.local_rows(mesh, 8).tolist() == list(range(8))  # one process holds every device
-    with pytest.raises(ValueError, match="batch_size 6 is not divisible by the 4 devices.*4 or 8"):
+    with pytest.raises(
+        ValueError, match="batch_size is 6, not divisible by the 4 devices.*make it 4 or 8"
+    ):
         meshes.local_rows(mesh, 6)
 
 
 def test_batches_are_sharded_over_data_and_fsdp():
     mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
     rows = {"tokens": np.arange(24, dtype=np.int32).reshape(8, 3)}
-    on_devices = meshes.put_batch(mesh, rows, 8)["tokens"]
-    assert on_devices.sharding.spec == P(("data", "fsdp"))
+    on_devices = meshes.put_batch(mesh, rows)["tokens"]
+    assert on_devices.sharding.spec == P(("data", "fsdp", "expert"), "context")
     assert {s.data.shape for s in on_devices.addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(on_devices, rows["tokens"])
