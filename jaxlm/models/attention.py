@@ -148,6 +148,9 @@ class Attention(nn.Module):
         query = constrain(checkpoint_name(query, "query"), ("batch", "length", "act_heads", None))
         key = constrain(checkpoint_name(key, "key"), ("batch", "length", "act_kv", None))
         value = constrain(checkpoint_name(value, "value"), ("batch", "length", "act_kv", None))
+        # Every query meets the keys and values of its whole row, so devices that share a row gather them here.
+        key = constrain(key, ("batch", "kv_length", "act_kv", None))
+        value = constrain(value, ("batch", "kv_length", "act_kv", None))
         if cache is not None:
             cache = write_layer(cache, layer, key, value)
             key, value = read_layer(cache, layer)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.layers import constrain
 
-AXES = (None, "batch", "act_kv", "length", None)
+AXES = (None, "batch", "act_kv", "kv_length", None)
 
 
 @flax.struct.dataclass

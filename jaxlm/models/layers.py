@@ -82,6 +82,13 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return nn.with_logical_constraint(x, axes)
 
 
+def num_devices(name: str) -> int:
+    """Over how many devices of the mesh in force a logical axis is spread; 1 without a mesh."""
+    axes = nn.logical_to_mesh_axes((name,))[0] or ()
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
 def make_param(
     module: nn.Module,
     name: str,
@@ -98,12 +105,13 @@ def make_param(
 def project(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
     """The last `axes` axes of x contracted with the first of a kernel: (B, T, D) x (D, N, H) -> (B, T, N, H).
 
-    As one product of two matrices, because XLA:CPU copies transposed operands for the gradient of any other shape.
-    It merges B and T, so it wants a mesh that leaves `length` whole, as parallel/mesh.py does.
+    As one product of two matrices, because XLA:CPU copies transposed operands for the gradient of any other shape;
+    but where devices share `length`, B and T stay apart: rows merged over both could not stay where they are.
     """
     rows, columns = x.shape[: x.ndim - axes], kernel.shape[axes:]
     inner = math.prod(kernel.shape[:axes])
-    y = x.reshape(math.prod(rows), inner) @ kernel.reshape(inner, math.prod(columns))
+    merged = rows if num_devices("length") > 1 else (math.prod(rows),)
+    y = x.reshape(*merged, inner) @ kernel.reshape(inner, math.prod(columns))
     return y.reshape(*rows, *columns)
 
 

@@ -86,19 +86,20 @@ class Embed(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         c = self.config
         table_VD = self.table("embedding", c.vocab_size, "vocab")
-        # Looked up in a table that is whole along the width, or XLA would rematerialise it in full.
+        # Looked up in tables that are whole along the width, or XLA would rematerialise what it finds in full.
         x = look_up(constrain(table_VD, ("vocab", None)), tokens_BT).astype(jnp.float32)
         if c.scale_embeddings:  # rounded as the released Gemmas round it
             x = x * jnp.asarray(math.sqrt(c.table_dim), c.dtype).astype(jnp.float32)
         if c.position == "learned":
             table = self.table("positions", c.position_offset + c.max_len, "pos")
             rows_BT = positions_BT + c.position_offset if c.position_offset else positions_BT
-            x = x + look_up(table, rows_BT)
+            x = x + look_up(constrain(table, ("pos", None)), rows_BT)
         elif c.position == "sinusoidal":
             x = x + sinusoidal_positions(positions_BT, c.table_dim)
         if c.num_token_types:
             types = jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
-            x = x + look_up(self.table("token_types", c.num_token_types, None), types)
+            table = constrain(self.table("token_types", c.num_token_types, None), (None, None))
+            x = x + look_up(table, types)
         x = constrain(x.astype(c.dtype), ACTIVATION)
         if self.use_norm:
             x = make_norm(c, "norm")(x)
@@ -177,6 +178,7 @@ def make_view(
         mask_BTS = attention_mask(segment_ids_BT, causal=causal)
         if window:
             mask_BTS = mask_BTS & window_mask(segment_ids_BT.shape[1], window)[None]
+    mask_BTS = constrain(mask_BTS, ("batch", "length", "kv_length"))
     if window and c.rope_local_theta:
         theta, scaling = c.rope_local_theta, ()
     if c.position == "rotary":
