@@ -1,0 +1,224 @@
+"""A run of several processes: their start, the places where they wait for one another, and their end.
+
+    with processes.joined(…flags…):          before any device is touched
+        with processes.main_first("data"):   process 0 makes what all read, the others wait
+            …
+        if processes.is_main():              what is written or printed once
+            …
+
+All processes run the same jitted programs in the same order; process 0 alone prints and writes, except checkpoints, of which
+each process writes its shards. If one of them ends before the run does, the others end with the exit status PEER_LOST
+within the heartbeat timeout: they would wait for it forever. The same command on all goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxlm.parallel.launchers import Place, find_place, share_of_gpus
+
+log = logging.getLogger("jaxlm")
+
+# Exit statuses of a run of several processes: 75 is EX_TEMPFAIL of sysexits.h, "try again".
+FAILED, PEER_LOST = 1, 75
+
+_FOREVER_MS = 365 * 86_400_000
+_counts: Counter[str] = Counter()
+
+
+@contextlib.contextmanager
+def joined(**options: Any) -> Iterator[Place | None]:
+    """`start` and, around what is run, an end without a hang: options as of `start`."""
+    place = start(**options)
+    if place is None:
+        yield None
+        return
+    watch = _Watch()
+    try:
+        yield place
+        watch.close()
+        jax.distributed.shutdown()
+    except SystemExit as error:
+        _end(error, error.code if isinstance(error.code, int) else FAILED)
+    except BaseException as error:
+        _end(error, FAILED)
+
+
+def start(
+    *,
+    coordinator: str = "",
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    initialization_timeout: int = 300,
+    heartbeat_timeout: int = 30,
+) -> Place | None:
+    """Joins the other processes of the run, if there are any; afterwards `jax.devices()` are those of all of them.
+
+    coordinator, num_processes, process_id: where no launcher says it (see `launchers`).
+    initialization_timeout: seconds to wait for the others. heartbeat_timeout: seconds after which a silent one is gone.
+
+    Returns this process's place, None if it is alone.
+
+    Raises:
+      LaunchError: neither flags nor the environment say which process this is.
+    """
+    given = dict(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
+    place = find_place(os.environ, **given)  # type: ignore[arg-type]
+    if place is None:
+        return None
+    if not os.environ.get("JAX_CPU_COLLECTIVES_IMPLEMENTATION"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    say = f"{place.launcher} says: process {place.process_id} of {place.num_processes}"
+    log.info("%s, coordinator %s", say, place.coordinator or "found by jax")
+    known = {} if place.launcher == "TPU" else _arguments(place)
+    try:
+        jax.distributed.initialize(
+            initialization_timeout=initialization_timeout,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            **known,
+        )
+    except RuntimeError as error:
+        if "backend" in str(error):
+            raise
+        raise RuntimeError(
+            f"{say}, but not all came together at {place.coordinator} within {initialization_timeout} s: are all "
+            f"of them started, with the same numbers, and can they reach that address? ({_first_line(error)})"
+        ) from error
+    devices = jax.devices()  # the processes tell one another of theirs, so all must come here
+    if is_main():
+        local = jax.local_device_count()
+        log.info("%d processes, %d devices, %d of each", jax.process_count(), len(devices), local)
+    else:
+        log.setLevel(logging.WARNING)
+    return place
+
+
+def _arguments(place: Place) -> dict[str, Any]:
+    return dict(
+        coordinator_address=place.coordinator,
+        num_processes=place.num_processes,
+        process_id=place.process_id,
+        local_device_ids=share_of_gpus(place, os.environ),
+        cluster_detection_method="deactivate",
+    )
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints, logs and writes."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here, however long it takes; no device is used. A process that is gone is an error."""
+    if jax.process_count() == 1:
+        return
+    _counts[name] += 1
+    _client().wait_at_barrier(f"jaxlm/{name}/{_counts[name]}", _FOREVER_MS)
+
+
+@contextlib.contextmanager
+def main_first(name: str) -> Iterator[None]:
+    """The block by process 0, then by the others at once: they find what it has made. No collective may be in it."""
+    if not is_main():
+        barrier(name)
+    yield
+    if is_main():
+        barrier(name)
+
+
+def fetch(tree: Any) -> Any:
+    """`jax.device_get` of arrays that may lie on the devices of other processes; all processes must ask."""
+
+    def get(x):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.device_get(tree) if jax.process_count() == 1 else jax.tree.map(get, tree)
+
+
+def is_peer_lost(error: BaseException | None) -> bool:
+    """Whether an error says that another process is gone: of Gloo, NCCL or the coordination service, or caused by one."""
+    while error is not None:
+        if isinstance(error, (RuntimeError, ValueError)) and _LOST.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+# What jaxlib raises as RuntimeError and, of Gloo on CPUs, as ValueError.
+_LOST = re.compile(
+    r"Gloo \w+ failed|NCCL|heartbeat timeout|coordination service|CoordinationService"
+    r"|Connection (closed|reset) by peer|Barrier (failed|timed out)|Socket closed"
+)
+
+
+def _client() -> Any:
+    from jax._src import distributed  # jax has no public name for it; Orbax takes it from here, too
+
+    return distributed.global_state.client
+
+
+class _Watch:
+    """Ends this process as soon as the coordination service knows that another one is gone.
+
+    XLA's own answer is to abort. A thread waits at a barrier that is complete when the run is, and that fails at once when
+    a process is lost: the others' barrier lacks process 0 until it closes, and that of process 0 lacks the others.
+    """
+
+    def __init__(self):
+        self.barriers = ["jaxlm/main has ended", "jaxlm/others have ended"]
+        own, self.last = self.barriers if not is_main() else reversed(self.barriers)
+        self.thread = threading.Thread(target=self._wait, args=(own,), daemon=True)
+        self.thread.start()
+
+    def _wait(self, name: str) -> None:
+        try:
+            _client().wait_at_barrier(name, _FOREVER_MS)
+        except RuntimeError as error:
+            _end(error, FAILED)
+
+    def close(self) -> None:
+        """Waits for all processes to be here."""
+        if is_main():
+            _client().wait_at_barrier(self.last, _FOREVER_MS)
+        self.thread.join()
+        if not is_main():
+            _client().wait_at_barrier(self.last, _FOREVER_MS)
+
+
+def _end(error: BaseException, status: int) -> None:
+    """Says why, and ends the process at once: jax's own way out would wait for processes that never come."""
+    who = f"process {jax.process_index()} of {jax.process_count()}"
+    if is_peer_lost(error):
+        status = PEER_LOST
+        text = (
+            f"{who}: another process has ended or cannot be reached, so this one ends with status {status}; "
+            f"the same command on all goes on from the newest checkpoint ({_first_line(error)})\n"
+        )
+    elif isinstance(error, SystemExit):
+        text = f"{error.code}\n" if isinstance(error.code, str) else ""
+    else:
+        text = f"{who} failed:\n" + "".join(traceback.format_exception(error))
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), text.encode())
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def _first_line(error: BaseException, shown: int = 200) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= shown else line[:shown] + "…"
