@@ -19,7 +19,7 @@ class _Options(NamedTuple):
     z_loss: float
     label_smoothing: float
     length: int  # positions of the last label axis in a chunk
-    shards: int  # of the first label axis; each sums up its own gradient of the vocabulary matrix
+    shards: tuple[int, int]  # of the first two label axes; each has its own gradient of the matrix
 
 
 def cross_entropy(
@@ -38,9 +38,17 @@ def cross_entropy(
 
     The gradient of a softmax needs nothing from above but a scale, so the forward pass computes it
     chunk by chunk: three matmuls in all, nothing is computed twice, and only one chunk of logits
-    is alive. X stands for any label shape, (B, T) or (B, M); chunks run along its last axis, so a
-    sharded batch axis stays as it is. Matmuls run in the dtype of `hidden_XD` and accumulate in
-    float32; logits, softmax and sums are float32.
+    is alive. X stands for any label shape, (B, T) or (B, M). Matmuls run in the dtype of `hidden_XD`
+    and accumulate in float32; logits, softmax and sums are float32.
+
+    Devices that share rows, lengths or the vocabulary each make the logits of their own part. A chunk
+    takes the next few positions of every device's part of the length, so all of them have work:
+
+        length 8 on two devices      0 1 2 3 | 4 5 6 7
+        the first of two chunks      0 1       4 5
+
+    In a chunk they exchange a few numbers per position (and, for the gradient of `hidden_XD`, as much
+    as that is); what each adds to the gradient of the matrix is summed once, after the last chunk.
 
     Per position, with logits z, label y, and q = (1 - s) onehot(y) + s / V:
         loss = -sum_v q_v log_softmax(z)_v + z_loss * logsumexp(z)^2
@@ -56,12 +64,14 @@ def cross_entropy(
       ((total, weight), metrics): scalar float32 sums. metrics are such pairs too and carry no
       gradient: `nll` in nats, without smoothing or z-loss, and `accuracy` (tied maxima share it).
     """
-    weights_X = weights_X.astype(jnp.float32)
+    weight = weights_X.astype(jnp.float32).sum()
+    hidden_XD, labels_X, weights_X = (
+        _by_shard(x, labels_X.ndim) for x in (hidden_XD, labels_X, weights_X.astype(jnp.float32))
+    )
     length = _chunk_length(labels_X.shape, unembed_VD.shape[0], chunk_tokens)
-    shards = _batch_shards(labels_X.shape) if length < labels_X.shape[-1] else 1
+    shards = _batch_shards(labels_X.shape[0]), labels_X.shape[1]
     options = _Options(softcap, z_loss, label_smoothing, length, shards)
     total, nll, correct = _sums(options, hidden_XD, unembed_VD, bias_V, labels_X, weights_X)
-    weight = weights_X.sum()
     nll, correct, count = jax.lax.stop_gradient((nll, correct, weight))
     return (total, weight), {"nll": (nll, count), "accuracy": (correct, count)}
 
@@ -106,12 +116,29 @@ def _chunk_length(shape: tuple[int, ...], vocab_size: int, chunk_tokens: int) ->
     return -(-shape[-1] // max(1, chunks))
 
 
-def _batch_shards(shape: tuple[int, ...]) -> int:
-    """Over how many devices the logical axis `batch` is spread, if it leads X and they divide it."""
-    axes = nn.logical_to_mesh_axes(("batch",))[0] or ()
+def _by_shard(x: jax.Array, ndim: int) -> jax.Array:
+    """X as (rows, shards of the length, positions of a shard); the end is filled up with weight 0."""
+    shards = _num_devices("length")
+    rows, length = math.prod(x.shape[: ndim - 1]), x.shape[ndim - 1]
+    size = -(-length // shards)
+    x = x.reshape(rows, length, *x.shape[ndim:])
+    if size * shards > length:
+        x = jnp.pad(x, [(0, 0), (0, size * shards - length)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(rows, shards, size, *x.shape[2:])
+    return nn.with_logical_constraint(x, ("batch", "length", *[None] * (x.ndim - 2)))
+
+
+def _batch_shards(rows: int) -> int:
+    """Over how many devices rows are spread, if they divide them."""
+    shards = _num_devices("batch")
+    return shards if rows % shards == 0 else 1
+
+
+def _num_devices(name: str) -> int:
+    """Over how many devices of the mesh in force a logical axis is spread; 1 without a mesh."""
+    axes = nn.logical_to_mesh_axes((name,))[0] or ()
     sizes = jax.sharding.get_abstract_mesh().shape
-    shards = math.prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes))
-    return shards if len(shape) > 1 and shape[0] % shards == 0 else 1
+    return math.prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def _row(x_V: jax.Array, ndim: int) -> jax.Array:
@@ -121,7 +148,7 @@ def _row(x_V: jax.Array, ndim: int) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(options, hidden_XD, unembed_VD, bias_V, labels_X, weights_X):
     """(total, nll, correct), summed over X; without a gradient this is one matmul per chunk."""
-    compute_VD = unembed_VD.astype(hidden_XD.dtype)
+    compute_VD = _whole_rows(unembed_VD, hidden_XD.dtype)
 
     def chunk(hidden_XD, labels_X, weights_X):
         logits_XV = _logits(options, hidden_XD, compute_VD, bias_V)
@@ -133,23 +160,24 @@ def _sums(options, hidden_XD, unembed_VD, bias_V, labels_X, weights_X):
 
 def _sums_and_gradients(options, hidden_XD, unembed_VD, bias_V, labels_X, weights_X):
     """`_sums`, and as residuals the gradients of the total."""
-    compute_VD = unembed_VD.astype(hidden_XD.dtype)
+    compute_VD = _whole_rows(unembed_VD, hidden_XD.dtype)
 
     def chunk(hidden_XD, labels_X, weights_X):
         logits_XV = _logits(options, hidden_XD, compute_VD, bias_V)
         parts, lse_X = _losses(options, logits_XV, labels_X)
         grad_XV = _logits_gradient(options, logits_XV, lse_X, labels_X, weights_X)
-        grad_SV = None if bias_V is None else _per_shard("snv->sv", options.shards, grad_XV)
+        grad_SV = None if bias_V is None else _per_shard("rsnv->rsv", options, grad_XV)
         grad_XV = grad_XV.astype(hidden_XD.dtype)
         grad_XD = _matmul("...v,vd->...d", grad_XV, compute_VD).astype(hidden_XD.dtype)
-        grad_SVD = _per_shard("snv,snd->svd", options.shards, grad_XV, hidden_XD)
+        grad_SVD = _per_shard("rsnv,rsnd->rsvd", options, grad_XV, hidden_XD)
         return (grad_SVD, grad_SV), (grad_XD, parts)
 
     (grad_SVD, grad_SV), (grad_XD, parts) = _over_chunks(
         chunk, options.length, hidden_XD, labels_X, weights_X
     )
-    grad_V = None if grad_SV is None else grad_SV.sum(0).astype(bias_V.dtype)
-    grad_VD = grad_SVD.sum(0).astype(unembed_VD.dtype)
+    grad_V = None if grad_SV is None else grad_SV.sum((0, 1)).astype(bias_V.dtype)
+    grad_VD = grad_SVD.sum((0, 1)).astype(unembed_VD.dtype)
+    grad_VD = nn.with_logical_constraint(grad_VD, ("vocab", "embed"))
     sums = tuple((part_X * weights_X).sum() for part_X in parts)
     return sums, (grad_XD, grad_VD, grad_V, parts[0])
 
@@ -170,30 +198,53 @@ def _matmul(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
 
-def _per_shard(spec: str, shards: int, *arrays_X: jax.Array) -> jax.Array:
-    """An einsum within each shard s of the first axis; n is what is left of X.
+def _whole_rows(unembed_VD: jax.Array, dtype) -> jax.Array:
+    """The matrix as chunks use it: gathered along D once, outside their loop, and by vocabulary as it lies."""
+    return nn.with_logical_constraint(unembed_VD.astype(dtype), ("vocab", None))
+
+
+def _per_shard(spec: str, options: _Options, *arrays_X: jax.Array) -> jax.Array:
+    """An einsum within each shard (r, s) of rows and lengths; n is what is left of X.
 
     Summed over shards only after the last chunk: otherwise every chunk would wait for an all-reduce
     as large as the vocabulary matrix.
     """
-    arrays = [x.reshape(shards, -1, x.shape[-1]) for x in arrays_X]
-    result = jnp.einsum(spec, *arrays, preferred_element_type=jnp.float32)
-    names = ("batch", "vocab", None)[: result.ndim]
-    return nn.with_logical_constraint(result, names) if shards > 1 else result
+    rows, lengths = options.shards
+
+    def split(x):
+        x = x.reshape(rows, -1, lengths, *x.shape[2:]).swapaxes(1, 2)
+        return x.reshape(rows, lengths, -1, x.shape[-1])
+
+    result = jnp.einsum(spec, *map(split, arrays_X), preferred_element_type=jnp.float32)
+    if rows * lengths == 1:
+        return result
+    return nn.with_logical_constraint(result, ("batch", "length", "vocab", None)[: result.ndim])
 
 
 def _logits(options, hidden_XD, unembed_VD, bias_V):
     logits_XV = _matmul("...d,vd->...v", hidden_XD, unembed_VD)
+    logits_XV = nn.with_logical_constraint(logits_XV, ("batch", "length", None, "act_vocab"))
     if bias_V is not None:
         logits_XV += _row(bias_V, logits_XV.ndim)
     return options.softcap * jnp.tanh(logits_XV / options.softcap) if options.softcap else logits_XV
+
+
+def _at_labels(logits_XV, labels_X):
+    """The label's logit of each position. Where devices share the vocabulary, as a sum: each has its own part of it."""
+    if _num_devices("act_vocab") == 1:
+        return jnp.take_along_axis(logits_XV, labels_X[..., None], axis=-1)[..., 0]
+    return jnp.where(_ids(logits_XV, labels_X) == labels_X[..., None], logits_XV, 0.0).sum(-1)
+
+
+def _ids(logits_XV, labels_X):
+    return jax.lax.broadcasted_iota(labels_X.dtype, logits_XV.shape, logits_XV.ndim - 1)
 
 
 def _losses(options, logits_XV, labels_X):
     """((loss, nll, correct), logsumexp) of each position, float32."""
     max_X = logits_XV.max(-1)
     lse_X = max_X + jnp.log(jnp.exp(logits_XV - max_X[..., None]).sum(-1))
-    label_X = jnp.take_along_axis(logits_XV, labels_X[..., None], axis=-1)[..., 0]
+    label_X = _at_labels(logits_XV, labels_X)
     nll_X = loss_X = lse_X - label_X
     if options.label_smoothing:
         smooth_X = lse_X - logits_XV.mean(-1)
@@ -208,9 +259,10 @@ def _losses(options, logits_XV, labels_X):
 def _logits_gradient(options, logits_XV, lse_X, labels_X, weights_X):
     """d(sum of weights * loss) / d(logits before softcap), float32."""
     vocab_size = logits_XV.shape[-1]
-    ids_XV = jax.lax.broadcasted_iota(labels_X.dtype, logits_XV.shape, logits_XV.ndim - 1)
     scale_X = 1 + 2 * options.z_loss * lse_X
-    target_XV = jnp.where(ids_XV == labels_X[..., None], 1 - options.label_smoothing, 0.0)
+    target_XV = jnp.where(
+        _ids(logits_XV, labels_X) == labels_X[..., None], 1 - options.label_smoothing, 0.0
+    )
     target_XV += options.label_smoothing / vocab_size
     grad_XV = scale_X[..., None] * jnp.exp(logits_XV - lse_X[..., None]) - target_XV
     if options.softcap:
