@@ -13,16 +13,17 @@ PEERS = {"models", "objectives", "tasks", "data"}
 THIRD_PARTY_ONLY: frozenset[str] = frozenset()
 ALLOWED: dict[str, frozenset[str]] = {
     "compat": THIRD_PARTY_ONLY,
+    "files": THIRD_PARTY_ONLY,
     "parallel": frozenset({"compat"}),
-    "tokenizers": frozenset({"compat"}),
+    "tokenizers": frozenset({"compat", "files"}),
     "models.layers": frozenset({"compat"}),
     "models": frozenset({"compat", "models.layers"}),
     "objectives": frozenset({"compat"}),
     "tasks": frozenset({"compat"}),
-    "data": frozenset({"compat", "tokenizers"}),
-    "training": frozenset({"compat", "parallel", "models", "models.layers", "inference"}),
-    "inference": frozenset({"compat", "parallel", "models", "models.layers"}),
-    "interop": frozenset({"compat", "parallel", "models", "models.layers", "tokenizers"}),
+    "data": frozenset({"compat", "files", "tokenizers"}),
+    "training": frozenset({"compat", "files", "parallel", "models", "models.layers", "inference"}),
+    "inference": frozenset({"compat", "files", "parallel", "models", "models.layers"}),
+    "interop": frozenset({"compat", "files", "parallel", "models", "models.layers", "tokenizers"}),
     "program": frozenset(
         {"compat", "parallel", "models", "models.layers", "objectives", "training"}
     ),

@@ -7,7 +7,8 @@ order is the order of the keys. A worker writes a piece's documents sorted by ke
 range of keys is collected from all runs, sorted in memory and appended to the shards. So the store does not
 depend on the number of workers or on interruptions, and no step holds more than a piece or a bucket.
 
-All is written to `STORE.partial`, which becomes STORE by one rename at the end. A piece that is finished
+All is written to `STORE.partial` (for a bucket: in this host's cache), which becomes STORE by one rename at the end (there:
+an upload, the manifest last). A piece that is finished
 there is not done again by the next run with the same sources, tokenizer and options.
 """
 
@@ -30,6 +31,7 @@ from jaxlm.data import token_store, workers
 from jaxlm.data.runs import in_order_of_keys, replacing, write_text
 from jaxlm.data.sources import Span
 from jaxlm.data.workers import SPLITS
+from jaxlm.files import as_path, is_remote
 from jaxlm.tokenizers import Tokenizer, load_tokenizer
 
 _SHOWN = 10  # how many of the bad inputs an error names
@@ -48,6 +50,7 @@ def prepare(
     max_bad_fraction: float = 0.01,
     text_field: str = "text",
     piece_bytes: int = 0,
+    cache_dir: str = "",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Makes the token store `output` from text, and returns its manifest; a store that is already there,
@@ -62,6 +65,8 @@ def prepare(
     shard_tokens: tokens in a shard. piece_bytes: input in a piece; 0 = 4 MiB, more for large inputs.
     max_bad_fraction: the run stops if more than this share of the documents cannot be used. What cannot is
       listed with its origin and reason in `output/quarantine.jsonl`.
+    cache_dir: where text on a bucket is copied to before it is read, and where a store for a bucket is made; '' is
+      `files.cache_folder`'s.
 
     Raises:
       FileNotFoundError: with the list of sources that name no file.
@@ -71,9 +76,9 @@ def prepare(
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer)
     _check_options(split, validation_fraction, max_bad_fraction)
-    output = Path(output)
-    work = output.with_name(f"{output.name}.partial")
-    files = _scan(text_sources.find_files(sources), _known_files(output, work), progress)
+    output = as_path(output)
+    work = token_store.working_folder(output, cache_dir)
+    files = _scan(text_sources.find_files(sources, cache_dir), _known_files(output, work), progress)
     total = sum(file["size"] for file in files)
     recipe = dict(
         source_fingerprint=_fingerprint(files),
@@ -104,9 +109,10 @@ def prepare(
         _check_unchanged(files)
         counts = _check_summaries(work, summaries, recipe, max_bad_fraction)
         manifest = _merge(work, summaries, tokenizer, recipe, counts, progress)
-        with contextlib.suppress(FileNotFoundError):
-            output.rmdir()  # an empty folder may stand there
-        os.rename(work / "store", output)
+        if not is_remote(output):
+            with contextlib.suppress(FileNotFoundError):
+                output.rmdir()  # an empty folder may stand there
+        token_store.publish(work / "store", output)
     shutil.rmtree(work)
     return manifest
 

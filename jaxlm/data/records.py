@@ -10,6 +10,7 @@ A row that cannot be read is a problem with its line, never dropped in silence; 
 read is a ValueError. What was guessed about a file is said in the log of `jaxlm`.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from jaxlm.data.record_csv import read_csv, read_tsv
 from jaxlm.data.record_json import read_json, read_json_lines, read_squad
 from jaxlm.data.record_lines import RELATION_LINE, read_conll, read_conllu, read_semeval
 from jaxlm.data.record_parquet import read_parquet
+from jaxlm.files import as_path, local_copy
 
 __all__ = [
     "FORMATS",
@@ -64,6 +66,7 @@ def read_records(
     header: str = "auto",
     delimiter: str = "",
     split: str = "",
+    cache_dir: str = "",
 ) -> Found:
     """The rows of a labelled file in their order, and the rows that cannot be read.
 
@@ -71,13 +74,15 @@ def read_records(
     format: a key of FORMATS, '' for that of the ending, or, for an unknown ending, of the first lines.
     header (CSV): yes, no or auto. delimiter (CSV): one character, '' to guess it.
     split (JSON): the same as in the path.
+    cache_dir: where a file on a bucket is copied to; '' is `files.cache_folder`'s.
 
     Fields are named as in the file; columns without a name are column0, column1, …
 
     Raises FileNotFoundError; ValueError for a file that cannot be read or has no rows; ImportError for
     Parquet without pyarrow.
     """
-    path, split = _path_and_split(str(path), split)
+    path, split = _path_and_split(os.fspath(path), split)
+    path = local_copy(path, cache_dir)
     format = format or _ENDINGS.get(path.suffix.lower()) or _sniffed_format(path)
     if format not in FORMATS:
         raise ValueError(f"found: format={format!r}; expected: one of {', '.join(FORMATS)}")
@@ -94,10 +99,10 @@ def read_records(
 
 
 def _path_and_split(name: str, split: str) -> tuple[Path, str]:
-    path = Path(name).expanduser()
-    before, colon, after = name.rpartition(":")
-    if not path.exists() and colon and Path(before).expanduser().is_file():
-        path, split = Path(before).expanduser(), split or after
+    path = as_path(name).expanduser()
+    before, _, after = name.rpartition(":")
+    if not path.exists() and "/" not in after and as_path(before).expanduser().is_file():
+        path, split = as_path(before).expanduser(), split or after
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "nothing"
         raise FileNotFoundError(f"found: {kind} at {name}; expected: a labelled file")

@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jaxlm.files import as_path, is_remote, local_copy
+
 MAX_DOCUMENT_BYTES = 4 << 20  # of text files: a book is whole, and a 2 GB file fits no memory
 MAX_LINE_BYTES = 64 << 20
 _CUT_WINDOW = 64 << 10  # where an end of line is looked for, before a cut between two characters
@@ -67,28 +69,29 @@ class Span:
 
 
 def read_documents(
-    sources: str | Sequence[str], *, text_field: str = "text"
+    sources: str | Sequence[str], *, text_field: str = "text", cache_dir: str = ""
 ) -> Iterator[Document | Bad]:
     """Every document of the sources in their order, and in its place what is wrong with one.
 
-    sources: as of `find_files`. Memory: one document, or the line of a JSON lines file.
+    sources, cache_dir: as of `find_files`. Memory: one document, or the line of a JSON lines file.
     """
-    for path in find_files(sources):
+    for path in find_files(sources, cache_dir):
         for span in make_spans(path):
             yield from read_span(span, text_field)
 
 
-def find_files(sources: str | Sequence[str]) -> list[Path]:
+def find_files(sources: str | Sequence[str], cache_dir: str = "") -> list[Path]:
     """The files of 'stdlib', files, folders (all files below, hidden ones left out) and globs.
 
-    The order is that of the sources, by name within one; a file that is found twice is read once.
+    The order is that of the sources, by name within one; a file that is found twice is read once. Files on a bucket
+    are copied to this host first, into `cache_dir` ('': `files.cache_folder`'s).
 
     Raises FileNotFoundError with the list of the sources that name no file.
     """
     found: dict[Path, None] = {}
     missing = []
     for source in [sources] if isinstance(sources, str) else sources:
-        files = _files_of(str(source))
+        files = _files_of(str(source), cache_dir)
         found.update(dict.fromkeys(files))
         if not files:
             missing.append(f"  {source}: no such file, or a folder or glob without files")
@@ -145,9 +148,11 @@ def compression_of(path: Path) -> str:
     return path.suffix if path.suffix in (".gz", ".zst") else ""
 
 
-def _files_of(source: str) -> list[Path]:
+def _files_of(source: str, cache_dir: str) -> list[Path]:
     if source == "stdlib":
         return _library_files()
+    if is_remote(source):
+        return [local_copy(file, cache_dir) for file in _objects_of(as_path(source))]
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
@@ -156,6 +161,22 @@ def _files_of(source: str) -> list[Path]:
     matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
     nested = [_files_below(m) if m.is_dir() and "**" not in source else [m] for m in matches]
     return sorted(file for files in nested for file in files if file.is_file())
+
+
+def _objects_of(path: Path) -> list[Path]:
+    """The files of a file, a folder or a glob on a bucket; a glob's folders are left out, and it has no '**'."""
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+        return [file for entry in entries for file in _objects_of(entry)]
+    if "**" in str(path):
+        raise ValueError(
+            f"{path}: '**' is not for buckets; expected a folder, or a glob of '*' and '?'"
+        )
+    bucket = path.parents[len(path.parts) - 4]  # parts: '/', scheme, bucket, …
+    found = bucket.glob(str(path.relative_to(bucket))) if path != bucket else ()
+    return sorted(file for file in found if file.is_file())
 
 
 def _files_below(folder: Path, left_out: frozenset[str] = frozenset()) -> list[Path]:

@@ -17,6 +17,7 @@ text token is the label of the token before it exactly once, and so is every doc
 No document crosses a shard, so a shard is longer than asked for where a document is.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxlm.files import as_path, cache_folder, fetch, is_remote, upload
 
 SCHEMA_VERSION = 1
 PARTS = ("tokens", "documents", "sentences")
@@ -39,13 +42,17 @@ class TokenStore:
     Positions are global over the split's shards, from 0 to `num_tokens`; documents are counted from 0.
     Sent to another process it is a path and a name, and is opened again there.
 
+    cache_dir: where the shards of a store on a bucket are copied, each at its first use, once per host and checked
+      against the manifest's sha256; '' is `files.cache_folder`'s.
+
     Raises:
       FileNotFoundError: without a complete store at `path` (a store appears under its name when whole).
       ValueError: for an unknown split, schema or dtype, or shards shorter than the manifest says.
     """
 
-    def __init__(self, path: str | os.PathLike, split: str = "train"):
-        self.path, self.split = Path(path), split
+    def __init__(self, path: str | os.PathLike, split: str = "train", *, cache_dir: str = ""):
+        self.path, self.split = as_path(path), split
+        self.cache = cache_folder(cache_dir) / "shards"
         self.manifest: dict[str, Any] = read_manifest(self.path)
         if split not in self.manifest["splits"]:
             known = ", ".join(sorted(self.manifest["splits"]))
@@ -63,7 +70,8 @@ class TokenStore:
         _raise_problems(self.path, self._size_problems())
 
     def __reduce__(self):
-        return TokenStore, (self.path, self.split)
+        opened = functools.partial(TokenStore, cache_dir=str(self.cache.parent))
+        return opened, (os.fspath(self.path), self.split)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """The ids at [start, stop), int32 (stop - start,), across shards.
@@ -118,13 +126,18 @@ class TokenStore:
         problems = self._size_problems()
         for index, shard in enumerate(self._shards):
             for part in PARTS:
+                name = shard_name(self.split, index, part)
                 path = self._file(index, part)
                 if path.is_file() and sha256_of(path) != shard["sha256"][part]:
-                    problems.append(f"{path.name}: its sha256 is not the manifest's")
+                    problems.append(f"{name}: its sha256 is not the manifest's")
         _raise_problems(self.path, problems)
 
     def _file(self, shard: int, part: str) -> Path:
-        return self.path / shard_name(self.split, shard, part)
+        """The local file: the store's own, or the copy of a bucket's, made if it is not there yet."""
+        path = self.path / shard_name(self.split, shard, part)
+        if is_remote(path):
+            return fetch(path, self.cache, self._shards[shard]["sha256"][part])
+        return path
 
     def _part(self, shard: int, part: str) -> np.ndarray:
         """A memory map of one file, opened at first use and checked against the manifest."""
@@ -164,6 +177,12 @@ class TokenStore:
 
     def _size_problems(self) -> list[str]:
         problems = []
+        if is_remote(
+            self.path
+        ):  # one listing; the copies' sha256 is checked, and so is their length
+            names = {path.name for path in self.path.iterdir()}
+            wanted = [shard_name(self.split, i, p) for i in range(len(self._shards)) for p in PARTS]
+            return [f"{name}: missing" for name in wanted if name not in names]
         for index, shard in enumerate(self._shards):
             for part in PARTS:
                 path = self._file(index, part)
@@ -260,10 +279,10 @@ def write_store(
       FileExistsError: if something is at `path`.
       ValueError: if an id is not in the vocabulary.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists: choose another path, or delete it")
-    partial = path.with_name(f"{path.name}.partial")
+    partial = working_folder(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     entries = {}
@@ -279,8 +298,25 @@ def write_store(
             writer.add(ids, int(tokenizer.num_bytes[ids].sum()))
         entries[split] = writer.close()
     manifest = finish_store(partial, entries, tokenizer)
-    os.rename(partial, path)
+    publish(partial, path)
     return manifest
+
+
+def working_folder(path: Path, cache_dir: str = "") -> Path:
+    """Where a store is made that is to be at `path`: beside it; for a bucket, in this host's cache."""
+    if not is_remote(path):
+        return path.with_name(f"{path.name}.partial")
+    name = hashlib.sha256(os.fspath(path).encode()).hexdigest()[:32]
+    return cache_folder(cache_dir) / "prepare" / f"{name}.partial"
+
+
+def publish(folder: Path, path: Path) -> None:
+    """Makes a whole local folder the store `path`: by one rename; on a bucket file by file, the manifest last."""
+    if is_remote(path):
+        upload(folder, path, last="manifest.json")
+        shutil.rmtree(folder)
+    else:
+        os.rename(folder, path)
 
 
 def finish_store(
@@ -317,7 +353,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
 
     File names are never read from it: they follow from a split's name and a shard's number.
     """
-    file = Path(path) / "manifest.json"
+    file = as_path(path) / "manifest.json"
     if not file.is_file():
         raise FileNotFoundError(
             f"{path} is no token store (it has no manifest.json): make one with "
@@ -335,7 +371,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         for split in manifest.get("splits", {})
         if not _SPLIT_NAME.fullmatch(split)
     ]
-    _raise_problems(Path(path), problems)
+    _raise_problems(as_path(path), problems)
     return manifest
 
 

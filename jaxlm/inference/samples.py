@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxlm.files import Appender
 from jaxlm.inference import decode
 from jaxlm.inference.fill_mask import encode_masked, fill_mask
 from jaxlm.inference.sampling import make_sampling
@@ -67,7 +67,7 @@ def make_sampler(run: Any, writer: Any):
 
     Averaged parameters are used where the run keeps them, as in its evaluation.
     """
-    config, path = run.config, Path(run.workdir) / "samples.jsonl"
+    config, path = run.config, run.workdir / "samples.jsonl"
     prompts = list(config.eval.prompts)
 
     def sample(state, step: int) -> None:
@@ -90,10 +90,11 @@ def make_sampler(run: Any, writer: Any):
             )
         if not writer.is_writer:
             return
-        with open(path, "a", encoding="utf-8") as lines:
-            for prompt, text in zip(prompts, texts, strict=True):
-                record = {"step": step, "prompt": prompt, "text": text}
-                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+        lines = Appender(path)
+        for prompt, text in zip(prompts, texts, strict=True):
+            record = {"step": step, "prompt": prompt, "text": text}
+            lines.write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
+        lines.close()
         joined = "\n\n".join(f"**{p}** {t}" for p, t in zip(prompts, texts, strict=True))
         writer.write_text(step, "samples", joined)
 

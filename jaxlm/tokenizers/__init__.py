@@ -15,7 +15,7 @@ the space before it; so bits per byte are approximate, too.
 
 from jaxlm.tokenizers.base import ROLES, Tokenizer
 from jaxlm.tokenizers.kinds import TOKENIZERS
-from jaxlm.tokenizers.loading import load_tokenizer, make_tokenizer
+from jaxlm.tokenizers.loading import is_saved, load_tokenizer, make_tokenizer
 from jaxlm.tokenizers.training import TRAINERS, train_tokenizer
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "TOKENIZERS",
     "TRAINERS",
     "Tokenizer",
+    "is_saved",
     "load_tokenizer",
     "make_tokenizer",
     "train_tokenizer",

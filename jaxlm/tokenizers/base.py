@@ -7,10 +7,11 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+
+from jaxlm.files import as_path
 
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
 META = "jaxlm_tokenizer.json"
@@ -142,7 +143,7 @@ class Tokenizer:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes the model file and the reserved ids; `load_tokenizer` reads them back."""
-        directory = Path(directory)
+        directory = as_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / self.filename).write_bytes(self.blob)
         meta = {"kind": self.kind, "sha256": self.sha256} | self._reserved()

@@ -3,13 +3,13 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
 import tokenizers as hf
 
+from jaxlm.files import as_path
 from jaxlm.tokenizers.base import ROLES, Tokenizer, is_ideograph, reserved_names
 
 
@@ -162,7 +162,7 @@ class JSONTokenizer(Tokenizer):
             "clean_up_tokenization_spaces": False,
         }
         config |= {f"{role}_token": token for role, token in known.items()}
-        (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+        (as_path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {

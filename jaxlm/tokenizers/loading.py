@@ -8,6 +8,7 @@ from typing import Any
 
 import tokenizers as hf
 
+from jaxlm.files import as_path
 from jaxlm.tokenizers.base import META, ROLES, Tokenizer, known_spellings, pick
 from jaxlm.tokenizers.kinds import TOKENIZERS, JSONTokenizer, SentencePieceTokenizer
 
@@ -21,7 +22,12 @@ def make_tokenizer(
     if kind in ("bytes", "chars"):
         blob = "".join(sorted(set(characters))).encode() if kind == "chars" else b"bytes\n"
         return TOKENIZERS[kind](blob, num_sentinels=num_sentinels)
-    return TOKENIZERS[kind](Path(path).read_bytes(), num_sentinels=num_sentinels)
+    return TOKENIZERS[kind](as_path(path).read_bytes(), num_sentinels=num_sentinels)
+
+
+def is_saved(directory: Path) -> bool:
+    """Whether `save` has finished in the folder: on a bucket, a folder that is not whole looks like one that is."""
+    return (directory / META).is_file()
 
 
 def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
@@ -34,7 +40,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
       FileNotFoundError: if none of these is there.
       ValueError: if a saved tokenizer's file is not the one that was saved.
     """
-    path = Path(directory)
+    path = as_path(directory)
     meta = path / META
     if meta.is_file():
         saved = json.loads(meta.read_text(encoding="utf-8"))

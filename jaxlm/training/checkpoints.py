@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
+from jaxlm.files import absolute, as_path, is_remote
 from jaxlm.parallel.mesh import path_names
 from jaxlm.training import partition
 from jaxlm.training.state import TrainState
@@ -41,7 +42,7 @@ class Checkpoints:
         best_metric: str = "",
         best_mode: str = "min",
     ):
-        self.directory = Path(workdir).resolve() / "checkpoints"
+        self.directory = absolute(workdir) / "checkpoints"
         self.best_metric = best_metric
         policies: list[Any] = [managers.LatestN(keep_last)]
         options = {"enable_async_checkpointing": True}
@@ -220,16 +221,20 @@ def mismatches(item: Path, wanted_tree: PyTree) -> list[str]:
 
 def find_step(path: str | Path, step: int | None = None) -> Path:
     """The folder of one checkpoint: `path` is a workdir, its checkpoints folder, or the step itself."""
-    path = Path(path)
+    path = as_path(path)
     if (path / "params").is_dir():
-        return path.resolve()
+        return absolute(path)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = sorted(
-        int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "params").is_dir()
-    )
+    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and _is_whole(p))
     wanted = step if step is not None else (steps[-1] if steps else None)
     if wanted not in steps:
         raise FileNotFoundError(
             f"no checkpoint {'' if step is None else f'of step {step} '}in {path}: found steps {steps}"
         )
-    return (folder / str(wanted)).resolve()
+    return absolute(folder / str(wanted))
+
+
+def _is_whole(step_dir: Path) -> bool:
+    """Orbax gives a folder its name when it is whole; on a bucket it puts a file there then."""
+    finished = not is_remote(step_dir) or (step_dir / "commit_success.txt").is_file()
+    return finished and (step_dir / "params").is_dir()

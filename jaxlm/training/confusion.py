@@ -1,12 +1,13 @@
 """A picture of a confusion matrix: which classes a classifier takes for which."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+
+from jaxlm.files import as_path, write_whole
 
 # Up to so many classes, cells have their counts; and up to so many, rows and columns have names.
 MAX_COUNTS = 20
@@ -16,11 +17,10 @@ _MAX_NAME = 28
 
 def plot_confusion(counts: np.ndarray, names: Sequence[str], path: str | Path) -> Path:
     """Writes `draw_confusion` as a PNG, in one piece or not at all; returns its path."""
-    path = Path(path)
+    path = as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    draw_confusion(counts, names).savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    figure = draw_confusion(counts, names)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
     return path
 
 

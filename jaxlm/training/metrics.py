@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from jaxlm.files import Appender, as_path, is_remote, write_text
+
 # Of these the last value says more than the mean over the steps between two log lines.
 LAST = ("learning_rate", "param_norm")
 
@@ -73,17 +75,16 @@ class MetricWriter:
         config: Mapping | None = None,
     ):
         self.is_writer = jax.process_index() == 0
-        self.path = Path(workdir) / "metrics.jsonl"
+        workdir = as_path(workdir)
+        self.path = workdir / "metrics.jsonl"
         self._tensorboard = self._wandb = None
         if not self.is_writer:
             return
-        Path(workdir).mkdir(parents=True, exist_ok=True)
+        workdir.mkdir(parents=True, exist_ok=True)
         drop_after(self.path, start_step)
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file = Appender(self.path)
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(workdir), purge_step=start_step + 1)
+            self._tensorboard = _open_tensorboard(workdir, start_step + 1)
         if wandb:
             self._wandb = _start_wandb(workdir, config)
 
@@ -91,8 +92,8 @@ class MetricWriter:
         """One line of metrics.jsonl; numbers also go to the other writers as `split/name`."""
         if not self.is_writer:
             return
-        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-        self._file.flush()
+        line = {"step": step, "split": split, **values}
+        self._file.write(f"{json.dumps(line)}\n".encode())
         numbers = {f"{split}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         if self._tensorboard:
             for name, value in numbers.items():
@@ -103,6 +104,11 @@ class MetricWriter:
     def write_text(self, step: int, name: str, text: str) -> None:
         if self.is_writer and self._tensorboard:
             self._tensorboard.add_text(name, text, step)
+
+    def flush(self) -> None:
+        """On return metrics.jsonl has every line, on a bucket, too: a checkpoint is saved after the lines before it."""
+        if self.is_writer:
+            self._file.flush()
 
     def close(self) -> None:
         if not self.is_writer:
@@ -116,7 +122,7 @@ class MetricWriter:
 
 def drop_after(path: str | Path, step: int) -> None:
     """Removes the lines of a JSON-lines file whose `step` is larger, and a line cut off by a kill; atomically."""
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         return
     kept = []
@@ -125,16 +131,33 @@ def drop_after(path: str | Path, step: int) -> None:
             continue
         if json.loads(line)["step"] <= step:
             kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(kept))
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:
     """All lines of a run's metrics.jsonl, but not a last one that a kill cut off or a run still writes."""
-    path = Path(workdir) / "metrics.jsonl"
-    with open(path, encoding="utf-8") as lines:
+    path = as_path(workdir) / "metrics.jsonl"
+    with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _open_tensorboard(workdir: Path, purge_step: int):
+    from tensorboardX import SummaryWriter, record_writer
+
+    if is_remote(
+        workdir
+    ):  # its own writer needs another package and other credentials than the rest of the run
+        record_writer.register_writer_factory("gs", _BucketEvents())
+    return SummaryWriter(str(workdir), purge_step=purge_step)
+
+
+class _BucketEvents:
+    """How tensorboardX opens a file of events on a bucket."""
+
+    open = Appender
+
+    def directory_check(self, path: str) -> None:
+        """A bucket has no folders to make."""
 
 
 def _start_wandb(workdir, config):

@@ -8,12 +8,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from jaxlm.files import absolute, as_path, write_whole
 from jaxlm.training.metrics import read_metrics
 
 
 def plot_run(workdir: str | Path) -> list[Path]:
     """Draws `plots/loss.png` and `plots/throughput.png` of one run; returns what it wrote."""
-    return plot_runs([workdir], Path(workdir) / "plots")
+    return plot_runs([workdir], as_path(workdir) / "plots")
 
 
 def plot_runs(workdirs: Sequence[str | Path], output: str | Path) -> list[Path]:
@@ -27,11 +28,11 @@ def plot_runs(workdirs: Sequence[str | Path], output: str | Path) -> list[Path]:
     runs = dict(zip(run_names(workdirs), map(read_metrics, workdirs), strict=True))
     if not any(runs.values()):
         return []
-    output = Path(output)
+    output = as_path(output)
     output.mkdir(parents=True, exist_ok=True)
     pictures = {"loss.png": draw_loss(runs), "throughput.png": draw_throughput(runs)}
     for name, figure in pictures.items():
-        figure.savefig(output / name, dpi=120)
+        save_figure(figure, output / name)
     return [output / name for name in pictures]
 
 
@@ -64,9 +65,9 @@ def plot_metric(
         _draw_group(axes, f"C{index % 10}", label, [curves[name] for name in names])
     axes.set_xlabel("step")
     axes.legend(fontsize="small")
-    path = Path(output) / f"{metric.replace('/', '_')}.png"
+    path = as_path(output) / f"{metric.replace('/', '_')}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return path
 
 
@@ -88,7 +89,7 @@ def read_field(workdir: str | Path, field: str) -> Any:
     Raises:
       ValueError: if it has none.
     """
-    value = json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8"))
+    value = json.loads((as_path(workdir) / "config.json").read_text(encoding="utf-8"))
     for name in field.split("."):
         if not isinstance(value, dict) or name not in value:
             raise ValueError(f"{workdir}/config.json has no field {field!r}")
@@ -98,13 +99,18 @@ def read_field(workdir: str | Path, field: str) -> Any:
 
 def run_names(workdirs: Sequence[str | Path]) -> list[str]:
     """The shortest ends of the paths that tell the runs apart: 'lr/a', 'wd/a' -> 'lr/a', 'wd/a'."""
-    parts = [Path(workdir).resolve().parts for workdir in workdirs]
+    parts = [absolute(workdir).parts for workdir in workdirs]
     longest = max(map(len, parts), default=1)
     for depth in range(1, longest):
         names = ["/".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(names):
             return names
     return [f"{'/'.join(p)} ({i})" for i, p in enumerate(parts)]
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """A PNG, in one piece or not at all."""
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def draw_loss(runs: dict[str, list[dict[str, Any]]]) -> Figure:
