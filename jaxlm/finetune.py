@@ -16,7 +16,10 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from jaxlm import reports, tuning
+from jaxlm.files import as_path
+from jaxlm.flags import process_options
 from jaxlm.host import keep_freed_memory
+from jaxlm.parallel import processes
 from jaxlm.training import checkpoints as checkpointing
 from jaxlm.training.metrics import read_metrics
 from jaxlm.training.plots import plot_run
@@ -26,13 +29,19 @@ log = logging.getLogger("jaxlm")
 
 
 def finetune(
-    config: ConfigDict, workdir: Path, *, allow_config_change: bool = False
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    allow_config_change: bool = False,
+    profile_steps: str = "",
 ) -> dict[str, Any]:
     """Trains for `config.num_epochs`, or until the best metric stands still, and returns what report.json says."""
-    prepared = tuning.prepare(config, workdir)
+    with processes.main_first("data"):
+        prepared = tuning.prepare(config, workdir)
     config = prepared.config
     accept_config(config, workdir, allow_config_change)
-    run = tuning.make_run(prepared, workdir)
+    with processes.main_first("run"):
+        run = tuning.make_run(prepared, workdir)
     best = {name: config.checkpoint[name] for name in ("best_metric", "best_mode")}
     store = checkpointing.Checkpoints(workdir, **config.checkpoint)
     state, window = start_or_resume(run, store, lambda: tuning.initial_state(run, prepared.source))
@@ -57,11 +66,13 @@ def finetune(
             evaluate=evaluate,
             should_stop=lambda: stopping.is_over,
             window=window,
+            profile_steps=profile_steps,
         )
     best_dir = checkpointing.find_step(workdir, store.best_step())
     store.close()
     writer.close()
-    plot_run(workdir)
+    if processes.is_main():
+        plot_run(workdir)
     item = checkpointing.evaluated_item(best_dir)
     params = checkpointing.load_item(best_dir, run.param_shapes, item)
     return reports.write_reports(run, params, int(best_dir.name), workdir)
@@ -100,7 +111,13 @@ def main(argv):
     absl_logging.set_verbosity(absl_logging.ERROR)
     keep_freed_memory()
     log.setLevel(logging.INFO)
-    finetune(args.config, Path(args.workdir), allow_config_change=args.allow_config_change)
+    with processes.joined(**process_options(args)):
+        finetune(
+            args.config,
+            as_path(args.workdir),
+            allow_config_change=args.allow_config_change,
+            profile_steps=args.profile_steps,
+        )
 
 
 if __name__ == "__main__":

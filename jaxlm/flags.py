@@ -5,7 +5,9 @@ flags of one name, and tests and notebooks import several.
 """
 
 import sys
+from typing import Any
 
+from absl import flags
 from ml_collections import config_flags
 
 from jaxlm import saved_config
@@ -25,3 +27,23 @@ def _through_saved_config(arg: str) -> str:
         if arg.startswith(prefix) and arg.endswith(".json"):
             return f"{prefix}{saved_config.__file__}:{arg.removeprefix(prefix)}"
     return arg
+
+
+def define_process_flags() -> None:
+    """Who starts several processes, where no launcher's environment says it; see `jaxlm.parallel.launchers`."""
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, in a run of several processes.")
+    flags.DEFINE_integer(
+        "num_processes", None, "How many processes there are; 1: this one is alone."
+    )
+    flags.DEFINE_integer("process_id", None, "Which of them this is: 0 to num_processes - 1.")
+    flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for the other processes.")
+    flags.DEFINE_integer(
+        "heartbeat_timeout", 30, "Seconds after which a silent process is taken for dead."
+    )
+
+
+def process_options(args: flags.FlagValues) -> dict[str, Any]:
+    """These flags as `parallel.processes.joined` takes them."""
+    names = ("coordinator", "num_processes", "process_id")
+    names += ("initialization_timeout", "heartbeat_timeout")
+    return {name: getattr(args, name) for name in names}

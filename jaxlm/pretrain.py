@@ -1,6 +1,7 @@
 """Pretrains a language model: `python -m jaxlm.pretrain --config=configs/gpt.py:tiny --workdir=W`.
 
-The same command again goes on from the newest checkpoint. Read `main` from top to bottom.
+The same command again goes on from the newest checkpoint. Started by srun, mpirun, xpk and so on, the processes of a run
+find one another (jaxlm/parallel/launchers.py). Read `main` from top to bottom.
 """
 
 import logging
@@ -12,8 +13,11 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from jaxlm import build
+from jaxlm.files import as_path
+from jaxlm.flags import process_options
 from jaxlm.host import keep_freed_memory
 from jaxlm.inference.samples import make_sampler
+from jaxlm.parallel import processes
 from jaxlm.training import checkpoints as checkpointing
 from jaxlm.training.metrics import drop_after
 from jaxlm.training.plots import plot_run
@@ -23,17 +27,23 @@ log = logging.getLogger("jaxlm")
 
 
 def pretrain(
-    config: ConfigDict, workdir: Path, *, allow_config_change: bool = False
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    allow_config_change: bool = False,
+    profile_steps: str = "",
 ) -> dict[str, float]:
     """Trains to `config.num_train_steps` and returns the last held-out metrics."""
     workdir.mkdir(parents=True, exist_ok=True)
     accept_config(config, workdir, allow_config_change)
-    run = build.make_run(config, workdir)
+    with processes.main_first("data"):
+        run = build.make_run(config, workdir)
     store = checkpointing.Checkpoints(workdir, **config.checkpoint)
     state, window = start_or_resume(run, store, lambda: build.initial_state(run))
     start_step = int(state.step)
     writer = open_writer(run, start_step)
-    drop_after(workdir / "samples.jsonl", start_step)
+    if processes.is_main():
+        drop_after(workdir / "samples.jsonl", start_step)
     last_eval: dict[str, Any] = {}
 
     def evaluate(state, step):
@@ -54,10 +64,12 @@ def pretrain(
         on_evaluation=on_evaluation,
         callbacks=[make_sampler(run, writer)],
         window=window,
+        profile_steps=profile_steps,
     )
     store.close()
     writer.close()
-    plot_run(workdir)
+    if processes.is_main():
+        plot_run(workdir)
     return last_eval
 
 
@@ -67,7 +79,13 @@ def main(argv):
     absl_logging.set_verbosity(absl_logging.WARNING)  # of libraries: Orbax writes dozens of lines
     keep_freed_memory()
     log.setLevel(logging.INFO)
-    pretrain(args.config, Path(args.workdir), allow_config_change=args.allow_config_change)
+    with processes.joined(**process_options(args)):
+        pretrain(
+            args.config,
+            as_path(args.workdir),
+            allow_config_change=args.allow_config_change,
+            profile_steps=args.profile_steps,
+        )
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlm.files import write_text, write_whole
+from jaxlm.parallel import processes
 from jaxlm.training.confusion import plot_confusion
 from jaxlm.tuning import Split, TaskRun
 
@@ -16,7 +19,7 @@ PyTree = Any
 
 def write_reports(run: TaskRun, params: PyTree, step: int, workdir: Path) -> dict[str, Any]:
     """Evaluates the development and the test split, prints their reports and writes report.json, predictions.jsonl (of the
-    test split, or of the development split if there is none) and plots/confusion.png."""
+    test split, or of the development split if there is none) and plots/confusion.png. All processes evaluate, one writes."""
     report: dict[str, Any] = {
         "step": step,
         "task": run.config.task.name,
@@ -27,15 +30,19 @@ def write_reports(run: TaskRun, params: PyTree, step: int, workdir: Path) -> dic
         split = run.splits[name]
         if split.is_labelled:
             report[name], predictions = run.scored(params, name)
+        else:
+            _, predictions = run.predictor.predict(params, split, run.eval_batches[name])
+        if not processes.is_main():
+            continue
+        if split.is_labelled:
             print(f"\n{name}: {len(split.records)} records, step {step}")
             print_scores(report[name])
             print(run.objective.report(split.records, predictions))
-        else:
-            _, predictions = run.predictor.predict(params, split, run.eval_batches[name])
         write_predictions(workdir / "predictions.jsonl", split, predictions)
         draw_confusion(run.objective, split, predictions, workdir / "plots" / "confusion.png")
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    (workdir / "report.json").write_text(text, encoding="utf-8")
+    if processes.is_main():
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        write_text(workdir / "report.json", text)
     return report
 
 
@@ -46,10 +53,17 @@ def print_scores(scores: Mapping[str, float]) -> None:
 
 def write_predictions(path: Path, split: Split, predictions: Sequence[Mapping[str, Any]]) -> None:
     """One JSON line for each record, in the file's order: where it stands, its fields, and `prediction`."""
-    with open(path, "w", encoding="utf-8") as file:
-        for record, prediction in zip(split.records, predictions, strict=True):
-            line = {"source": record.source, "line": record.line, **record.fields}
-            file.write(json.dumps({**line, "prediction": prediction}, ensure_ascii=False) + "\n")
+    lines = (
+        {
+            "source": record.source,
+            "line": record.line,
+            **record.fields,
+            "prediction": prediction,
+        }
+        for record, prediction in zip(split.records, predictions, strict=True)
+    )
+    text = (json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_whole(path, lambda file: file.writelines(line.encode() for line in text))
 
 
 def draw_confusion(task: Any, split: Split, predictions: Sequence[Mapping], path: Path) -> None:
@@ -72,10 +86,11 @@ def write_table(path: Path, split: Split, predictions: Sequence[Mapping[str, Any
         for record, prediction in zip(split.records, predictions, strict=True)
     ]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, table.getvalue())
 
 
 def _flat(prediction: Mapping[str, Any]) -> dict[str, Any]:

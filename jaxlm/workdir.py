@@ -16,17 +16,23 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from jaxlm import build
-from jaxlm.flags import define_config_flag
+from jaxlm.files import write_text
+from jaxlm.flags import define_config_flag, define_process_flags
+from jaxlm.parallel import processes
 from jaxlm.training.checkpoints import Checkpoints, find_step, read_manifest, restore_state
 from jaxlm.training.loop import Intervals, Work, fit
 from jaxlm.training.metrics import MetricSums, MetricWriter
+from jaxlm.training.profile import Profile, parse_steps
 from jaxlm.training.state import TrainState
 
 log = logging.getLogger("jaxlm")
 
 
 def accept_config(config: ConfigDict, workdir: Path, allow_change: bool) -> None:
-    """Writes config.json; on a resume, refuses a config that would make it another run."""
+    """Writes config.json; on a resume, refuses a config that would make it another run.
+
+    Of several processes the first one writes; the others refuse another config than that, and a folder of their own.
+    """
     path = workdir / "config.json"
     if path.exists():
         identity, execution = build.config_changes(build.saved_config(path), config)
@@ -38,7 +44,29 @@ def accept_config(config: ConfigDict, workdir: Path, allow_change: bool) -> None
                 + "\n".join(f"  {line}" for line in identity)
                 + "\nTake another --workdir, undo the change, or pass --allow_config_change."
             )
-    build.write_config(config, path)
+    processes.barrier("config.json is read")
+    if processes.is_main():
+        build.write_config(config, path)
+    processes.barrier("config.json is written")
+    refuse_another_config(config, path)
+
+
+def refuse_another_config(config: ConfigDict, path: Path) -> None:
+    """Raises if config.json is not there, or says something else."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is not there although process 0 has written it: --workdir must be on a disk or bucket that all "
+            "processes share"
+        )
+    differing = [
+        line for lines in build.config_changes(build.saved_config(path), config) for line in lines
+    ]
+    if differing:
+        raise ValueError(
+            "this process has another config than process 0 (its value -> this one's):\n"
+            + "\n".join(f"  {line}" for line in differing)
+            + "\nStart all processes with the same flags."
+        )
 
 
 def start_or_resume(
@@ -57,7 +85,8 @@ def start_or_resume(
 def open_writer(run: build.Run, start_step: int) -> MetricWriter:
     """Writes environment.json, says how large the run is, and opens its metrics."""
     peak, peak_says = run.peak
-    write_environment(run.workdir, run, peak_says)
+    if processes.is_main():
+        write_environment(run.workdir, run, peak_says)
     log.info(
         "%s parameters on %d devices; MFU divides by %.3g FLOP/s (%s)",
         f"{run.num_params:,}",
@@ -65,20 +94,30 @@ def open_writer(run: build.Run, start_step: int) -> MetricWriter:
         peak,
         peak_says,
     )
-    return MetricWriter(
+    writer = MetricWriter(
         run.workdir,
         start_step=start_step,
         tensorboard=run.config.log.tensorboard,
         wandb=run.config.log.wandb,
         config=run.config.to_dict(),
     )
+    processes.barrier("metrics.jsonl is cut")  # before another process reads it
+    return writer
 
 
 def train(
-    run: build.Run, state: TrainState, store: Checkpoints, writer: MetricWriter, **hooks: Any
+    run: build.Run,
+    state: TrainState,
+    store: Checkpoints,
+    writer: MetricWriter,
+    profile_steps: str = "",
+    **hooks: Any,
 ) -> TrainState:
-    """`fit` with all that follows from the run. hooks: its further arguments (evaluate, callbacks, window, …)."""
-    config = run.config
+    """`fit` with all that follows from the run. hooks: its further arguments (evaluate, callbacks, window, …).
+
+    profile_steps: 'FIRST:LAST' of the steps to trace into `workdir/profile`, '' for none.
+    """
+    config, steps = run.config, parse_steps(profile_steps)
     return fit(
         state,
         train_step=run.train_step,
@@ -94,7 +133,8 @@ def train(
             f"epochs/{name}": value for name, value in run.train_batches.epochs_seen(step).items()
         },
         manifest=lambda step: manifest(run, step),
-        progress=config.log.progress,
+        progress=config.log.progress and processes.is_main(),
+        profile=Profile(*steps, run.workdir / "profile") if steps and processes.is_main() else None,
         **hooks,
     )
 
@@ -123,20 +163,27 @@ def write_environment(workdir: Path, run: build.Run, peak_says: str) -> None:
         "packages": {name: importlib.metadata.version(name) for name in names},
         "git_revision": git.stdout.strip() or None,
         "devices": [str(d) for d in jax.devices()],
+        "processes": jax.process_count(),
         "mesh": dict(run.mesh.shape),
         "parameters": run.num_params,
         "dtype": run.model.config.dtype,
         "mfu_peak": peak_says,
     }
-    (workdir / "environment.json").write_text(
-        json.dumps(content, indent=2) + "\n", encoding="utf-8"
-    )
+    write_text(workdir / "environment.json", json.dumps(content, indent=2) + "\n")
 
 
 def define_flags() -> None:
     define_config_flag()
-    flags.DEFINE_string("workdir", None, "Folder of the run: everything it makes lies there.")
+    define_process_flags()
+    flags.DEFINE_string(
+        "workdir", None, "Folder of the run, or gs://…: all that it makes lies there."
+    )
     flags.DEFINE_bool(
         "allow_config_change", False, "Resume although fields that define the run have changed."
+    )
+    flags.DEFINE_string(
+        "profile_steps",
+        "",
+        "FIRST:LAST: traces these steps into W/profile, for xprof (TensorBoard).",
     )
     flags.mark_flags_as_required(["config", "workdir"])

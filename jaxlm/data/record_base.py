@@ -63,15 +63,21 @@ def write_problems(problems: Sequence[Problem], path: Path | str) -> None:
 
 
 def check_problems(
-    problems: Sequence[Problem], num_rows: int, path: Path | str, max_share: float = 0.1
+    problems: Sequence[Problem],
+    num_rows: int,
+    path: Path | str,
+    max_share: float = 0.1,
+    *,
+    write: bool = True,
 ) -> str:
     """Writes all problems to `path` (problems.jsonl) and returns what to print of them, '' for none.
 
-    num_rows: all rows, the unusable ones included.
+    num_rows: all rows, the unusable ones included. write: False in processes beside the one that writes.
 
     Raises ValueError if more than `max_share` of the rows cannot be used. 0: none may be unusable.
     """
-    write_problems(problems, path)
+    if write:
+        write_problems(problems, path)
     if not problems:
         return ""
     share = len(problems) / max(num_rows, len(problems))

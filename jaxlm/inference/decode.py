@@ -25,6 +25,7 @@ from jaxlm.inference.logits import unembed
 from jaxlm.inference.sampling import Sampling, draw
 from jaxlm.models.cache import KVCache, grow, make_cache
 from jaxlm.models.gpt import GPT
+from jaxlm.parallel.processes import fetch
 
 Params = Any
 Stop = Callable[[int, np.ndarray], bool]
@@ -296,7 +297,7 @@ def new_pieces(
 
     Pieces are copies: on a CPU the arrays are views of the state's own memory, which `extend` uses again.
     """
-    tokens_BN, logprobs_BN, likeliest, count_B, limit_B, ended_B = jax.device_get(
+    tokens_BN, logprobs_BN, likeliest, count_B, limit_B, ended_B = fetch(
         (state.tokens_BN, state.logprobs_BN, state.likeliest)
         + (state.count_B, state.limit_B, state.ended_B)
     )

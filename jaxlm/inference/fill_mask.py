@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxlm.inference.batches import next_power, pad_batch, plan_batches
 from jaxlm.inference.logits import unembed
+from jaxlm.parallel.processes import fetch
 
 MASK = "[MASK]"  # how a text writes the tokenizer's mask token; its own spelling will do, too
 MAX_ROWS = 8
@@ -84,7 +85,7 @@ def fill_mask(
         for place, index in zip(positions, batch.indices, strict=False):
             place[: len(places[index])] = places[index]
         inputs = pad_batch(rows, batch) | {"masked_positions": positions}
-        probs, ids = jax.device_get(rank(params, inputs))
+        probs, ids = fetch(rank(params, inputs))
         for row, index in enumerate(batch.indices):
             found[index] = [
                 (ids[row, slot], probs[row, slot]) for slot in range(len(places[index]))

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.metrics import MetricSums, MetricWriter
+from jaxlm.training.profile import Profile, annotate_step
 from jaxlm.training.state import TrainState
 
 # After this many steps in a row without a finite loss and gradient a run cannot recover by itself.
@@ -80,6 +81,7 @@ def fit(
     manifest: Callable[[int], dict[str, Any]] = lambda step: {},
     window: MetricSums | None = None,
     progress: bool = True,
+    profile: Profile | None = None,
 ) -> TrainState:
     """Trains from `state.step` to `num_train_steps` and returns the last state.
 
@@ -97,6 +99,7 @@ def fit(
       describe: step -> further fields of a training log line.
       manifest: step -> what a checkpoint's manifest says besides the metric window.
       window: metric sums since the last log line, from the checkpoint that a run resumes.
+      profile: the steps to trace; the device is idle around them, so that the trace has them whole and alone.
 
     Raises:
       FloatingPointError: after MAX_SKIPPED_IN_A_ROW steps without a finite loss and gradient.
@@ -110,13 +113,18 @@ def fit(
     batch = next(batches) if step < num_train_steps else None
     reader.clock.restart()
     while step < num_train_steps:
-        state, metrics = train_step(state, batch)
+        if profile and profile.is_due(step + 1):
+            reader.pause(profile.start)
+        with annotate_step(step + 1):
+            state, metrics = train_step(state, batch)
         step += 1
         if step < num_train_steps:
             asked = time.perf_counter()
             batch = next(batches)
             reader.clock.waited += time.perf_counter() - asked
         reader.push(step, metrics)
+        if profile and profile.is_over(step, num_train_steps):
+            reader.pause(profile.stop)
 
         evaluating = evaluate and intervals.due(step, intervals.evaluate, num_train_steps)
         saving = checkpoints and intervals.due(step, intervals.checkpoint, num_train_steps)
@@ -135,6 +143,8 @@ def fit(
                 callback(state, step)
             stopping = should_stop()
         if checkpoints and (saving or stopping):
+            if writer:
+                writer.flush()
             # A copy: the manifest is written in the background, while the sums go on.
             content = manifest(step) | {"window": reader.window.copy()}
             checkpoints.save(step, state, content, values)
@@ -172,6 +182,13 @@ class _Reader:
         self.bar.update()
         if Intervals.due(step, self.intervals.log, self.last):
             self._log(step)
+
+    def pause(self, action: Callable[[], None]) -> None:
+        """Does something between two steps, when all that was launched has run; its time is not the steps'."""
+        self.flush()
+        paused = time.perf_counter()
+        action()
+        self.clock.since += time.perf_counter() - paused
 
     def _log(self, step: int) -> None:
         values = self.window.means() | self.clock.report(self.work) | self.describe(step)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,12 +23,14 @@ from jaxlm import program as programs
 from jaxlm.data.augment import Augmentation, AugmentedFeatures
 from jaxlm.data.examples import Examples, TrainExamples, lay_out, plan_shapes
 from jaxlm.data.records import Problem, check_problems
-from jaxlm.files import new_folder
+from jaxlm.files import download, new_folder, write_text
 from jaxlm.interop import convert, tokenizer_files
 from jaxlm.models import HEADS
 from jaxlm.models.flops import train_step_flops
 from jaxlm.parallel import mesh as meshes
+from jaxlm.parallel import processes
 from jaxlm.tasks import TASKS
+from jaxlm.tokenizers import META, is_saved
 from jaxlm.training import optimizers, partition
 from jaxlm.training.state import TrainState
 from jaxlm.tuning.prediction import (
@@ -80,7 +81,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
         else:
             train.append(record)
     workdir.mkdir(parents=True, exist_ok=True)
-    if says := check_problems(problems, num_rows, workdir / "problems.jsonl"):
+    path = workdir / "problems.jsonl"
+    if says := check_problems(problems, num_rows, path, write=processes.is_main()):
         log.warning("%s", says)
     if data.dev:
         dev = read_whole(data.dev, config, columns)
@@ -185,8 +187,8 @@ def make_run(
     """Builds the run that was prepared, and writes its tokenizer and task.json."""
     config, task, source = prepared.config, prepared.task, prepared.source
     mesh = mesh or meshes.make_mesh(**config.mesh)
-    if not (workdir / "tokenizer").is_dir():
-        with new_folder(workdir / "tokenizer") as folder:
+    if not is_saved(workdir / "tokenizer"):
+        with new_folder(workdir / "tokenizer", last=META) as folder:
             save_tokenizer(source, folder)
     write_task(workdir, config.task.name, prepared.fitted)
     model = programs.make_model(config, mesh)
@@ -274,7 +276,7 @@ def save_tokenizer(source: Source, target: Path) -> None:
     elif source.step_dir is not None:
         kept = source.step_dir.parent.parent / "tokenizer" / tokenizer_files.KEPT
         if kept.is_dir():
-            shutil.copytree(kept, target / tokenizer_files.KEPT)
+            download(kept, target / tokenizer_files.KEPT)
 
 
 def write_task(workdir: Path, name: str, fitted: Mapping[str, Any]) -> None:
@@ -291,7 +293,8 @@ def write_task(workdir: Path, name: str, fitted: Mapping[str, Any]) -> None:
                 f"{path} holds other labels than the training file gives now ({len(before['labels'])} and "
                 f"{len(fitted['labels'])}): take another --workdir, or the file that the run began with"
             )
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def initial_state(run: TaskRun, source: Source) -> TrainState:
