@@ -21,6 +21,7 @@ from jaxlm.models.heads import Head
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.parallel import mesh as meshes
+from jaxlm.parallel.compiler_options import compiler_options
 from jaxlm.training import optimizers, partition
 from jaxlm.training.state import TrainState, new_state
 from jaxlm.training.step import make_eval_step, make_train_step
@@ -122,7 +123,12 @@ class Program:
             ema_decay=config.ema_decay,
         )
         shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+            compiler_options=compiler_options(self.mesh),
+        )
 
     @cached_property
     def train_step(self) -> Callable:

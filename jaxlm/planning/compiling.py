@@ -1,0 +1,117 @@
+"""The real train step, compiled for a machine that is not here; or how much memory it lacks there."""
+
+import re
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxlm.parallel import mesh as meshes
+from jaxlm.parallel.compiler_options import compiler_options
+from jaxlm.planning.chips import Chip
+from jaxlm.planning.topologies import Topology, topology_devices
+from jaxlm.program import Program, make_program
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+SIZE = r"([\d.]+)([KMGT]?)i?B?"
+# What two generations of the TPU compiler say of a program that does not fit.
+TOO_LARGE = (
+    re.compile(rf"\({SIZE}\) exceeds available HBM \({SIZE}\)"),
+    re.compile(rf"Used {SIZE} of {SIZE} hbm"),
+)
+# Autotuning needs the card; without it XLA takes its defaults.
+AHEAD_OF_TIME = {"tpu": {}, "gpu": {"xla_gpu_autotune_level": "0"}}
+SPECIAL_IDS = 7
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """fits: whether the program fits the chip's memory. hbm_bytes: what it takes, or would. text: the optimised module, or ''.
+
+    temp_bytes, argument_bytes, …: what the compiler says of each kind; 0 where it gave up.
+    """
+
+    fits: bool
+    hbm_bytes: float
+    usable_bytes: float
+    argument_bytes: int = 0
+    output_bytes: int = 0
+    alias_bytes: int = 0
+    temp_bytes: int = 0
+    code_bytes: int = 0
+    text: str = ""
+    seconds: float = 0.0
+
+
+def plan_program(config: ConfigDict, topology: Topology) -> Program:
+    """The program of a pretraining config on a topology's devices; nothing is allocated and no text is read."""
+    mesh = meshes.make_mesh(**config.mesh, devices=topology_devices(topology))
+    return make_program(config, mesh, stand_in_tokenizer(config.model.vocab_size))
+
+
+def stand_in_tokenizer(vocab_size: int) -> Any:
+    """What an objective asks of a tokenizer, at the config's size: a plan needs shapes and no words."""
+    names = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
+    assert len(names) == SPECIAL_IDS
+    return SimpleNamespace(
+        vocab_size=vocab_size,
+        special_ids=frozenset(range(SPECIAL_IDS)),
+        sentinel_ids=(),
+        is_word_start=np.ones(vocab_size, bool),
+        num_bytes=np.ones(vocab_size, np.int32),
+        **{f"{name}_id": index for index, name in enumerate(names)},
+    )
+
+
+def compile_program(program: Program, chip: Chip) -> Outcome:
+    """Compiles the train step for its mesh's devices.
+
+    Raises:
+      JaxRuntimeError: of the compiler, for anything but a lack of memory.
+    """
+    began = time.perf_counter()
+    lowered = program.lower_train_step()
+    options = compiler_options(program.mesh) | AHEAD_OF_TIME[chip.platform]
+    try:
+        compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        needed, usable = read_too_large(str(error))
+        return Outcome(False, needed, usable, seconds=time.perf_counter() - began)
+    memory = compiled.memory_analysis()
+    hbm_bytes = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    return Outcome(
+        fits=hbm_bytes <= chip.usable_bytes,
+        hbm_bytes=hbm_bytes,
+        usable_bytes=chip.usable_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        text=compiled.as_text(),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def read_too_large(message: str) -> tuple[float, float]:
+    """(bytes that it needs, bytes that there are) of a compiler's complaint.
+
+    Raises:
+      RuntimeError: with the message, if it is about anything else.
+    """
+    if "RESOURCE_EXHAUSTED" in message:
+        for pattern in TOO_LARGE:
+            if found := pattern.search(message):
+                needed, unit, usable, usable_unit = found.groups()
+                return float(needed) * UNITS[unit], float(usable) * UNITS[usable_unit]
+    raise RuntimeError(f"the compiler refused the program:\n{message}")

@@ -1,0 +1,301 @@
+"""Seconds of a train step by operation: the TPU compiler's own estimates, kernels by their FLOPs, collectives by their bytes.
+
+An estimate, and nothing in it is fitted to a config. The constants below are all there are besides the data sheets.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlm.planning import hlo
+from jaxlm.planning.chips import Chip
+from jaxlm.planning.network import Network
+
+# A Pallas kernel's share of the matrix units' peak, after its head size is padded to their width: between these.
+KERNEL_EFFICIENCY = (0.75, 0.55)
+# A chip is slower than its compiler's estimate by a factor between these (measured steps against estimates; see the README's table).
+COMPILER_OPTIMISM = (1.0, 1.2)
+# How much of the work that is scheduled beside a collective hides it.
+OVERLAP = (1.0, 0.75)
+# For GPUs, whose compiler estimates nothing: a matmul's share of the peak, and memory traffic's of its bandwidth.
+GPU_MATMUL = (0.75, 0.55)
+GPU_MEMORY = (0.9, 0.75)
+
+FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id "
+    "copy-done slice-done async-start async-update async-done opt-barrier iota".split()
+)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What one instruction costs in a step: seconds are (optimistic, pessimistic), of all its `times` together.
+
+    kind: 'compute', 'kernel' or a collective. hidden: seconds that run beside other work, already taken off.
+    """
+
+    name: str
+    kind: str
+    source: str
+    times: float
+    seconds: tuple[float, float]
+    num_bytes: float = 0.0
+    flops: float = 0.0
+    axes: tuple[str, ...] = ()
+    hidden: tuple[float, float] = (0.0, 0.0)
+    is_slow: bool = False  # a collective between slices
+
+
+@dataclass
+class Cost:
+    """operations, and sums over the step of one device: HBM bytes, network seconds if nothing is hidden."""
+
+    operations: list[Operation] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        return tuple(sum(o.seconds[k] for o in self.operations) for k in (0, 1))  # type: ignore[return-value]
+
+    def by_source(self) -> list[tuple[str, str, float]]:
+        """(source, kind, mean seconds), the costliest first."""
+        sums: dict[tuple[str, str], float] = defaultdict(float)
+        for operation in self.operations:
+            sums[operation.source, operation.kind] += sum(operation.seconds) / 2
+        return sorted(((*key, value) for key, value in sums.items()), key=lambda row: -row[2])
+
+
+def estimate(module: hlo.Module, mesh: Mesh, chip: Chip) -> Cost:
+    """What the step of an optimised module costs on one device of the mesh."""
+    network = Network.of(chip, list(mesh.devices.flat))
+    reader = _Reader(module, mesh, chip, network)
+    return Cost(reader.computation(module.entry, 1.0)[0])
+
+
+@dataclass
+class _Reader:
+    module: hlo.Module
+    mesh: Mesh
+    chip: Chip
+    network: Network
+
+    def computation(self, name: str, times: float) -> tuple[list[Operation], np.ndarray]:
+        """Operations of a computation that runs `times` times, and the seconds (2,) of all of them."""
+        lines = self.module.computations[name]
+        operations: list[Operation] = []
+        work = np.zeros((len(lines), 2))  # seconds of one run that can hide a collective
+        pending: dict[str, tuple[int, hlo.Instruction]] = {}
+        fused: dict[int, list[int]] = defaultdict(
+            list
+        )  # channel -> the fusions that a collective is in
+        waiting: list[tuple[hlo.Instruction, list[int]]] = []
+        for index, line in enumerate(lines):
+            inner: list[Operation] = []
+            match line.opcode:
+                case "while":
+                    (body,) = line.called("body")
+                    inner, _ = self.computation(body, times * self.module.trip_count(line))
+                case "conditional":
+                    branches = line.called(
+                        "branch_computations", "true_computation", "false_computation"
+                    )
+                    longest = max(branches, key=lambda b: len(self.module.computations[b]))
+                    inner, _ = self.computation(longest, times)
+                case "call":
+                    inner, _ = self.computation(line.called("to_apply")[0], times)
+                case "async-start":
+                    for called in line.called("calls"):
+                        for one in self.module.computations[called]:
+                            if one.collective:
+                                pending[line.name] = (index, one)
+                case _ if line.collective:
+                    if line.opcode.endswith("-start"):
+                        pending[line.name] = (index, line)
+                    else:
+                        waiting.append((line, []))
+                case _ if line.opcode.endswith("-done") and line.names and line.names[0] in pending:
+                    start, collective = pending.pop(line.names[0])
+                    waiting.append((collective, list(range(start + 1, index))))
+                case "fusion" if channels := self.channels(line):
+                    inner = self.compute(line, times)
+                    for channel in channels:
+                        fused[channel].append(index)
+                case _:
+                    inner = self.compute(line, times)
+            operations += inner
+            work[index] += np.sum([o.seconds for o in inner] or [(0.0, 0.0)], axis=0) / times
+        for places in fused.values():
+            waiting.append((self.fused_collective(lines[places[0]]), places))
+        for collective, beside in waiting:
+            operations.append(self.collective(collective, times, work, beside))
+        return operations, np.sum([o.seconds for o in operations] or [(0, 0)], axis=0)
+
+    # --- collectives --------------------------------------------------------------------------------------------------
+
+    def channels(self, line: hlo.Instruction) -> list[int]:
+        return sorted(
+            {i.channel for i in self.module.inside(line) if i.collective and i.channel is not None}
+        )
+
+    def fused_collective(self, line: hlo.Instruction) -> hlo.Instruction:
+        return next(i for i in self.module.inside(line) if i.collective)
+
+    def collective(
+        self, line: hlo.Instruction, times: float, work: np.ndarray, beside: list[int]
+    ) -> Operation:
+        """What a collective adds to the step; `work` beside it hides it, and hides nothing else then."""
+        kind = line.collective
+        groups = hlo.replica_groups(line.attributes, self.mesh.size)
+        size = groups.shape[1]
+        whole = line.num_bytes
+        if line.opcode.endswith("-start") and line.shape.startswith("("):
+            parts = [hlo.BYTES[d] * math.prod(s) for d, s in line.arrays if s]
+            whole = sum(parts) / 2 if kind != "all-gather" else sum(parts) * size / (size + 1)
+        if kind == "reduce-scatter":
+            whole *= size
+        if kind.endswith("all-to-all"):
+            whole *= size
+        seconds = self.network.seconds(kind, whole, groups[0])
+        hidden = [0.0, 0.0]
+        for k in (0, 1):
+            for index in beside:
+                take = float(min(seconds - hidden[k], work[index, k] * OVERLAP[k]))
+                work[index, k] -= take / OVERLAP[k]
+                hidden[k] += take
+        return Operation(
+            name=line.name,
+            kind=kind,
+            source=self.module.source(line),
+            times=times,
+            seconds=(times * (seconds - hidden[0]), times * (seconds - hidden[1])),
+            num_bytes=times * whole,
+            axes=self.axes(groups[0]),
+            hidden=(times * hidden[0], times * hidden[1]),
+            is_slow=self.network.crosses_slices(groups[0]),
+        )
+
+    def axes(self, group: np.ndarray) -> tuple[str, ...]:
+        """The mesh axes along which a group's members lie."""
+        places = np.array(np.unravel_index(group, self.mesh.devices.shape))
+        return tuple(
+            name
+            for name, row in zip(self.mesh.axis_names, places, strict=True)
+            if len(set(row)) > 1
+        )
+
+    # --- work of the device itself ------------------------------------------------------------------------------------
+
+    def compute(self, line: hlo.Instruction, times: float) -> list[Operation]:
+        if line.opcode in FREE or line.opcode.endswith(("-start", "-done")):
+            return []
+        made = Operation(line.name, "compute", self.module.source(line), times, (0.0, 0.0))
+        traffic = self.traffic(line)
+        if line.opcode == "custom-call":
+            flops = kernel_flops(line, self.module)
+            if flops:
+                seconds = tuple(
+                    times * max(flops / self.chip.peak_flops / e, traffic / self.chip.hbm_bandwidth)
+                    for e in KERNEL_EFFICIENCY
+                )
+                return [
+                    replace(
+                        made,
+                        kind="kernel",
+                        seconds=seconds,
+                        num_bytes=times * traffic,
+                        flops=times * flops,
+                    )
+                ]
+            if self.chip.platform == "tpu":
+                return []
+        cycles = line.estimated_cycles
+        if cycles is not None:
+            seconds = tuple(times * cycles / self.chip.clock * f for f in COMPILER_OPTIMISM)
+            return [replace(made, seconds=seconds, num_bytes=times * traffic)]
+        if self.chip.platform == "tpu":
+            seconds = (times * traffic / self.chip.hbm_bandwidth,) * 2
+            return [replace(made, seconds=seconds, num_bytes=times * traffic)] if traffic else []
+        flops = matmul_flops(line, self.module)
+        seconds = tuple(
+            times
+            * max(
+                flops / self.chip.peak_flops / GPU_MATMUL[k],
+                traffic / self.chip.hbm_bandwidth / GPU_MEMORY[k],
+            )
+            for k in (0, 1)
+        )
+        return [replace(made, seconds=seconds, num_bytes=times * traffic, flops=times * flops)]
+
+    def traffic(self, line: hlo.Instruction) -> float:
+        """HBM bytes that an instruction reads and writes; of an array that is only sliced, the slice."""
+        if not hasattr(self, "_shapes"):
+            self._shapes: dict[str, str] = {}
+            for lines in self.module.computations.values():
+                self._shapes.update({i.name: i.shape for i in lines})
+        fused = line.called("calls") if line.opcode == "fusion" else []
+        if not fused:
+            reads = sum(hbm_bytes(self._shapes.get(name, "")) for name in line.names)
+            return reads + hbm_bytes(line.shape)
+        inner = self.module.computations[fused[0]]
+        users: dict[str, list[hlo.Instruction]] = defaultdict(list)
+        for one in inner:
+            for name in one.names:
+                users[name].append(one)
+        total = 0.0
+        for one in inner:
+            if one.opcode != "parameter":
+                continue
+            outer = line.names[int(one.operands)] if int(one.operands) < len(line.names) else ""
+            full, used = hbm_bytes(self._shapes.get(outer, one.shape)), users[one.name]
+            if used and all(u.opcode in ("dynamic-slice", "slice", "gather") for u in used):
+                full = min(full, sum(u.num_bytes for u in used))
+            elif used and all(
+                u.opcode == "dynamic-update-slice" and u.names[0] == one.name for u in used
+            ):
+                full = 0.0
+            total += full
+        root = inner[-1]
+        if root.opcode == "dynamic-update-slice":
+            return total + hbm_bytes(self._shapes.get(root.names[1], ""))
+        return total + hbm_bytes(line.shape)
+
+
+def hbm_bytes(shape: str) -> float:
+    """Bytes of the arrays of a shape that lie in device memory (space 0), not in the core's own."""
+    total = 0.0
+    for dtype, sizes, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", shape):
+        if dtype in hlo.BYTES and not re.search(r"S\([1-9]\)", layout):
+            total += hlo.BYTES[dtype] * math.prod(int(n) for n in sizes.split(",") if n)
+    return total
+
+
+def matmul_flops(line: hlo.Instruction, module: hlo.Module) -> float:
+    """FLOPs of the matmuls of an instruction: a dot, a fusion with dots in it, or a call of cuBLAS."""
+    if line.opcode == "fusion":
+        return sum(matmul_flops(i, module) for i in module.inside(line) if i.opcode == "dot")
+    is_gemm = line.opcode == "custom-call" and "gemm" in line.target
+    if line.opcode != "dot" and not is_gemm:
+        return 0.0
+    found = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', line.attributes)
+    shapes = {}
+    for lines in module.computations.values():
+        if any(i is line for i in lines):
+            shapes = {i.name: i for i in lines}
+    if not found or line.names[0] not in shapes:
+        return 0.0
+    left = shapes[line.names[0]].arrays[0][1]
+    contracted = math.prod(left[int(n)] for n in re.findall(r"\d+", found[1]))
+    return 2.0 * math.prod(line.arrays[0][1]) * contracted
+
+
+def kernel_flops(line: hlo.Instruction, module: hlo.Module) -> float:
+    """FLOPs of a Pallas or cuDNN kernel, as its author states them to the compiler; 0 for any other custom call."""
+    if line.target not in ("tpu_custom_call", "__gpu$xla.gpu.triton") and "fmha" not in line.target:
+        return 0.0
+    stated = re.search(r'"flops":\s*"?(\d+)', line.attributes)
+    return float(stated[1]) if stated else 0.0
