@@ -165,6 +165,8 @@ def base() -> ConfigDict:
                 text_field="text",
                 num_workers=0,
                 prefetch=2,
+                # copies of what lies on a bucket, one per host; '' = ~/.cache/jaxlm
+                cache_dir="",
             ),
             optimizer=dict(),
             ema_decay=0.0,

@@ -2,6 +2,7 @@
 the only modules that know configs."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
@@ -21,10 +22,11 @@ from jaxlm.data import prepare as preparation
 from jaxlm.data import sources as text_sources
 from jaxlm.data.pipeline import EvalBatches, TrainBatches, make_iterator
 from jaxlm.data.token_store import TokenStore
-from jaxlm.files import new_folder
+from jaxlm.files import as_path, is_remote, new_folder, write_text
 from jaxlm.interop import convert, tokenizer_files
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.parallel import mesh as meshes
+from jaxlm.parallel import processes
 from jaxlm.program import (
     ONE_TOKEN,
     Program,
@@ -58,7 +60,11 @@ EXECUTION_FIELDS = (
     "log",
     "data.num_workers",
     "data.prefetch",
+    "data.cache_dir",
 )
+
+# Fields that are younger than some runs, and what these did when there was none.
+YOUNGER_FIELDS: dict[str, Any] = {"data.cache_dir": ""}
 
 HUGGING_FACE = "hf:"  # what an `init_from` begins with that is no run of ours
 
@@ -66,8 +72,8 @@ HUGGING_FACE = "hf:"  # what an `init_from` begins with that is no run of ours
 def read_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     """The config of 'configs/gpt.py:tiny' or of a run's 'W/config.json', with dotted overrides, locked."""
     path, _, arg = spec.partition(":")
-    if path.endswith(".json"):
-        config = saved_config(path)
+    if spec.endswith(".json"):
+        config = saved_config(spec)
     else:
         module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         if module_spec is None or module_spec.loader is None or not Path(path).is_file():
@@ -83,20 +89,25 @@ def read_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
 
 
 def saved_config(path: str | Path) -> ConfigDict:
-    """A config written by `write_config`; JSON's lists become tuples again."""
+    """A config written by `write_config`; JSON's lists become tuples again, and fields that are younger get their values."""
 
     def tuples(value):
         if isinstance(value, dict):
             return {key: tuples(item) for key, item in value.items()}
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    return ConfigDict(tuples(json.loads(Path(path).read_text(encoding="utf-8"))), convert_dict=True)
+    text = as_path(path).read_text(encoding="utf-8")
+    config = ConfigDict(tuples(json.loads(text)), convert_dict=True)
+    for name, value in YOUNGER_FIELDS.items():
+        *groups, field = name.split(".")
+        group = functools.reduce(lambda at, key: at.get(key), groups, config)
+        if group is not None and field not in group:
+            group[field] = value
+    return config
 
 
 def write_config(config: ConfigDict, path: str | Path) -> None:
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(config.to_json(indent=2, sort_keys=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, config.to_json(indent=2, sort_keys=False) + "\n")
 
 
 def config_changes(old: ConfigDict, new: ConfigDict) -> tuple[list[str], list[str]]:
@@ -134,7 +145,7 @@ def make_tokenizer(config: ConfigDict, workdir: Path) -> Any:
     """The run's tokenizer: the workdir's own if there is one; else loaded from a path or from the Hugging Face
     folder that the run starts from, or made from the text."""
     saved = workdir / "tokenizer"
-    if saved.is_dir():
+    if tokenizers.is_saved(saved):
         return tokenizers.load_tokenizer(saved)
     stores = [s for _, s in named_sources(config.data.sources) if is_store(s)]
     options = config.tokenizer.to_dict()
@@ -144,16 +155,18 @@ def make_tokenizer(config: ConfigDict, workdir: Path) -> Any:
     elif config.init_from.startswith(HUGGING_FACE):
         tokenizer = tokenizer_files.fetch_tokenizer(config.init_from.removeprefix(HUGGING_FACE))
     elif stores:
-        tokenizer = tokenizers.load_tokenizer(Path(stores[0]) / "tokenizer")
+        tokenizer = tokenizers.load_tokenizer(as_path(stores[0]) / "tokenizer")
     else:
         texts = (
             document.text
             for _, source in named_sources(config.data.sources)
-            for document in text_sources.read_documents(source, text_field=config.data.text_field)
+            for document in text_sources.read_documents(
+                source, text_field=config.data.text_field, cache_dir=config.data.cache_dir
+            )
             if isinstance(document, text_sources.Document)
         )
         tokenizer = tokenizers.train_tokenizer(kind, texts, **options)
-    with new_folder(saved) as folder:
+    with new_folder(saved, last=tokenizers.META) as folder:
         tokenizer.save(folder)
     return tokenizers.load_tokenizer(saved)
 
@@ -163,7 +176,7 @@ def named_sources(sources: tuple[str, ...]) -> list[tuple[str, str]]:
     named = []
     for source in (sources,) if isinstance(sources, str) else sources:
         name, equals, path = source.partition("=")
-        if not equals:
+        if not equals or is_remote(name):
             name, path = Path(source).name.split(".")[0].replace("*", "all") or "text", source
         named.append((name, path))
     if len({name for name, _ in named}) != len(named):
@@ -174,14 +187,14 @@ def named_sources(sources: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def is_store(path: str) -> bool:
-    return (Path(path) / "manifest.json").is_file()
+    return (as_path(path) / "manifest.json").is_file()
 
 
 def make_stores(config: ConfigDict, tokenizer: Any, workdir: Path) -> dict[str, Path]:
     """The token store of each source: the given one, or prepared from text under `workdir/store`."""
     stores = {}
     for name, source in named_sources(config.data.sources):
-        store = Path(source) if is_store(source) else workdir / "store" / name
+        store = as_path(source) if is_store(source) else workdir / "store" / name
         if not is_store(source):
             preparation.prepare(
                 [source],
@@ -191,9 +204,10 @@ def make_stores(config: ConfigDict, tokenizer: Any, workdir: Path) -> dict[str, 
                 validation_fraction=config.data.validation_fraction,
                 text_field=config.data.text_field,
                 seed=config.seed,
+                cache_dir=config.data.cache_dir,
                 progress=config.log.progress,
             )
-        manifest = TokenStore(store, "train").manifest
+        manifest = open_store(config, store, "train").manifest
         if manifest["tokenizer_sha256"] != tokenizer.sha256:
             raise ValueError(
                 f"{store} was prepared with another tokenizer than the run's: prepare it again with "
@@ -201,6 +215,10 @@ def make_stores(config: ConfigDict, tokenizer: Any, workdir: Path) -> dict[str, 
             )
         stores[name] = store
     return stores
+
+
+def open_store(config: ConfigDict, path: Path, split: str) -> TokenStore:
+    return TokenStore(path, split, cache_dir=config.data.cache_dir)
 
 
 def mixture_weights(
@@ -273,7 +291,7 @@ def make_run(
     Raises:
       ValueError: with what to change, if fields do not fit one another, the tokenizer or the mesh.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = mesh or meshes.make_mesh(**config.mesh)
     tokenizer = make_tokenizer(config, workdir)
@@ -281,7 +299,7 @@ def make_run(
     stores = make_stores(config, tokenizer, workdir)
     program = make_program(config, mesh, tokenizer)
 
-    train = {name: TokenStore(path, "train") for name, path in stores.items()}
+    train = {name: open_store(config, path, "train") for name, path in stores.items()}
     weights = mixture_weights(
         config.data.weights, list(train), [s.num_tokens for s in train.values()]
     )
@@ -297,7 +315,7 @@ def make_run(
     )
     eval_batches = {
         name: EvalBatches(
-            TokenStore(path, "validation"),
+            open_store(config, path, "validation"),
             program.objective,
             config.seq_len,
             config.eval.batch_size,
@@ -371,9 +389,11 @@ def initial_state(run: Run) -> TrainState:
 
 def write_origin(run: Run, **found: Any) -> None:
     """origin.json: what `init_from` was when the run began, which a revision or a newest step does not say later."""
+    if not processes.is_main():
+        return
     content = {"init_from": run.config.init_from, "init": run.config.init, **found}
     text = json.dumps(content, indent=2) + "\n"
-    (run.workdir / "origin.json").write_text(text, encoding="utf-8")
+    write_text(run.workdir / "origin.json", text)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from jaxlm import build, language_model, reports, tuning
-from jaxlm.data.token_store import TokenStore
+from jaxlm.files import as_path
 from jaxlm.host import keep_freed_memory
 from jaxlm.text_evaluation import evaluate_text
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_item
@@ -75,9 +75,9 @@ def evaluate_task(
         result |= scores
     else:
         _, predictions = model.predictor.predict(model.params, split)
-        output = output or f"{Path(data.partition(':')[0]).stem}.predictions.csv"
+        output = output or f"{as_path(data).stem}.predictions.csv"
     if output:
-        reports.write_table(Path(output), split, predictions)
+        reports.write_table(as_path(output), split, predictions)
         result["predictions"] = output
     return result
 
@@ -115,10 +115,11 @@ def unigram_baselines(batches: Iterable[Mapping[str, np.ndarray]]) -> tuple[floa
 
 def held_out_documents(workdir: str | Path) -> Iterator[str]:
     """The texts of the validation split of every source of a run, as its tokenizer reads them back."""
-    config = build.saved_config(Path(workdir) / "config.json")
-    tokenizer = build.make_tokenizer(config, Path(workdir))
-    for path in build.make_stores(config, tokenizer, Path(workdir)).values():
-        store = TokenStore(path, "validation")
+    workdir = as_path(workdir)
+    config = build.saved_config(workdir / "config.json")
+    tokenizer = build.make_tokenizer(config, workdir)
+    for path in build.make_stores(config, tokenizer, workdir).values():
+        store = build.open_store(config, path, "validation")
         for index in range(store.num_documents):
             yield tokenizer.decode(store.tokens(*store.document_span(index)))
 

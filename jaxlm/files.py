@@ -13,7 +13,6 @@ and a local disk keeps its own ways: appends, renames, maps.
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import importlib.util
 import os
@@ -58,7 +57,6 @@ def as_path(path: str | os.PathLike) -> Path:
     return epath.Path(f"{scheme}://{text[url.end() :]}")
 
 
-@functools.cache
 def _without_stale_listings() -> None:
     """gcsfs remembers what a folder held, and does not see what others, Orbax's array writer among them, put there."""
     if importlib.util.find_spec("gcsfs"):
@@ -116,6 +114,16 @@ def upload(folder: Path, target: Path, last: str) -> None:
     for file in sorted(files, key=lambda file: file == folder / last):
         with open(file, "rb") as source, _creating(target / file.relative_to(folder)) as copy:
             shutil.copyfileobj(source, copy, _BLOCK)
+
+
+def download(folder: Path, target: Path) -> None:
+    """Copies the files of a folder, and of those in it, into a new local folder."""
+    target.mkdir()
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            download(entry, target / entry.name)
+        else:
+            _copy(entry, target / entry.name)
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[Any], None]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from jaxlm import api
-from jaxlm.files import write_whole
+from jaxlm.files import as_path, is_remote, write_whole
 from jaxlm.host import keep_freed_memory
 from jaxlm.inputs import read_prompts
 from jaxlm.parallel.mesh import make_mesh
@@ -64,11 +64,14 @@ def run(args: Any) -> None:
     Raises:
       BadInput, ValueError, FileNotFoundError, ImportError: with what to change; then nothing was written.
     """
-    prompts = [*args.prompt, *(read_prompts(Path(args.prompts_file)) if args.prompts_file else [])]
+    prompts = [
+        *args.prompt,
+        *(read_prompts(as_path(args.prompts_file)) if args.prompts_file else []),
+    ]
     if not prompts:
         raise api.BadInput("found no texts: give --prompt or --prompts_file")
     if args.output:
-        check_output(Path(args.output), args.task)
+        check_output(as_path(args.output), args.task)
     mesh = make_mesh(tensor=args.tensor, devices=jax.devices()[: args.tensor])
     lm = api.load(args.checkpoint, args.step, mesh=mesh)
     name = args.task or ("generate" if lm.family == "gpt" else "fill_mask")
@@ -95,7 +98,7 @@ def check_output(path: Path, task: str | None) -> None:
         raise api.BadInput(
             f"--output={path}: expected a name that ends with {' or '.join(suffixes)}"
         )
-    if not path.absolute().parent.is_dir():
+    if not is_remote(path) and not path.absolute().parent.is_dir():
         raise api.BadInput(f"--output={path}: there is no folder {path.parent}")
 
 

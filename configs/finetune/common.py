@@ -51,6 +51,8 @@ def base(
                 augment_swap=0.0,
                 num_workers=0,
                 prefetch=2,
+                # copies of what lies on a bucket, one per host; '' = ~/.cache/jaxlm
+                cache_dir="",
             ),
             # the amount of training; a batch is that many examples, however they are laid into rows of seq_len tokens
             num_epochs=3.0,

@@ -13,12 +13,13 @@ spaces. Then `decode` gives the model's own approximation, and `num_bytes` the b
 the space before it; so bits per byte are approximate, too.
 """
 
-from jaxlm.tokenizers.base import ROLES, Tokenizer
+from jaxlm.tokenizers.base import META, ROLES, Tokenizer
 from jaxlm.tokenizers.kinds import TOKENIZERS
 from jaxlm.tokenizers.loading import is_saved, load_tokenizer, make_tokenizer
 from jaxlm.tokenizers.training import TRAINERS, train_tokenizer
 
 __all__ = [
+    "META",
     "ROLES",
     "TOKENIZERS",
     "TRAINERS",

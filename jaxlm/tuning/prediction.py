@@ -19,6 +19,7 @@ from jaxlm import program as programs
 from jaxlm.data.columns import Columns
 from jaxlm.data.examples import EvalExamples, Shapes, plan_eval_shapes
 from jaxlm.data.records import Record
+from jaxlm.files import as_path
 from jaxlm.parallel import mesh as meshes
 from jaxlm.tasks import TASKS
 from jaxlm.tasks.base import make_layout
@@ -128,7 +129,7 @@ class Finetuned:
     def read(self, path: str) -> Split:
         """The split of a file, which may have labels or not."""
         config, task = self.predictor.config, self.predictor.task
-        return make_split(Path(path).stem, task, read_whole(path, config, self.columns))
+        return make_split(as_path(path).stem, task, read_whole(path, config, self.columns))
 
     def predict(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
         """A prediction for each row: a text, or the fields of a record by role (text, text_pair, words, context, …)."""
@@ -140,12 +141,13 @@ class Finetuned:
 
 def is_finetuned(path: str | Path) -> bool:
     """Whether a workdir, or one of its checkpoints, is of a fine-tuning run."""
-    return any((folder / TASK_FILE).is_file() for folder in (Path(path), *Path(path).parents[:2]))
+    path = as_path(path)
+    return any((folder / TASK_FILE).is_file() for folder in (path, *path.parents[:2]))
 
 
 def best_step(path: str | Path) -> int | None:
     """The step that a finished fine-tuning run reports; None for any other folder."""
-    report = Path(path) / "report.json"
+    report = as_path(path) / "report.json"
     return json.loads(report.read_text(encoding="utf-8"))["step"] if report.is_file() else None
 
 

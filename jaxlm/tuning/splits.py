@@ -67,7 +67,11 @@ def read_file(
         name, _, split = path.removeprefix(DEMO).partition(":")
         return demos.demo_records(name, split or "train"), [], {}
     records, problems = read_records(
-        path, data.format, header=data.header, delimiter=data.delimiter
+        path,
+        data.format,
+        header=data.header,
+        delimiter=data.delimiter,
+        cache_dir=data.cache_dir,
     )
     if not records:
         raise ValueError(f"{path} has no row that can be read:\n{format_problems(problems)}")

@@ -1,0 +1,291 @@
+"""A workdir on a bucket, through the real entrypoints and clients: gcsfs, Orbax and tensorstore talk to an emulator."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import threading
+
+import fsspec.config
+import jax
+import numpy as np
+import pytest
+from gcp_storage_emulator.server import create_server
+
+from jaxlm import api, build, evaluate, files
+from jaxlm.data.token_store import TokenStore
+from jaxlm.files import Appender, absolute, as_path, fetch, local_copy, new_folder, write_text
+from jaxlm.finetune import finetune
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.pretrain import pretrain
+from jaxlm.tokenizers import META, is_saved, make_tokenizer
+from jaxlm.training.checkpoints import find_step
+from tests import tiny
+from tests.test_finetune import write_rows
+from tools import compare_runs, inspect_checkpoint, plot_run
+
+TEXT = "def area(side):\n    return side * side\n\n\nclass Square:\n    pass\n"
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """'gs://bucket', whose server is a thread of this process, for every client in it and in its children."""
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+    server = create_server("localhost", 0, in_memory=True, default_bucket="bucket")
+    server.start()
+    server._api._httpd.handle_error = lambda *_: None  # tensorstore hangs up before the last byte
+    url = f"http://localhost:{server._api._httpd.server_address[1]}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", url)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
+        patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+        # gcsfs would ask Google what kind of bucket it is, before each request.
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield "gs://bucket"
+    server.stop()
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """The names of what is copied to this host."""
+    made, copy = [], files._copy
+    monkeypatch.setattr(
+        files, "_copy", lambda source, target: made.append(source.name) or copy(source, target)
+    )
+    return made
+
+
+# ---------------------------------------------------------------- runs
+
+
+def config_of(source, cache, steps):
+    return tiny.tiny_config(
+        "configs/gpt.py:tiny,schedule=constant",
+        source,
+        num_train_steps=steps,
+        log_every_steps=1,
+        eval_every_steps=2,
+        checkpoint_every_steps=2,
+        eval__num_batches=1,
+        eval__prompts=("def ",),
+        log__tensorboard=True,
+        data__split="tail",
+        data__validation_fraction=0.3,
+        data__cache_dir=str(cache),
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("copies")
+
+
+@pytest.fixture(scope="module")
+def runs(bucket, cache, tmp_path_factory):
+    """The same run of the same text to 4 steps: unbroken on this disk, and on the bucket with a stop after 2."""
+    local = tmp_path_factory.mktemp("local")
+    for folder in (local / "text", as_path(f"{bucket}/text")):
+        folder.mkdir()
+        for name in ("a.txt", "b.txt"):
+            write_text(folder / name, TEXT * 20)
+    with pytest.MonkeyPatch.context() as patch:
+        one = make_mesh(devices=jax.devices()[:1])
+        patch.setattr("jaxlm.parallel.mesh.make_mesh", lambda **_: one)
+        pretrain(config_of(local / "text/*.txt", cache, 4), local / "run")
+        remote = as_path(f"{bucket}/runs/first")
+        for steps in (2, 4):
+            pretrain(config_of(f"{bucket}/text/*.txt", cache, steps), remote)
+    return local / "run", remote
+
+
+def test_a_run_on_a_bucket_learns_and_leaves_what_one_on_a_disk_does(runs):
+    local, remote = runs
+    names = lambda folder: {path.name for path in folder.iterdir() if "tfevents" not in path.name}
+    for folder in ("", "plots", "tokenizer", "store/all"):
+        assert names(remote / folder) == names(local / folder), folder
+    assert tiny.learned(remote) == tiny.learned(local)
+    samples = [(folder / "samples.jsonl").read_text() for folder in runs]
+    assert samples[0] == samples[1] and samples[0].count("\n") == 2
+    assert find_step(remote) == remote / "checkpoints" / "4"
+
+
+def test_tensorboard_reads_the_events_of_both_starts(runs):
+    events = [path for path in runs[1].iterdir() if "tfevents" in path.name]
+    assert len(events) == 2
+    assert all(b"train/loss" in path.read_bytes() for path in events)
+
+
+def test_a_model_on_a_bucket_is_evaluated_and_used_as_one_on_a_disk(runs):
+    local, remote = runs
+    assert evaluate.evaluate(remote) == evaluate.evaluate(local)
+    made = [api.generate(api.load(str(run)), ["def "], max_new_tokens=3, seed=1) for run in runs]
+    assert made[0] == made[1]
+
+
+def test_tools_take_workdirs_on_a_bucket(runs, capsys):
+    local, remote = map(str, runs)
+    assert plot_run.main([local, remote, f"--output={remote}/both"]) in (0, None)
+    assert as_path(f"{remote}/both/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert compare_runs.main([local, remote]) in (0, None)
+    assert inspect_checkpoint.main([remote]) in (0, None)
+    assert "step 4" in capsys.readouterr().out
+
+
+def test_a_model_on_a_bucket_is_finetuned_there_and_predicts(runs, bucket, cache, tmp_path):
+    data, workdir = as_path(f"{bucket}/rows.csv"), as_path(f"{bucket}/tuned")
+    write_text(data, write_rows(tmp_path / "rows.csv").read_text())
+    config = build.read_config(
+        f"{tiny.ROOT}/configs/finetune/classification.py:train={data}",
+        {
+            "init_from": str(runs[1]),
+            "batch_size": 16,
+            "seq_len": 32,
+            "num_epochs": 1.0,
+            "data.dev_fraction": 0.25,
+            "data.cache_dir": str(cache),
+            "eval.batch_size": 16,
+            "log.progress": False,
+            "log.tensorboard": False,
+        },
+    )
+    report = finetune(config, workdir)
+    assert json.loads((workdir / "report.json").read_text()) == report
+    assert (workdir / "plots" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    scores = evaluate.evaluate_task(workdir, str(data), output=f"{bucket}/table.csv")
+    assert scores["records"] == as_path(f"{bucket}/table.csv").read_text().count("\n") - 1 == 48
+
+
+# ---------------------------------------------------------------- files
+
+
+def check_a_resumed_file_keeps_its_lines(path, open_file):
+    """What was written before a file was opened again is still there, before the new lines."""
+    for line in (b"1\n", b"2\n"):
+        file = open_file(path)
+        file.write(line)
+        file.close()
+    assert path.read_bytes() == b"1\n2\n"
+
+
+def test_a_file_that_grows_keeps_its_lines(bucket, tmp_path):
+    for folder in (tmp_path, as_path(f"{bucket}/grows")):
+        check_a_resumed_file_keeps_its_lines(folder / "lines", Appender)
+
+
+def test_the_check_fails_for_append_of_the_file_system(bucket):
+    with pytest.raises(AssertionError):
+        check_a_resumed_file_keeps_its_lines(
+            as_path(f"{bucket}/appended"), lambda path: path.open("ab")
+        )
+
+
+def test_lines_are_on_the_bucket_at_a_flush_and_now_and_then(bucket, monkeypatch):
+    path = as_path(f"{bucket}/flushed")
+    file = Appender(path)
+    file.write(b"1\n")
+    assert not path.exists()
+    file.flush()
+    assert path.read_bytes() == b"1\n"
+    monkeypatch.setattr(files.time, "monotonic", lambda: file._due)
+    file.write(b"2\n")
+    assert path.read_bytes() == b"1\n2\n"
+
+
+def test_a_folder_on_a_bucket_is_there_when_its_last_file_is(bucket, monkeypatch):
+    target, seen = as_path(f"{bucket}/tokenizer"), []
+    create = files._creating
+    monkeypatch.setattr(
+        files, "_creating", lambda path: seen.append((path.name, is_saved(target))) or create(path)
+    )
+    with new_folder(target, last=META) as folder:
+        make_tokenizer("bytes", num_sentinels=0).save(folder)
+    assert len(seen) > 1 and seen[-1] == (META, False)
+    assert is_saved(target)
+
+
+def test_a_write_that_fails_leaves_the_object_as_it_was(bucket):
+    path = as_path(f"{bucket}/whole")
+    write_text(path, "before")
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        files.write_whole(path, fail)
+    assert path.read_text() == "before"
+
+
+def test_processes_of_a_host_copy_a_shard_once(bucket, tmp_path, copies):
+    shard, content = as_path(f"{bucket}/shard.npy"), b"tokens"
+    shard.write_bytes(content)
+    digest, found = hashlib.sha256(content).hexdigest(), []
+    ask = lambda: found.append(fetch(shard, tmp_path, digest))
+    threads = [threading.Thread(target=ask) for _ in range(4)]  # each opens the lock anew
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert copies == ["shard.npy"]
+    assert {path.read_bytes() for path in found} == {content} and len(found) == 4
+    assert list(tmp_path.iterdir()) == [tmp_path / f"sha256-{digest}"]
+
+
+def test_a_store_on_a_bucket_is_copied_by_its_digests_and_checked(bucket, tmp_path, copies):
+    local = tiny.make_store(tmp_path / "store")
+    remote = as_path(f"{bucket}/store")
+    files.upload(local, remote, last="manifest.json")
+    cache = str(tmp_path / "cache")
+    store = TokenStore(remote, "train", cache_dir=cache)
+    assert copies == []  # nothing is read before it is asked for
+    expected = TokenStore(local, "train").tokens(3, 40)
+    np.testing.assert_array_equal(store.tokens(3, 40), expected)
+    np.testing.assert_array_equal(
+        TokenStore(remote, "train", cache_dir=cache).tokens(3, 40), expected
+    )
+    assert copies == ["train-00000.tokens.npy"]
+
+    shard = remote / "validation-00000.tokens.npy"
+    changed = bytearray(shard.read_bytes())
+    changed[-1] ^= 1
+    shard.write_bytes(bytes(changed))
+    with pytest.raises(
+        ValueError, match=r"validation-00000.tokens.npy: its sha256 is .*, expected"
+    ):
+        TokenStore(remote, "validation", cache_dir=cache).tokens(0, 4)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"validation-00000.tokens.npy: missing"):
+        TokenStore(remote, "validation", cache_dir=cache)
+
+
+def test_a_digest_that_is_a_path_is_no_name_of_a_copy(bucket, tmp_path):
+    with pytest.raises(ValueError, match="expected 64 digits"):
+        fetch(as_path(f"{bucket}/x"), tmp_path, "../" * 20 + "etcd")
+
+
+def test_a_changed_object_is_copied_anew(bucket, tmp_path):
+    path = as_path(f"{bucket}/rows.jsonl")
+    for text in ("one", "another"):
+        path.write_text(text)
+        assert local_copy(path, str(tmp_path)).read_text() == text
+    assert local_copy(tmp_path / "here") == tmp_path / "here"
+
+
+def test_paths_say_what_is_known_and_what_to_install(monkeypatch):
+    assert str(absolute("gs://bucket/a")) == "gs://bucket/a" == str(as_path("gs:/bucket/a"))
+    with pytest.raises(ValueError, match=r"scheme ftp://, expected a local path or gs://"):
+        as_path("ftp://host/run")
+    find = importlib.util.find_spec
+    missing = ("gcsfs", "tensorflow")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in missing else find(name)
+    )
+    with pytest.raises(ImportError, match="gs://bucket/run needs gcsfs: pip install"):
+        as_path("gs://bucket/run")
+
+
+def test_the_command_line_resumes_its_own_config_from_the_bucket(runs):
+    command = tiny.pretrain_command(f"{runs[1]}/config.json", runs[1])
+    result = tiny.run(command)  # nothing is left to do, and the config is the run's
+    assert "resumed from step 4" in result.stderr
