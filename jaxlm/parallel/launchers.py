@@ -79,10 +79,12 @@ def find_place(
     return _checked(place) if place.num_processes > 1 else None
 
 
+TPU_ON_GKE, TPU_VM = "GKE's TPUs", "the TPU VM"
+
 # The launchers that may be around another: `mpirun` in a Slurm job, TPU workers and torchrun in Kubernetes' pods. The
 # numbers of those around it are of machines or pods, and may well be others.
 AROUND = {
-    "TPU": ("xpk", "Kubernetes"),
+    TPU_ON_GKE: ("xpk", "Kubernetes"),
     "torchrun": ("Slurm", "xpk", "Kubernetes"),
     "Open MPI": ("Slurm", "xpk", "Kubernetes"),
     "xpk": ("Kubernetes",),
@@ -143,8 +145,8 @@ def find_slurm(environ: Environment, given: Mapping[str, object]) -> Place | Non
             "expected: one process for each task\n"
             "change: start it as `srun python -m jaxlm…`, or alone with --num_processes=1"
         )
-    wanted = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS")
-    numbers = _need("Slurm", environ, wanted)
+    wanted = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+    numbers = _need("Slurm", environ, wanted, ("SLURM_STEP_NODELIST",))
     first, step = first_host(environ["SLURM_STEP_NODELIST"]), environ.get("SLURM_STEP_ID", "0")
     return Place(
         "Slurm",
@@ -256,12 +258,14 @@ def find_tpu(environ: Environment, given: Mapping[str, object]) -> Place | None:
     if "tpu" not in platforms.split(",") or not has_tpu_chips():
         return None
     names = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
+    slices, launcher = environ.get("MEGASCALE_NUM_SLICES"), TPU_ON_GKE
     if names is None and environ.get("TPU_SKIP_MDS_QUERY") is None:
-        names = tpu_metadata("worker-network-endpoints")
+        names, launcher = tpu_metadata("worker-network-endpoints"), TPU_VM
+        if said := re.search(r"MEGASCALE_NUM_SLICES: '(\d+)'", tpu_metadata("tpu-env") or ""):
+            slices = said[1]
     if not names:
         return None
-    slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)
-    return Place("TPU", len(names.split(",")) * slices, None, "")
+    return Place(launcher, len(names.split(",")) * int(slices or 1), None, "")
 
 
 def has_tpu_chips() -> bool:

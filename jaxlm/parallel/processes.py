@@ -28,7 +28,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlm.parallel.launchers import Place, find_place, share_of_gpus
+from jaxlm.parallel.launchers import (
+    TPU_ON_GKE,
+    TPU_VM,
+    LaunchError,
+    Place,
+    find_place,
+    share_of_gpus,
+)
 
 log = logging.getLogger("jaxlm")
 
@@ -42,7 +49,10 @@ _counts: Counter[str] = Counter()
 @contextlib.contextmanager
 def joined(**options: Any) -> Iterator[Place | None]:
     """`start` and, around what is run, an end without a hang: options as of `start`."""
-    place = start(**options)
+    try:
+        place = start(**options)
+    except LaunchError as error:
+        sys.exit(str(error))
     if place is None:
         yield None
         return
@@ -81,14 +91,14 @@ def start(
         return None
     if not os.environ.get("JAX_CPU_COLLECTIVES_IMPLEMENTATION"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    say = f"{place.launcher} says: process {place.process_id} of {place.num_processes}"
+    number = "a process" if place.process_id is None else f"process {place.process_id}"
+    say = f"{place.launcher}: {number} of {place.num_processes}"
     log.info("%s, coordinator %s", say, place.coordinator or "found by jax")
-    known = {} if place.launcher == "TPU" else _arguments(place)
     try:
         jax.distributed.initialize(
             initialization_timeout=initialization_timeout,
             heartbeat_timeout_seconds=heartbeat_timeout,
-            **known,
+            **_arguments(place),
         )
     except RuntimeError as error:
         if "backend" in str(error):
@@ -107,6 +117,9 @@ def start(
 
 
 def _arguments(place: Place) -> dict[str, Any]:
+    found_by_jax = {TPU_ON_GKE: "gketpu", TPU_VM: "gcetpu"}
+    if place.launcher in found_by_jax:
+        return dict(cluster_detection_method=found_by_jax[place.launcher])
     return dict(
         coordinator_address=place.coordinator,
         num_processes=place.num_processes,
