@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.models import lora
 from jaxlm.models.cache import KVCache, read_layer, write_layer
 from jaxlm.models.config import TransformerConfig
+from jaxlm.models.kernels import FUSED, find_limits
 from jaxlm.models.layers import (
     add_bias,
     along_last,
@@ -116,7 +119,27 @@ def _keep(x: jax.Array, kept: jax.Array | None) -> jax.Array:
     return x if kept is None else x * kept
 
 
-ATTENTION_KERNELS = {"xla": attend_xla}
+@flax.struct.dataclass
+class View:
+    """What a layer's attention sees, and where it takes the places to be.
+
+    mask_BTS: True = attend; for the reference. None for a fused kernel, which makes it block by block from the other
+    three: segment_ids_BT, and, known when compiling, `causal` and `window` (0: no limit).
+    rotary: (cos, sin) of `layers.rotary_table`, or None where it does not rotate.
+    """
+
+    mask_BTS: jax.Array | None = None
+    rotary: tuple[jax.Array, jax.Array] | None = None
+    segment_ids_BT: jax.Array | None = None
+    causal: bool = flax.struct.field(pytree_node=False, default=False)
+    window: int = flax.struct.field(pytree_node=False, default=0)
+
+
+def choose(index: jax.Array | None, options: list[Any]) -> Any:
+    """The option (arrays, or trees of them) of that index (a scalar); the first if there is no index."""
+    if index is None:
+        return options[0]
+    return jax.tree.map(lambda *arrays: jax.lax.select_n(index, *arrays), *options)
 
 
 class Attention(nn.Module):
@@ -129,18 +152,22 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        mask_BTS: jax.Array,
-        rotary: tuple[jax.Array, jax.Array] | None = None,
+        views: tuple[View, ...],
+        index: jax.Array | None = None,
         cache: KVCache | None = None,
         layer: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Returns (B, T, D), and the cache, if there is one, with what this layer adds to it."""
+        """Returns (B, T, D), and the cache, if there is one, with what this layer adds to it.
+
+        index: which of the views is this layer's; None where there is only one.
+        """
         c = self.config
         query = self.project("query", x_BTD, c.num_heads, "heads")
         key = self.project("key", x_BTD, c.num_kv_heads, "kv")
         value = self.project("value", x_BTD, c.num_kv_heads, "kv")
         if c.qk_norm:
             query, key = self.normalise("query_norm", query), self.normalise("key_norm", key)
+        rotary = choose(index, [view.rotary for view in views])
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
         if c.query_scale:  # kernels divide by sqrt(H)
@@ -154,7 +181,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache = write_layer(cache, layer, key, value)
             key, value = read_layer(cache, layer)
-        out = self.attend(query, key, value, mask_BTS)
+        out = self.attend(query, key, value, views, index)
         return self.merge(constrain(out, ("batch", "length", "act_heads", None))), cache
 
     def project(self, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
@@ -178,23 +205,50 @@ class Attention(nn.Module):
         return (y * along_last(scale, y)).astype(c.dtype)
 
     def attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+        self,
+        query_BTNH: jax.Array,
+        key_BSKH: jax.Array,
+        value_BSKH: jax.Array,
+        views: tuple[View, ...],
+        index: jax.Array | None,
     ) -> jax.Array:
         c = self.config
-        if c.attention_kernel not in ATTENTION_KERNELS:
-            known = ", ".join(sorted(ATTENTION_KERNELS))
-            raise ValueError(f"attention_kernel={c.attention_kernel!r}: use one of {known}")
+        if limits := find_limits(c):
+            raise ValueError(f"attention_kernel={c.attention_kernel!r}:\n  " + "\n  ".join(limits))
+        if views[0].mask_BTS is None:
+            return self.attend_fused(query_BTNH, key_BSKH, value_BSKH, views, index)
+        mask_BTS = choose(index, [view.mask_BTS for view in views])
         rate = c.attention_dropout_rate
         rng = dropout_key(self, rate, self.deterministic)
-
-        def attend(query, key, value, mask, rng):
-            kernel = ATTENTION_KERNELS[c.attention_kernel]
-            softcap = c.attention_softcap
-            return kernel(query, key, value, mask, rng, softcap=softcap, dropout_rate=rate)
-
+        attend = functools.partial(attend_xla, softcap=c.attention_softcap, dropout_rate=rate)
         if c.remat == "attention":
             attend = jax.checkpoint(attend, prevent_cse=is_unrolled(c))
-        return checkpoint_name(attend(query, key, value, mask, rng), "attended")
+        out = attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS, rng)
+        return checkpoint_name(out, "attended")
+
+    def attend_fused(
+        self,
+        query_BTNH: jax.Array,
+        key_BSKH: jax.Array,
+        value_BSKH: jax.Array,
+        views: tuple[View, ...],
+        index: jax.Array | None,
+    ) -> jax.Array:
+        """By a kernel that holds no scores; remat='attention' has nothing to recompute there."""
+        c = self.config
+        if self.is_initializing():
+            return query_BTNH  # parameters do not depend on it, and are made from one row
+        kernels = [
+            functools.partial(
+                FUSED[c.attention_kernel].attend,
+                causal=view.causal,
+                window=view.window,
+                softcap=c.attention_softcap,
+            )
+            for view in views
+        ]
+        inputs = (query_BTNH, key_BSKH, value_BSKH, views[0].segment_ids_BT)
+        return kernels[0](*inputs) if index is None else jax.lax.switch(index, kernels, *inputs)
 
     def merge(self, x_BTNH: jax.Array) -> jax.Array:
         c = self.config

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,10 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.models import lora
-from jaxlm.models.attention import Attention, is_unrolled, residual_std
+from jaxlm.models.attention import Attention, View, is_unrolled, residual_std
 from jaxlm.models.cache import KVCache, add_segments, next_positions, slot_mask
 from jaxlm.models.config import TransformerConfig
+from jaxlm.models.kernels import REFERENCE
 from jaxlm.models.layers import (
     ACTIVATIONS,
     Norm,
@@ -154,13 +155,6 @@ class MLP(nn.Module):
         return checkpoint_name(y, "mlp_out" if name == "down" else name)
 
 
-class View(NamedTuple):
-    """What a layer's attention sees: the mask, and where it takes the places to be (None: it does not rotate)."""
-
-    mask_BTS: jax.Array
-    rotary: tuple[jax.Array, jax.Array] | None
-
-
 def make_view(
     config: TransformerConfig,
     window: int,
@@ -169,20 +163,24 @@ def make_view(
     causal: bool,
     cache: KVCache | None = None,
 ) -> View:
-    """The view of the layers whose attention window is `window` (0: no limit)."""
+    """The view of the layers whose attention window is `window` (0: no limit). With a cache the reference attends."""
     c, rotary = config, None
     theta, scaling = c.rope_theta, c.rope_scaling
+    is_fused = c.attention_kernel != REFERENCE and cache is None
     if cache is not None:
         mask_BTS = slot_mask(cache, segment_ids_BT, window)
-    else:
+    elif not is_fused:
         mask_BTS = attention_mask(segment_ids_BT, causal=causal)
         if window:
             mask_BTS = mask_BTS & window_mask(segment_ids_BT.shape[1], window)[None]
-    mask_BTS = constrain(mask_BTS, ("batch", "length", "kv_length"))
+    if not is_fused:
+        mask_BTS = constrain(mask_BTS, ("batch", "length", "kv_length"))
     if window and c.rope_local_theta:
         theta, scaling = c.rope_local_theta, ()
     if c.position == "rotary":
         rotary = rotary_table(positions_BT, c.head_dim, theta, scaling)
+    if is_fused:
+        return View(rotary=rotary, segment_ids_BT=segment_ids_BT, causal=causal, window=window)
     return View(mask_BTS, rotary)
 
 
@@ -226,11 +224,10 @@ class Block(nn.Module):
     ) -> tuple[Carry, None]:
         c, (x, cache) = self.config, carry
         attention = Attention(c, self.deterministic, name="attention")
-        view = choose(views, differences.get("view"))
 
         def attend(x):
             nonlocal cache
-            y, cache = attention(x, *view, cache, differences.get("layer"))
+            y, cache = attention(x, views, differences.get("view"), cache, differences.get("layer"))
             return y
 
         x = self.add("attention", attend, x, differences.get("is_unnormed"))
@@ -258,13 +255,6 @@ class Block(nn.Module):
     def drop(self, x: jax.Array) -> jax.Array:
         rate = self.config.dropout_rate
         return dropout(x, rate, dropout_key(self, rate, self.deterministic))
-
-
-def choose(views: tuple[View, ...], index: jax.Array | None) -> View:
-    """The view of that index (a scalar); the only one if there is no index."""
-    if index is None:
-        return views[0]
-    return jax.tree.map(lambda *arrays: jax.lax.select_n(index, *arrays), *views)
 
 
 def rematerialised(block: Any, config: TransformerConfig) -> Any:

@@ -302,7 +302,7 @@ def test_the_float32_check_fails_for_a_softmax_in_bfloat16(monkeypatch):
         scores = jnp.einsum("BTNH,BSNH->BNTS", query, kv[0])
         return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores), kv[1])
 
-    monkeypatch.setitem(attention.ATTENTION_KERNELS, "xla", wrong)
+    monkeypatch.setattr(attention, "attend_xla", wrong)
     with pytest.raises(AssertionError, match="not in float32"):
         check_float32(make_gpt(dtype="bfloat16"), make_batch())
 

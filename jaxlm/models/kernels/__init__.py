@@ -1,0 +1,63 @@
+"""Attention kernels that never hold a row of scores: chosen by name, each with what it cannot do.
+
+    kernel   devices   masks                          packed rows                        T x T in memory
+    xla      any       any                            in the mask                        mask and scores
+    splash   TPU       causal, window, full, softcap  segment ids                        nothing
+    cudnn    GPU       causal, window, full           a mask of each row, no softcap     the mask (bfloat16)
+    triton   GPU       causal, full                   segment ids                        nothing
+
+All compute softmax(softcap(q k / sqrt(H))) v as `attention.attend_xla`, the reference, does; it alone can drop
+probabilities out and read a KV cache. The names that end in _interpret run the same kernels anywhere, slowly: for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxlm.models.config import TransformerConfig
+from jaxlm.models.kernels import cudnn, splash, triton
+
+REFERENCE = "xla"
+
+
+class Kernel(NamedTuple):
+    """attend: (query_BTNH, key_BSKH, value_BSKH, segment_ids_BT, *, causal, window, softcap) -> (B, T, N, H).
+
+    find_limits: (config, context) -> what of the config it cannot do, each with what to change; context: the number
+    of devices that a row is spread over.
+    """
+
+    attend: Callable
+    find_limits: Callable[[TransformerConfig, int], list[str]]
+
+
+FUSED: dict[str, Kernel] = {
+    "splash": Kernel(splash.attend, splash.find_limits),
+    "cudnn": Kernel(cudnn.attend, cudnn.find_limits),
+    "triton": Kernel(triton.attend, triton.find_limits),
+}
+for _name in ("splash", "triton"):
+    _kernel = FUSED[_name]
+    _interpreted = functools.partial(_kernel.attend, interpret=True)
+    FUSED[f"{_name}_interpret"] = _kernel._replace(attend=_interpreted)
+
+AUTO = {"tpu": "splash", "gpu": "cudnn"}  # of a device's platform; the reference elsewhere
+
+
+def find_limits(config: TransformerConfig, context: int = 1) -> list[str]:
+    """What of `config` its kernel cannot do, each with what to change; empty if it can do all of it."""
+    name = config.attention_kernel
+    if name == REFERENCE:
+        return []
+    if name not in FUSED:
+        known = ", ".join((REFERENCE, *FUSED))
+        return [f"attention_kernel={name!r}: use one of {known}"]
+    limits = FUSED[name].find_limits(config, context)
+    if config.attention_dropout_rate:
+        limits.append(
+            f"attention_dropout_rate={config.attention_dropout_rate}: only the reference drops probabilities out; "
+            "set it to 0"
+        )
+    return limits
