@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from jaxlm.planning.report import draw, make_report
 from jaxlm.planning.topologies import parse_topology
 
 
-def make_plan(config: ConfigDict, topology: str) -> dict[str, Any]:
+def make_plan(config: ConfigDict, topology: str, *, cache: Path | None = None) -> dict[str, Any]:
     """The plan of a pretraining config on a topology ('v5e-16', '2xv5e-256', 'h100x8').
+
+    cache: folder in which compiled programs are kept, so that the same one is not compiled twice.
 
     Returns plan.json's content: at least fits, hbm_bytes, temp_bytes, bytes_by_kind, model_flops, warnings, and if the program
     fits also estimated_step_seconds, estimated_mfu, tokens_per_second_per_chip and collectives; see `planning.report`.
@@ -26,10 +29,16 @@ def make_plan(config: ConfigDict, topology: str) -> dict[str, Any]:
     """
     machine = parse_topology(topology)
     program = plan_program(config, machine)
-    outcome = compile_program(program, machine.chip)
+    outcome = compile_program(program, machine.chip, cache)
     module = hlo.parse(outcome.text) if outcome.text else None
-    costs = cost.estimate(module, program.mesh, machine.chip) if module else None
+    causal = config.family == "gpt"
+    costs = cost.estimate(module, program.mesh, machine.chip, causal=causal) if module else None
     return make_report(program, machine, outcome, module, costs)
+
+
+def default_cache() -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return home / "jaxlm" / "plans"
 
 
 def write_plan(plan: dict[str, Any], output: Path) -> None:

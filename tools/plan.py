@@ -2,43 +2,79 @@
 
     python tools/plan.py --config=configs/gpt.py:gpt2 --topology=v5e-8 --output=plans/gpt2
     python tools/plan.py --config=configs/gpt.py:llama3_8b --topology=v5p-128 --config.mesh.tensor=2 --output=plans/8b
+    python tools/plan.py --config=configs/gpt.py:llama3_8b --topology=v5p-128 --search=6 --output=plans/8b
 
-Compiles the real train step with the real TPU or GPU compiler, on this machine's CPU (a minute or two for a large model), and writes
-plan.json, memory.png and time.png. Needs pip install 'jaxlm[plans]'. Topologies: v4-N, v5p-N (N cores, two a chip), v5e-N, v6e-N (N
-chips), SxNAME for S slices, h100xN. The exit code is 0 if the program fits, else 1. Times are estimates.
+Compiles the real train step with the real TPU or GPU compiler, on this machine's CPU (a minute or two for a large model), prints the plan
+and writes plan.json, memory.png and time.png. Needs pip install 'jaxlm[plans]'. Topologies: v4-N, v5p-N (N cores, two a chip), v5e-N,
+v6e-N (N chips), SxNAME for S slices, h100xN. --search=N also plans the N most promising other meshes, remat policies and numbers of
+parts, ranks them, and writes the best; what was compiled is not compiled again. The exit code is 0 if the program fits, else 1.
+Times are estimates.
 """
 
+import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from jaxlm.planning.topologies import ENVIRONMENT
+from jaxlm.planning.topologies import ENVIRONMENT, parse_topology
 
 os.environ.update(ENVIRONMENT)  # before jax starts
 
 from absl import app, flags
 
 from jaxlm.flags import define_config_flag
-from jaxlm.plan import make_plan, write_plan
+from jaxlm.plan import default_cache, make_plan, write_plan
+from jaxlm.planning import search
+from jaxlm.planning.compiling import plan_program
 from jaxlm.planning.report import format_plan
 
 
 def main(argv):
     del argv
     args = flags.FLAGS
+    logging.getLogger("jaxlm").setLevel(logging.INFO)
+    output, planned = Path(args.output), partial(make_plan, cache=Path(args.cache))
     try:
-        plan = make_plan(args.config, args.topology)
+        if args.search:
+            plan = find_best(args.config, args.topology, planned, output / "search", args.search)
+        else:
+            plan = planned(args.config, args.topology)
     except (ValueError, ModuleNotFoundError) as error:
         sys.exit(str(error))
-    write_plan(plan, Path(args.output))
+    write_plan(plan, output)
     print(format_plan(plan))
     sys.exit(0 if plan["fits"] else 1)
+
+
+def find_best(config, topology, planned, folder, count):
+    """The best plan of the shortlist; prints the ranking."""
+    machine = parse_topology(topology)
+    num_params = plan_program(any_mesh(config), machine).num_params
+    plans = search.search(config, machine, planned, num_params, folder, count)
+    if not plans:
+        sys.exit(
+            f"no mesh of {topology} holds {num_params / 1e9:.1f}B parameters with batch_size={config.batch_size}: take a larger "
+            "slice, or a batch_size that more ways divide"
+        )
+    print(search.format_ranking(plans), end="\n\n")
+    return plans[0]
+
+
+def any_mesh(config):
+    """The config on a mesh that every model can have, to count its parameters."""
+    changed = config.copy_and_resolve_references()
+    with changed.unlocked():
+        changed.mesh.update(data=-1, fsdp=1, expert=1, context=1, tensor=1)
+    return changed
 
 
 if __name__ == "__main__":
     define_config_flag()
     flags.DEFINE_string("topology", None, "The machines: v5e-16, v5p-128, 2xv5e-256, h100x8, …")
     flags.DEFINE_string("output", None, "Folder for plan.json and the pictures.")
+    flags.DEFINE_integer("search", 0, "How many other ways to run the config to plan.")
+    flags.DEFINE_string("cache", str(default_cache()), "Folder of compiled programs.")
     flags.mark_flags_as_required(["config", "topology", "output"])
     app.run(main)

@@ -1,8 +1,16 @@
 """The real train step, compiled for a machine that is not here; or how much memory it lacks there."""
 
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,8 +75,8 @@ def stand_in_tokenizer(vocab_size: int) -> Any:
     )
 
 
-def compile_program(program: Program, chip: Chip) -> Outcome:
-    """Compiles the train step for its mesh's devices.
+def compile_program(program: Program, chip: Chip, cache: Path | None = None) -> Outcome:
+    """Compiles the train step for its mesh's devices, or takes what an earlier compilation of the same program left in `cache`.
 
     Raises:
       JaxRuntimeError: of the compiler, for anything but a lack of memory.
@@ -76,31 +84,50 @@ def compile_program(program: Program, chip: Chip) -> Outcome:
     began = time.perf_counter()
     lowered = program.lower_train_step()
     options = compiler_options(program.mesh) | AHEAD_OF_TIME[chip.platform]
+    path = cache and cache / f"{program_key(lowered, program, options)}.json.gz"
+    if path and path.exists():
+        return Outcome(**json.loads(gzip.decompress(path.read_bytes())))
     try:
-        compiled = lowered.compile(compiler_options=options)
+        outcome = measure(lowered.compile(compiler_options=options), chip)
     except jax.errors.JaxRuntimeError as error:
         needed, usable = read_too_large(str(error))
-        return Outcome(False, needed, usable, seconds=time.perf_counter() - began)
+        outcome = Outcome(False, needed, usable)
+    outcome = replace(outcome, seconds=time.perf_counter() - began)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(gzip.compress(json.dumps(asdict(outcome)).encode()))
+        partial.replace(path)
+    return outcome
+
+
+def program_key(lowered: Any, program: Program, options: Mapping[str, Any]) -> str:
+    """Equal for programs that the same compiler makes the same of. Line numbers do not count, so those in a plan may be older."""
+    devices = [
+        (d.device_kind, getattr(d, "coords", d.id), getattr(d, "slice_index", 0))
+        for d in program.mesh.devices.flat
+    ]
+    versions = [
+        importlib.metadata.version(name) if importlib.util.find_spec(module) else ""
+        for name, module in (("jaxlib", "jaxlib"), ("libtpu", "libtpu"))
+    ]
+    parts = (lowered.as_text(), devices, versions, sorted(options.items()))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def measure(compiled: Any, chip: Chip) -> Outcome:
+    """What the compiler says of a program that it could make."""
     memory = compiled.memory_analysis()
-    hbm_bytes = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
-    return Outcome(
-        fits=hbm_bytes <= chip.usable_bytes,
-        hbm_bytes=hbm_bytes,
-        usable_bytes=chip.usable_bytes,
+    kinds = dict(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        text=compiled.as_text(),
-        seconds=time.perf_counter() - began,
     )
+    hbm_bytes = sum(kinds.values()) - 2 * kinds["alias_bytes"]
+    fits = hbm_bytes <= chip.usable_bytes
+    return Outcome(fits, hbm_bytes, chip.usable_bytes, **kinds, text=compiled.as_text())
 
 
 def read_too_large(message: str) -> tuple[float, float]:

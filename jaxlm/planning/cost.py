@@ -9,16 +9,18 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.planning import hlo
 from jaxlm.planning.chips import Chip
+from jaxlm.planning.kernels import kernel_work
 from jaxlm.planning.network import Network
 
 # A Pallas kernel's share of the matrix units' peak, after its head size is padded to their width: between these.
-KERNEL_EFFICIENCY = (0.75, 0.55)
+KERNEL_EFFICIENCY = (0.65, 0.45)
 # A chip is slower than its compiler's estimate by a factor between these (measured steps against estimates; see the README's table).
 COMPILER_OPTIMISM = (1.0, 1.2)
 # How much of the work that is scheduled beside a collective hides it.
@@ -70,10 +72,10 @@ class Cost:
         return sorted(((*key, value) for key, value in sums.items()), key=lambda row: -row[2])
 
 
-def estimate(module: hlo.Module, mesh: Mesh, chip: Chip) -> Cost:
-    """What the step of an optimised module costs on one device of the mesh."""
+def estimate(module: hlo.Module, mesh: Mesh, chip: Chip, *, causal: bool) -> Cost:
+    """What the step of an optimised module costs on one device of the mesh. causal: whether attention is."""
     network = Network.of(chip, list(mesh.devices.flat))
-    reader = _Reader(module, mesh, chip, network)
+    reader = _Reader(module, mesh, chip, network, causal)
     return Cost(reader.computation(module.entry, 1.0)[0])
 
 
@@ -83,6 +85,11 @@ class _Reader:
     mesh: Mesh
     chip: Chip
     network: Network
+    causal: bool
+
+    @cached_property
+    def shapes(self) -> dict[str, str]:
+        return {i.name: i.shape for lines in self.module.computations.values() for i in lines}
 
     def computation(self, name: str, times: float) -> tuple[list[Operation], np.ndarray]:
         """Operations of a computation that runs `times` times, and the seconds (2,) of all of them."""
@@ -196,21 +203,20 @@ class _Reader:
         made = Operation(line.name, "compute", self.module.source(line), times, (0.0, 0.0))
         traffic = self.traffic(line)
         if line.opcode == "custom-call":
-            flops = kernel_flops(line, self.module)
-            if flops:
+            work = kernel_work(
+                line,
+                lambda name: hlo.arrays_of(self.shapes.get(name, "")),
+                causal=self.causal,
+                mxu_width=self.chip.mxu_width,
+            )
+            if work:
+                traffic_seconds = traffic / self.chip.hbm_bandwidth
                 seconds = tuple(
-                    times * max(flops / self.chip.peak_flops / e, traffic / self.chip.hbm_bandwidth)
-                    for e in KERNEL_EFFICIENCY
+                    times * max(work.padded_flops / self.chip.peak_flops / share, traffic_seconds)
+                    for share in KERNEL_EFFICIENCY
                 )
-                return [
-                    replace(
-                        made,
-                        kind="kernel",
-                        seconds=seconds,
-                        num_bytes=times * traffic,
-                        flops=times * flops,
-                    )
-                ]
+                kernel = replace(made, kind="kernel", seconds=seconds)
+                return [replace(kernel, num_bytes=times * traffic, flops=times * work.flops)]
             if self.chip.platform == "tpu":
                 return []
         cycles = line.estimated_cycles
@@ -233,13 +239,9 @@ class _Reader:
 
     def traffic(self, line: hlo.Instruction) -> float:
         """HBM bytes that an instruction reads and writes; of an array that is only sliced, the slice."""
-        if not hasattr(self, "_shapes"):
-            self._shapes: dict[str, str] = {}
-            for lines in self.module.computations.values():
-                self._shapes.update({i.name: i.shape for i in lines})
         fused = line.called("calls") if line.opcode == "fusion" else []
         if not fused:
-            reads = sum(hbm_bytes(self._shapes.get(name, "")) for name in line.names)
+            reads = sum(hbm_bytes(self.shapes.get(name, "")) for name in line.names)
             return reads + hbm_bytes(line.shape)
         inner = self.module.computations[fused[0]]
         users: dict[str, list[hlo.Instruction]] = defaultdict(list)
@@ -251,7 +253,7 @@ class _Reader:
             if one.opcode != "parameter":
                 continue
             outer = line.names[int(one.operands)] if int(one.operands) < len(line.names) else ""
-            full, used = hbm_bytes(self._shapes.get(outer, one.shape)), users[one.name]
+            full, used = hbm_bytes(self.shapes.get(outer, one.shape)), users[one.name]
             if used and all(u.opcode in ("dynamic-slice", "slice", "gather") for u in used):
                 full = min(full, sum(u.num_bytes for u in used))
             elif used and all(
@@ -261,7 +263,7 @@ class _Reader:
             total += full
         root = inner[-1]
         if root.opcode == "dynamic-update-slice":
-            return total + hbm_bytes(self._shapes.get(root.names[1], ""))
+            return total + hbm_bytes(self.shapes.get(root.names[1], ""))
         return total + hbm_bytes(line.shape)
 
 
@@ -291,11 +293,3 @@ def matmul_flops(line: hlo.Instruction, module: hlo.Module) -> float:
     left = shapes[line.names[0]].arrays[0][1]
     contracted = math.prod(left[int(n)] for n in re.findall(r"\d+", found[1]))
     return 2.0 * math.prod(line.arrays[0][1]) * contracted
-
-
-def kernel_flops(line: hlo.Instruction, module: hlo.Module) -> float:
-    """FLOPs of a Pallas or cuDNN kernel, as its author states them to the compiler; 0 for any other custom call."""
-    if line.target not in ("tpu_custom_call", "__gpu$xla.gpu.triton") and "fmha" not in line.target:
-        return 0.0
-    stated = re.search(r'"flops":\s*"?(\d+)', line.attributes)
-    return float(stated[1]) if stated else 0.0

@@ -31,6 +31,15 @@ COLLECTIVES = (
 )
 
 
+def arrays_of(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of each array in a shape's text."""
+    return [
+        (dtype, tuple(int(n) for n in sizes.split(",") if n))
+        for dtype, sizes in ARRAY.findall(shape)
+        if dtype in BYTES
+    ]
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One line of a computation. shape, operands and attributes are text; `names` are the operands' names."""
@@ -48,11 +57,7 @@ class Instruction:
     @cached_property
     def arrays(self) -> list[tuple[str, tuple[int, ...]]]:
         """(dtype, shape) of each array in the result."""
-        return [
-            (dtype, tuple(int(n) for n in sizes.split(",") if n))
-            for dtype, sizes in ARRAY.findall(self.shape)
-            if dtype in BYTES
-        ]
+        return arrays_of(self.shape)
 
     @property
     def num_bytes(self) -> float:
@@ -192,7 +197,7 @@ def parse(text: str) -> Module:
     """Reads `compiled.as_text()`."""
     computations: dict[str, list[Instruction]] = {}
     entry, lines = "", None
-    for line in text.splitlines():
+    for line in whole_lines(text):
         head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         if head and not line.startswith(" "):
             lines = computations.setdefault(head[2], [])
@@ -202,6 +207,19 @@ def parse(text: str) -> Module:
         elif lines is not None and (instruction := parse_instruction(line)):
             lines.append(instruction)
     return Module(computations, entry, parse_frames(text))
+
+
+def whole_lines(text: str) -> Iterator[str]:
+    """Lines of the text; an attribute that was written over several (a kernel's metadata) is put back into one."""
+    held: list[str] = []
+    for line in text.splitlines():
+        if line.endswith("kernel_metadata={") or (held and not line.startswith("}}")):
+            held.append(line)
+        elif held:
+            yield "".join([*held, line])
+            held = []
+        else:
+            yield line
 
 
 def parse_instruction(line: str) -> Instruction | None:

@@ -1,0 +1,177 @@
+"""Names of machines, what a plan needs to be installed, and what it says without a compiler."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+from jax.extend import core as jax_core
+
+from configs import bert, gpt
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.planning import search, topologies
+from jaxlm.planning.compiling import read_too_large, stand_in_tokenizer
+from jaxlm.planning.memory import state_bytes
+from jaxlm.program import make_program
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    "name, chips, shape, slices",
+    [
+        ("v5e-1", 1, (1, 1), 1),
+        ("v5e-16", 16, (4, 4), 1),
+        ("v4-32", 16, (2, 2, 4), 1),
+        ("v5p-128", 64, (4, 4, 4), 1),
+        ("v6e-8", 8, (2, 4), 1),
+        ("2xv5e-256", 512, (16, 16), 2),
+        ("h100x4", 4, (4,), 1),
+        ("h100x16", 16, (8,), 2),
+    ],
+)
+def test_a_name_says_how_many_chips_there_are(name, chips, shape, slices):
+    topology = topologies.parse_topology(name)
+    assert (topology.num_chips, topology.shape, topology.num_slices) == (chips, shape, slices)
+
+
+@pytest.mark.parametrize("name", ["v5e-3", "v7-8", "h100x12", "0xv5e-8", "h100", "v5p"])
+def test_an_unknown_name_lists_those_there_are(name):
+    with pytest.raises(ValueError, match="v5e-N with N of 1, 4, 8"):
+        topologies.parse_topology(name)
+
+
+@pytest.mark.parametrize("name, library", [("v5e-8", "libtpu"), ("h100x8", "jax_cuda12_plugin")])
+def test_without_its_compiler_a_plan_says_what_to_install(name, library, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: None if n == library else found(n, *a)
+    )
+    with pytest.raises(ModuleNotFoundError, match=rf"no {library}.*pip install 'jaxlm\[plans\]'"):
+        topologies.topology_devices(topologies.parse_topology(name))
+
+
+def test_the_tool_ends_with_one_clear_line_for_an_unknown_topology(tmp_path):
+    command = [sys.executable, "tools/plan.py", "--config=configs/gpt.py:tiny", "--topology=v5e-3"]
+    done = subprocess.run(
+        [*command, f"--output={tmp_path}"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and "unknown topology 'v5e-3'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_compilers_words_for_too_little_memory_are_understood():
+    new = "RESOURCE_EXHAUSTED: E1000: the total memory required for HLO temporaries (21.75G) exceeds available HBM (15.75G)."
+    old = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G."
+    assert read_too_large(new) == (21.75 * GIB, 15.75 * GIB)
+    assert read_too_large(old) == (17.5 * GIB, 15.75 * GIB)
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        read_too_large("INTERNAL: Mosaic failed")
+
+
+def cpu_program(config, **mesh):
+    return make_program(config, make_mesh(**mesh), stand_in_tokenizer(config.model.vocab_size))
+
+
+def jaxpr_matmul_flops(jaxpr) -> float:
+    """FLOPs of all matmuls of a jaxpr, those of a loop as often as it runs."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contract, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            size = 1
+            for axis in contract:
+                size *= left[axis]
+            total += 2.0 * equation.outvars[0].aval.size * size
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if isinstance(inner, jax_core.Jaxpr):
+                    total += times * jaxpr_matmul_flops(inner)
+    return total
+
+
+def check_model_flops(program, stated: float) -> None:
+    """The stated model FLOPs are within 2% of the matmuls of the step that is really compiled."""
+    trace = program.in_mesh(program.jitted_train_step.trace)
+    counted = jaxpr_matmul_flops(trace(program.state_shape, program.batch_shape).jaxpr.jaxpr)
+    assert counted == pytest.approx(stated, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    config = gpt.get_config("gpt2")
+    config.batch_size, config.attention_kernel = 8, "xla"
+    return cpu_program(config)
+
+
+def test_the_flops_of_a_plan_are_those_of_the_real_step_of_gpt2(gpt2):
+    check_model_flops(gpt2, gpt2.step_flops)
+
+
+def test_the_flops_of_a_plan_are_those_of_the_real_step_of_bert():
+    config = bert.get_config("base")
+    config.batch_size, config.attention_kernel = 8, "xla"
+    program = cpu_program(config)
+    check_model_flops(program, program.step_flops)
+
+
+def test_the_check_of_flops_fails_for_a_count_without_attention(gpt2):
+    c = gpt2.model.config
+    scores = 3 * 4 * gpt2.step_tokens * gpt2.config.seq_len * c.emb_dim * c.num_layers
+    with pytest.raises(AssertionError):
+        check_model_flops(gpt2, gpt2.step_flops - scores)
+
+
+def test_the_bytes_of_the_state_are_divided_as_the_mesh_says(gpt2):
+    whole = state_bytes(gpt2)
+    assert whole["parameters"] == 4 * gpt2.num_params
+    assert whole["optimizer"] == 8 * gpt2.num_params + 4  # two moments and a count
+    parts = state_bytes(cpu_program(gpt2.config, fsdp=8, data=1))
+    # Biases and norms stay whole: they are few.
+    assert whole["parameters"] / 8 < parts["parameters"] < 1.02 * whole["parameters"] / 8
+
+
+# --- the search -------------------------------------------------------------------------------------------------------
+
+
+def test_every_candidate_covers_the_machine_and_divides_the_model():
+    config = gpt.get_config("llama3_1b")
+    topology = topologies.parse_topology("2xv5e-16")
+    found = list(search.candidates(config, topology))
+    assert found
+    for c in found:
+        assert c.data * c.fsdp * c.tensor * c.context == 32 and c.data % 2 == 0
+        assert config.batch_size % (c.data * c.fsdp * c.accumulation_steps) == 0
+        assert config.model.num_kv_heads % c.tensor == 0
+        changed = c.apply(config)
+        assert (changed.mesh.fsdp, changed.remat) == (c.fsdp, c.remat)
+
+
+def test_what_cannot_fit_is_not_compiled_and_the_rest_is_not_compiled_twice(tmp_path):
+    config = gpt.get_config("llama3_1b")
+    topology = topologies.parse_topology("v5e-16")
+    compiled = []
+
+    def fake_plan(config, name):
+        compiled.append(config.remat)
+        fits = config.accumulation_steps > 1
+        return dict(
+            fits=fits, estimated_step_seconds=1.0, hbm_bytes=1, mesh={}, remat=config.remat,
+            estimated_mfu=0.5, accumulation_steps=config.accumulation_steps,
+        )  # fmt: skip
+
+    arguments = (config, topology, fake_plan, int(1.24e9), tmp_path, 3)
+    plans = search.search(*arguments)
+    assert plans[0]["fits"] and len(plans) >= 3
+    first = len(compiled)
+    assert search.search(*arguments) == plans and len(compiled) == first
+    assert "does not fit" in search.format_ranking([*plans, plans[0] | {"fits": False}])
+
+
+def test_a_model_that_no_mesh_can_hold_leaves_nothing_to_try():
+    config = gpt.get_config("llama3_70b")
+    topology = topologies.parse_topology("v5e-4")
+    assert search.shortlist(config, topology, int(70e9), 5) == []
