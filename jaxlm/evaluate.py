@@ -19,7 +19,9 @@ from absl import app, flags, logging
 
 from jaxlm import build, language_model, reports, tuning
 from jaxlm.files import as_path
+from jaxlm.flags import define_process_flags, process_options
 from jaxlm.host import keep_freed_memory
+from jaxlm.parallel import processes
 from jaxlm.text_evaluation import evaluate_text
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_item
 from jaxlm.tuning.source import split_step
@@ -31,7 +33,8 @@ def open_run(checkpoint: str | Path, step: int | None = None) -> tuple[build.Run
     workdir = step_dir.parent.parent
     config = build.saved_config(workdir / "config.json")
     config.eval.num_batches = 0
-    return build.make_run(config, workdir), step_dir
+    with processes.main_first("data"):
+        return build.make_run(config, workdir), step_dir
 
 
 def evaluate(checkpoint: str | Path, step: int | None = None) -> dict:
@@ -135,6 +138,7 @@ def compressor_bits_per_byte(texts: Iterator[str]) -> dict[str, float]:
 
 
 def define_flags() -> None:
+    define_process_flags()
     flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its checkpoints.")
     flags.DEFINE_integer("step", None, "Which checkpoint of the workdir; default the newest.")
     flags.DEFINE_bool(
@@ -166,7 +170,8 @@ def main(argv):
     keep_freed_memory()
     logging.set_verbosity(logging.ERROR)  # of libraries: Orbax warns of a file that nothing needs
     try:
-        run(flags.FLAGS)
+        with processes.joined(**process_options(flags.FLAGS)):
+            run(flags.FLAGS)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"found: {error}")
 
@@ -183,6 +188,8 @@ def run(args: flags.FlagValues) -> None:
         )
     else:
         results = evaluate(checkpoint, args.step)
+    if not processes.is_main():
+        return
     print(json.dumps(results, indent=2))
     if args.baselines:
         title, rows = compare_with_baselines(checkpoint, results, args.step)
@@ -203,6 +210,11 @@ def refuse_unused(args: flags.FlagValues, is_finetuned: bool) -> None:
     for name in ("window", "stride", "pseudo"):
         if getattr(args, name) and (is_finetuned or not args.data):
             problems.append(f"--{name}={getattr(args, name)}: is of a pretrained model and --data")
+    if processes.count() > 1 and (is_finetuned or args.data or args.baselines):
+        problems.append(
+            f"{processes.count()} processes: only a pretrained run's own held-out text is evaluated by several; "
+            "start one"
+        )
     if problems:
         raise ValueError("\n  ".join(problems))
 

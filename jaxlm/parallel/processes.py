@@ -134,6 +134,10 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def count() -> int:
+    return jax.process_count()
+
+
 def barrier(name: str) -> None:
     """Waits until all processes are here, however long it takes; no device is used. A process that is gone is an error."""
     if jax.process_count() == 1:
