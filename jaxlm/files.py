@@ -164,7 +164,9 @@ class Appender:
         self.path = as_path(path)
         self._file: BinaryIO | None = None
         if is_remote(self.path):
-            self._content = bytearray(self.path.read_bytes() if self.path.is_file() else b"")
+            if not self.path.is_file():
+                self.path.write_bytes(b"")
+            self._content = bytearray(self.path.read_bytes())
             self._written, self._due = len(self._content), time.monotonic() + REWRITE_SECONDS
         else:
             self._file = open(self.path, "ab", buffering=0)

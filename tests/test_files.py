@@ -8,7 +8,7 @@ from jaxlm.files import new_folder, write_whole
 
 
 def fill(target, text, wait=lambda: None):
-    with new_folder(target) as folder:
+    with new_folder(target, last="b") as folder:
         (folder / "a").write_text(text)
         wait()
         (folder / "b").write_text(text)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from jaxlm.files import as_path
 from jaxlm.training.metrics import read_metrics
 from jaxlm.training.plots import run_names
 
@@ -45,7 +46,7 @@ class RunSummary:
 def summarize(workdir: str | Path, name: str = "") -> RunSummary:
     """Reads config.json and metrics.jsonl of a workdir."""
     lines = read_metrics(workdir)
-    config = json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((as_path(workdir) / "config.json").read_text(encoding="utf-8"))
     final: dict[str, tuple[float, int]] = {}
     best: dict[str, tuple[float, int]] = {}
     for line in lines:
@@ -188,10 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     missing = [
-        str(Path(workdir) / name)
+        str(as_path(workdir) / name)
         for workdir in args.workdirs
         for name in ("config.json", "metrics.jsonl")
-        if not (Path(workdir) / name).is_file()
+        if not (as_path(workdir) / name).is_file()
     ]
     if missing:
         print(

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from jaxlm.files import as_path
 from jaxlm.interop.arrays import read_theirs
 from jaxlm.interop.finetuned import open_parameters
 from jaxlm.interop.mapping import bind, is_ignored, repeated_names
@@ -98,7 +99,7 @@ def _is_float(tensor: Any) -> bool:
 
 def is_folder(path: str | Path) -> bool:
     """Whether `path` is a Hugging Face folder: it has a config.json and no checkpoints."""
-    path = Path(path)
+    path = as_path(path)
     return (path / "config.json").is_file() and not (path / "checkpoints").is_dir()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from jaxlm.files import as_path
 from jaxlm.training.plots import plot_metric, plot_runs
 
 
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--metric", help="draw this held-out metric instead")
     parser.add_argument("--by", default="", help="a config field whose values group the runs")
     args = parser.parse_args(argv)
-    missing = [w for w in args.workdirs if not (Path(w) / "metrics.jsonl").is_file()]
+    missing = [w for w in args.workdirs if not (as_path(w) / "metrics.jsonl").is_file()]
     if missing:
         print(
             f"found: no metrics.jsonl in {', '.join(missing)}\n"
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    output = args.output or Path(args.workdirs[0]) / "plots"
+    output = args.output or as_path(args.workdirs[0]) / "plots"
     if args.metric:
         try:
             written = [plot_metric(args.workdirs, args.metric, output, args.by)]

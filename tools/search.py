@@ -23,6 +23,7 @@ from jaxlm import api
 from jaxlm.data.column_names import ROLES
 from jaxlm.data.columns import as_role_records, choose_columns
 from jaxlm.data.records import format_problems, read_records
+from jaxlm.files import as_path
 from jaxlm.host import keep_freed_memory
 from jaxlm.inference.search import Index
 from jaxlm.inputs import read_prompts
@@ -87,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="W, W@STEP, or hf:FOLDER_OR_HUB_ID")
-    parser.add_argument("--corpus", type=Path, help="texts to search")
+    parser.add_argument("--corpus", type=as_path, help="texts to search")
     parser.add_argument("--text_column", default="", help="of a table, or a key of JSON lines")
-    parser.add_argument("--index", type=Path, help="I.npz: where the corpus's vectors are kept")
+    parser.add_argument("--index", type=as_path, help="I.npz: where the corpus's vectors are kept")
     parser.add_argument("--query", action="append", default=[], help="may be given several times")
     parser.add_argument("--k", type=int, default=5, help="hits that are shown")
     args = parser.parse_args(argv)

@@ -9,17 +9,21 @@ resumes the one that was cut off; a failed run does not stop the others. At the 
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from jaxlm.files import Appender, as_path, is_remote, write_text
 from tools.compare_runs import report, summarize
 
 STATUS = "sweep.json"
@@ -117,8 +121,9 @@ def run_one(command: Sequence[str], workdir: Path) -> int:
     """Runs it with its output in the workdir's log; returns and records the exit code."""
     workdir.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    with open(workdir / LOG, "a", encoding="utf-8") as log:
-        print("$", *command, file=log, flush=True)
+    with appending(workdir / LOG) as log:
+        log.write(f"$ {' '.join(command)}\n".encode())
+        log.flush()
         done = subprocess.run(
             command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         )
@@ -127,10 +132,23 @@ def run_one(command: Sequence[str], workdir: Path) -> int:
         "returncode": done.returncode,
         "seconds": time.time() - began,
     }
-    temporary = workdir / (STATUS + ".tmp")
-    temporary.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(workdir / STATUS)
+    write_text(workdir / STATUS, json.dumps(status, indent=2) + "\n")
     return done.returncode
+
+
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[IO[bytes]]:
+    """A file that a process can write to, at the end of `path`; on a bucket it gets there when the process has ended."""
+    if not is_remote(path):
+        with open(path, "ab") as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as file:
+        yield file
+        file.seek(0)
+        kept = Appender(path)
+        kept.write(file.read())
+        kept.close()
 
 
 def sweep(commands: Mapping[Path, Sequence[str]]) -> dict[Path, str]:
@@ -169,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    root = Path(args.workdir)
+    root = as_path(args.workdir)
     commands = {}
     for point in points(grid):
         workdir = root / run_name(point)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxlm.files import write_text
+
 MAX_FILE_BYTES = 1 << 30  # a labelled file is read as a whole
 MAX_DEPTH = 16  # of lists and objects inside a record
 _BROKEN_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte
@@ -57,9 +59,7 @@ def format_problems(problems: Sequence[Problem], shown: int = 10) -> str:
 
 def write_problems(problems: Sequence[Problem], path: Path | str) -> None:
     """All problems as JSON lines with the keys source, line and text."""
-    with open(path, "w", encoding="utf-8") as file:
-        for problem in problems:
-            file.write(json.dumps(problem._asdict()) + "\n")
+    write_text(path, "".join(json.dumps(problem._asdict()) + "\n" for problem in problems))
 
 
 def check_problems(

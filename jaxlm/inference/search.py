@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import IO, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxlm.files import as_path, write_whole
 
 FILES = {"vectors.npy": "f4", "ids.npy": "u1"}  # of an index file, with their types
 
@@ -82,12 +83,8 @@ class Index:
 
     def save(self, path: str | Path) -> None:
         """One .npz file, by way of a neighbour, so that there is a whole one or none."""
-        path = Path(path)
-        beside = path.with_name(path.name + ".partial")
         ids = np.frombuffer(json.dumps(self.ids).encode(), np.uint8)
-        with open(beside, "wb") as file:
-            np.savez(file, vectors=self.vectors, ids=ids)
-        os.replace(beside, path)
+        write_whole(path, lambda file: np.savez(file, vectors=self.vectors, ids=ids))
 
     @classmethod
     def load(cls, path: str | Path) -> Index:
@@ -97,7 +94,7 @@ class Index:
           ValueError: if it is anything else.
         """
         try:
-            with zipfile.ZipFile(path) as archive:
+            with as_path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
                 arrays = {name: _read_array(archive, name) for name in FILES}
             ids = json.loads(arrays["ids.npy"].tobytes())
             if not isinstance(ids, list):
