@@ -11,7 +11,7 @@
 # Lanes:
 #   --oracles   laws against torch, transformers and lm-eval, which it installs (PyPI's torch is large)
 #   --colab     the core laws on Colab's package versions, in a second environment, .venv-colab
-#   --plans     ahead-of-time compiles for TPU and GPU topologies
+#   --plans     ahead-of-time compiles for TPU and GPU topologies, in an environment with libtpu, .venv-plans
 #   --browser   pages, in a headless Chromium, which it installs where it is root and has apt-get
 #   --slow      minutes of training
 # --smoke runs, of each lane that it names, only the tests marked `smoke`.
@@ -127,6 +127,13 @@ lane() {
       install_once .venv browser pyproject.toml requirements.txt -- -e '.[browser]' ||
         die "could not install selenium"
       need_chromium
+      ;;
+    plans)
+      venv=.venv-plans
+      make_venv "$venv"
+      # One worker: a compilation takes both cores and some GB.
+      install_once "$venv" plans pyproject.toml requirements.txt -- -e '.[laws,plans]' ||
+        die "could not install the compilers for TPU and GPU (libtpu and jax-cuda12-plugin are for Linux only)"
       ;;
     colab)
       venv=.venv-colab workers=2

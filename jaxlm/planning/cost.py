@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -19,15 +20,16 @@ from jaxlm.planning.chips import Chip
 from jaxlm.planning.kernels import kernel_work
 from jaxlm.planning.network import Network
 
-# A Pallas kernel's share of the matrix units' peak, after its head size is padded to their width: between these.
+# Each pair is (optimistic, pessimistic).
+# The share of the matrix units' peak that a Pallas or cuDNN kernel reaches, with its head size filled up to their width.
 KERNEL_EFFICIENCY = (0.65, 0.45)
-# A chip is slower than its compiler's estimate by a factor between these (measured steps against estimates; see the README's table).
-COMPILER_OPTIMISM = (1.0, 1.2)
+# Optimistic, an operation takes what its FLOPs or its bytes take at these shares of the data sheet. Pessimistic, it takes as
+# long as the TPU's compiler estimates, which is right for large matmuls and two to five times too slow for what only moves
+# memory; of a GPU, whose compiler estimates nothing, the second number of each.
+MATMUL_EFFICIENCY = (0.9, 0.55)
+MEMORY_EFFICIENCY = (0.9, 0.7)
 # How much of the work that is scheduled beside a collective hides it.
 OVERLAP = (1.0, 0.75)
-# For GPUs, whose compiler estimates nothing: a matmul's share of the peak, and memory traffic's of its bandwidth.
-GPU_MATMUL = (0.75, 0.55)
-GPU_MEMORY = (0.9, 0.75)
 
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id "
@@ -219,22 +221,18 @@ class _Reader:
                 return [replace(kernel, num_bytes=times * traffic, flops=times * work.flops)]
             if self.chip.platform == "tpu":
                 return []
-        cycles = line.estimated_cycles
-        if cycles is not None:
-            seconds = tuple(times * cycles / self.chip.clock * f for f in COMPILER_OPTIMISM)
-            return [replace(made, seconds=seconds, num_bytes=times * traffic)]
-        if self.chip.platform == "tpu":
-            seconds = (times * traffic / self.chip.hbm_bandwidth,) * 2
-            return [replace(made, seconds=seconds, num_bytes=times * traffic)] if traffic else []
-        flops = matmul_flops(line, self.module)
-        seconds = tuple(
-            times
-            * max(
-                flops / self.chip.peak_flops / GPU_MATMUL[k],
-                traffic / self.chip.hbm_bandwidth / GPU_MEMORY[k],
+        flops = matmul_flops(line, self.module, self.shapes)
+        bounds = [
+            max(
+                flops / self.chip.peak_flops / MATMUL_EFFICIENCY[k],
+                traffic / self.chip.hbm_bandwidth / MEMORY_EFFICIENCY[k],
             )
             for k in (0, 1)
-        )
+        ]
+        if (cycles := line.estimated_cycles) is not None:
+            estimated = cycles / self.chip.clock
+            bounds = [min(bounds[0], estimated), estimated]
+        seconds = (times * bounds[0], times * bounds[1])
         return [replace(made, seconds=seconds, num_bytes=times * traffic, flops=times * flops)]
 
     def traffic(self, line: hlo.Instruction) -> float:
@@ -261,10 +259,25 @@ class _Reader:
             ):
                 full = 0.0
             total += full
-        root = inner[-1]
-        if root.opcode == "dynamic-update-slice":
-            return total + hbm_bytes(self.shapes.get(root.names[1], ""))
-        return total + hbm_bytes(line.shape)
+        return total + sum(self.written(name, inner) for name in results(inner, line))
+
+    def written(self, one: hlo.Instruction, inner: list[hlo.Instruction]) -> float:
+        """HBM bytes that a result of a fusion writes: of an array that is updated in place, the update."""
+        by_name = {i.name: i for i in inner}
+        while one.opcode == "bitcast" and one.names[0] in by_name:
+            one = by_name[one.names[0]]
+        if one.opcode == "dynamic-update-slice":
+            return hbm_bytes(self.shapes.get(one.names[1], "")) if hbm_bytes(one.shape) else 0.0
+        return hbm_bytes(one.shape)
+
+
+def results(inner: list[hlo.Instruction], line: hlo.Instruction) -> list[hlo.Instruction]:
+    """The instructions of a fused computation whose values leave it."""
+    root = inner[-1]
+    if root.opcode != "tuple":
+        return [replace(root, shape=line.shape)]
+    by_name = {i.name: i for i in inner}
+    return [by_name[name] for name in root.names if name in by_name]
 
 
 def hbm_bytes(shape: str) -> float:
@@ -276,20 +289,31 @@ def hbm_bytes(shape: str) -> float:
     return total
 
 
-def matmul_flops(line: hlo.Instruction, module: hlo.Module) -> float:
-    """FLOPs of the matmuls of an instruction: a dot, a fusion with dots in it, or a call of cuBLAS."""
+def matmul_flops(line: hlo.Instruction, module: hlo.Module, shapes: Mapping[str, str]) -> float:
+    """FLOPs of the matmuls of an instruction: one itself, a fusion with some in it, or a call of cuBLAS.
+
+    B matmuls of (M, K) and (K, N) have operands and result of BMK, BKN and BMN entries, whatever their layout, and
+    2 BMKN = 2 sqrt(BMK x BKN x BMN / B) FLOPs.
+    """
     if line.opcode == "fusion":
-        return sum(matmul_flops(i, module) for i in module.inside(line) if i.opcode == "dot")
-    is_gemm = line.opcode == "custom-call" and "gemm" in line.target
-    if line.opcode != "dot" and not is_gemm:
+        return sum(matmul_flops(i, module, shapes) for i in module.inside(line) if is_matmul(i))
+    if not is_matmul(line):
         return 0.0
-    found = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', line.attributes)
-    shapes = {}
-    for lines in module.computations.values():
-        if any(i is line for i in lines):
-            shapes = {i.name: i for i in lines}
-    if not found or line.names[0] not in shapes:
+    operands = [hlo.arrays_of(shapes.get(name, "")) for name in line.names[:2]]
+    if len(operands) < 2 or not all(operands) or not line.arrays:
         return 0.0
-    left = shapes[line.names[0]].arrays[0][1]
-    contracted = math.prod(left[int(n)] for n in re.findall(r"\d+", found[1]))
-    return 2.0 * math.prod(line.arrays[0][1]) * contracted
+    sizes = [math.prod(arrays[0][1]) for arrays in (*operands, line.arrays)]
+    return 2.0 * math.sqrt(math.prod(sizes) / num_matmuls(line, operands[0][0][1]))
+
+
+def is_matmul(line: hlo.Instruction) -> bool:
+    gemm = line.opcode == "custom-call" and ("gemm" in line.target or "matmul" in line.target)
+    return gemm or line.opcode in ("dot", "convolution")
+
+
+def num_matmuls(line: hlo.Instruction, left: tuple[int, ...]) -> int:
+    """B: of a dot the product of its batch axes, of a TPU's convolution of its dilated ones."""
+    if found := re.search(r"lhs_dilate=([\dx]+)", line.attributes):
+        return math.prod(int(n) for n in found[1].split("x"))
+    found = re.search(r'lhs_batch_dim(?:s=\{|ensions":\[)([\d,"]*)', line.attributes)
+    return math.prod(left[int(n)] for n in re.findall(r"\d+", found[1])) if found else 1

@@ -141,27 +141,34 @@ def costs(module):
 
 
 def test_cycles_become_seconds_times_the_loops(costs):
-    assert costs["work"].seconds[0] == pytest.approx(12 * 1500 / 1.5e9)
-    assert costs["last"].seconds[0] == pytest.approx(300 / 1.5e9)
+    assert costs["work"].seconds[1] == pytest.approx(12 * 1500 / 1.5e9)
+    assert costs["last"].seconds[1] == pytest.approx(300 / 1.5e9)
+
+
+def test_at_best_an_operation_takes_what_its_bytes_take(costs):
+    traffic = 2 * 8 * 128 * 2  # read and written
+    best = traffic / 819e9 / cost.MEMORY_EFFICIENCY[0]
+    assert costs["work"].num_bytes == 12 * traffic
+    assert costs["work"].seconds[0] == pytest.approx(12 * best)
 
 
 def test_a_collective_is_charged_unless_work_runs_beside_it(costs):
     hidden, alone = costs["start"], costs["alone"]
     whole = 64 * 128 * 2
     assert hidden.num_bytes == pytest.approx(12 * whole)
-    assert hidden.seconds == (0, 0) and hidden.hidden[0] > 0
+    assert hidden.seconds[1] == 0 and hidden.hidden[1] > 0
     # Four chips of two lines: half of 90 GB/s along each of them.
     assert alone.seconds[0] == pytest.approx(whole * 3 / 4 / (2 * 45e9))
     assert alone.axes == ("fsdp",) and hidden.axes == ("data", "fsdp")
 
 
 def test_work_that_is_too_short_hides_only_itself():
-    short = hlo.parse(TEXT.replace('"1500"', '"15"'))
+    short = hlo.parse(TEXT.replace('"1500"', '"3"'))
     mesh = make_mesh(data=2, fsdp=4)
     network = Network(CHIPS["v5e"], fake_devices(2, 4), (2, 4, 1))
     operations, _ = cost._Reader(short, mesh, CHIPS["v5e"], network, True).computation("main", 1.0)
     start = next(o for o in operations if o.name == "start")
-    assert start.hidden[0] == pytest.approx(12 * 15 / 1.5e9)
+    assert start.hidden[0] == pytest.approx(12 * 3 / 1.5e9)
     assert start.seconds[0] > 0
 
 
@@ -171,6 +178,36 @@ def test_a_kernel_is_charged_by_the_flops_of_the_blocks_it_computes(costs):
     assert kernel.flops == pytest.approx(whole * live_share((4, 4)))
     assert kernel.seconds[0] >= kernel.flops / 197e12 / cost.KERNEL_EFFICIENCY[0] * 0.999
     assert live_share((4, 4)) == 10 / 16 and live_share((4, 8)) == pytest.approx(20 / 32)
+
+
+MATMULS = """ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
+  %a = bf16[4,2048,1024]{2,1,0} parameter(0)
+  %b = bf16[1024,3072]{1,0} parameter(1)
+  %one = bf16[4,2048,3072]{2,1,0} convolution(%a, %b), dim_labels=0bf_io0->0bf
+  %q = bf16[8,12,1024,64]{3,2,1,0} parameter(2)
+  %k = bf16[8,12,512,64]{3,2,1,0} parameter(3)
+  %many = f32[8,12,1024,512]{3,2,1,0} convolution(%q, %k), window={size=8x12 stride=7x11 lhs_dilate=8x12}, dim_labels=01bf_01oi->01bf
+  ROOT %dots = f32[8,12,1024,512]{3,2,1,0} dot(%q, %k), lhs_batch_dims={0,1}, lhs_contracting_dims={3}, rhs_batch_dims={0,1}, rhs_contracting_dims={3}
+}
+"""
+
+
+def check_matmul_flops(flops) -> None:
+    module = hlo.parse(MATMULS)
+    shapes = {i.name: i.shape for i in module.computations["main"]}
+    count = {i.name: flops(i, module, shapes) for i in module.computations["main"]}
+    assert count["one"] == pytest.approx(2 * 8192 * 1024 * 3072)
+    assert count["many"] == count["dots"] == pytest.approx(2 * 96 * 1024 * 512 * 64)
+
+
+def test_flops_of_matmuls_follow_from_the_sizes_of_their_operands():
+    check_matmul_flops(cost.matmul_flops)
+
+
+def test_the_check_fails_for_a_count_that_takes_many_matmuls_for_one(monkeypatch):
+    monkeypatch.setattr(cost, "num_matmuls", lambda line, left: 1)
+    with pytest.raises(AssertionError):
+        check_matmul_flops(cost.matmul_flops)
 
 
 def check_collective_times(network_of) -> None:
