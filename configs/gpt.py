@@ -19,6 +19,10 @@ gpt3_125m … 175b   Brown et al. 2020, arXiv:2005.14165, tables 2.1 and D.1, de
                    V100 cluster; 175b: 20.5 perplexity on Penn Treebank, zero-shot
 llama3_1b/8b/70b   Grattafiori et al. 2024, arXiv:2407.21783, table 3 (1b: the model card of Llama 3.2); 15T tokens on
                    up to 16,384 H100; here with fsdp over all devices, e.g. a v5p-128 pod slice for 8b
+tiny_moe           tiny's shape with 8 experts of which a token uses 2 (5.9M parameters, 2.7M of them active), dropless
+mixtral_8x7b       Jiang et al. 2024, arXiv:2401.04088, table 1: 46.7B parameters, 12.9B active; what it was trained on and how
+                   is unpublished: the recipe is Llama 3's
+qwen3_30b_a3b      Yang et al. 2025, arXiv:2505.09388, table 3: 30.5B parameters, 3.3B active; its recipe as for qwen3_8b
 qwen3_0_6b/8b      Yang et al. 2025, arXiv:2505.09388, tables 1 and 2; 36T tokens; its learning rates are unpublished, so
                    they are ours
 """
@@ -64,13 +68,18 @@ LLAMA3 = {
     "llama3_70b": (80, 8192, 64, 8, 128, 28672, False, 8.0, 1.5e-4),
 }
 
+# Of Switch (arXiv:2101.03961, section 2.2) and ST-MoE (arXiv:2202.08906, section 3.3).
+ROUTER_LOSSES = dict(router_aux_weight=0.01, router_z_weight=0.001)
+
 # name: (layers, width, heads, kv heads, mlp_dim, tied, learning rate)
 QWEN3 = {
     "qwen3_0_6b": (28, 1024, 16, 8, 3072, True, 1e-3),
     "qwen3_8b": (36, 4096, 32, 8, 12288, False, 3e-4),
 }
 
-VARIANTS = ("tiny", "nanogpt", "shakespeare", *GPT2, *GPT3, *LLAMA3, *QWEN3)
+MOE = ("mixtral_8x7b", "qwen3_30b_a3b")
+
+VARIANTS = ("tiny", "tiny_moe", "nanogpt", "shakespeare", *GPT2, *GPT3, *LLAMA3, *QWEN3, *MOE)
 
 
 def get_config(arg: str = "tiny") -> ConfigDict:
@@ -90,6 +99,8 @@ def get_config(arg: str = "tiny") -> ConfigDict:
     config.objective = dict(name="causal", z_loss=0.0, label_smoothing=0.0, chunk_tokens=0)
     if variant == "tiny":
         recipe = make_tiny(config)
+    elif variant == "tiny_moe":
+        recipe = make_tiny_moe(config)
     elif variant == "nanogpt":
         recipe = make_nanogpt(config)
     elif variant == "shakespeare":
@@ -100,8 +111,12 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         recipe = make_gpt3(config, *GPT3[variant])
     elif variant in LLAMA3:
         recipe = make_llama3(config, *LLAMA3[variant])
-    else:
+    elif variant in QWEN3:
         recipe = make_qwen3(config, *QWEN3[variant])
+    elif variant == "mixtral_8x7b":
+        recipe = make_mixtral_8x7b(config)
+    else:
+        recipe = make_qwen3_30b_a3b(config)
     config.optimizer = choose_optimizer(recipe, chosen["optimizer"], chosen["schedule"])
     return config
 
@@ -139,6 +154,12 @@ def make_tiny(config: ConfigDict) -> dict:
         schedule="linear",
         warmup_steps=20,
     )
+
+
+def make_tiny_moe(config: ConfigDict) -> dict:
+    recipe = make_tiny(config)
+    config.model.update(mlp_dim=224, num_experts=8, experts_per_token=2, **ROUTER_LOSSES)
+    return recipe
 
 
 def make_nanogpt(config: ConfigDict) -> dict:
@@ -321,6 +342,21 @@ def make_qwen3(
     return dict(
         name="adamw", learning_rate=rate, schedule="wsd", warmup_steps=2000, final_ratio=0.1
     )
+
+
+def make_mixtral_8x7b(config: ConfigDict) -> dict:
+    recipe = make_llama3(config, 32, 4096, 32, 8, 128, 14336, False, 1.0, 3e-4)
+    config.model.update(vocab_size=32000, max_len=32768, rope_theta=1e6, rope_scaling=())
+    config.model.update(num_experts=8, experts_per_token=2, **ROUTER_LOSSES)
+    config.tokenizer.update(vocab_size=32000)
+    config.seq_len = 4096
+    return recipe
+
+
+def make_qwen3_30b_a3b(config: ConfigDict) -> dict:
+    recipe = make_qwen3(config, 48, 2048, 32, 4, 768, False, 3e-4)
+    config.model.update(num_experts=128, experts_per_token=8, **ROUTER_LOSSES)
+    return recipe
 
 
 def make_large(config: ConfigDict) -> None:

@@ -20,6 +20,7 @@ from jaxlm.models.flops import train_step_flops
 from jaxlm.models.heads import Head
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.objectives import OBJECTIVES
+from jaxlm.objectives.auxiliary import with_auxiliary
 from jaxlm.parallel import mesh as meshes
 from jaxlm.parallel.compiler_options import compiler_options
 from jaxlm.training import optimizers, partition
@@ -114,7 +115,7 @@ class Program:
         config = self.config
         step = make_train_step(
             self.model,
-            self.objective.loss,
+            with_auxiliary(self.objective.loss),
             self.optimizer,
             make_schedule(config),
             seed=config.seed,
@@ -146,7 +147,9 @@ class Program:
     @cached_property
     def eval_step(self) -> Callable:
         """Jitted (params, batch) -> metrics as (total, weight) pairs."""
-        return self.in_mesh(jax.jit(make_eval_step(self.model, self.objective.loss)))
+        return self.in_mesh(
+            jax.jit(make_eval_step(self.model, with_auxiliary(self.objective.loss)))
+        )
 
     def update_plateau(self, state: TrainState, value: float) -> TrainState:
         """Lowers the learning rate's scale if the held-out loss has stopped falling."""

@@ -33,14 +33,16 @@ from jaxlm.interop.gemma import GEMMA2, GEMMA3
 from jaxlm.interop.gpt2 import GPT2
 from jaxlm.interop.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from jaxlm.interop.mapping import BadModel, Family
+from jaxlm.interop.mixtral import MIXTRAL
 from jaxlm.interop.modernbert import MODERNBERT
+from jaxlm.interop.qwen3_moe import QWEN3_MOE
 from jaxlm.interop.roberta import ROBERTA
 
 # By `model_type`. An export without a named family takes the first that can express the model.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        *(GPT2, LLAMA, QWEN3, QWEN2, MISTRAL, GEMMA2, GEMMA3),
+        *(GPT2, LLAMA, QWEN3, QWEN2, MISTRAL, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE),
         *(BERT, ROBERTA, DISTILBERT, ELECTRA, ALBERT, MODERNBERT),
     )
 }

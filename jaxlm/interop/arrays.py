@@ -1,7 +1,8 @@
 """The arrays of one Orbax item ('params'), written and read a slice at a time.
 
 Orbax saves a pytree that is in memory. A model that is larger than the memory is written here instead: Orbax makes the
-item with arrays of one element, and TensorStore puts the real ones in their places, a layer in each chunk. What comes out
+item with arrays of one element, and TensorStore puts the real ones in their places, a layer (and expert) in each chunk. What
+comes out
 is an ordinary item, which `StandardCheckpointer` restores; `convert` checks it.
 """
 
@@ -18,7 +19,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax.traverse_util import unflatten_dict
 
-from jaxlm.interop.mapping import LAYERS, VOCAB_PATHS, Piece, Shape
+from jaxlm.interop.mapping import EXPERT_AXES, EXPERT_PATHS, LAYERS, VOCAB_PATHS, Piece, Shape
 
 BLOCK = 64 << 20  # bytes of the rows that are moved at once
 
@@ -58,7 +59,9 @@ def create_item(directory: Path, shapes: Mapping[str, Shape], dtype: np.dtype) -
 def _replace(directory: Path, path: str, shape: Shape) -> Array:
     folder = directory.resolve() / path.replace("/", ".")
     metadata = json.loads((folder / ".zarray").read_text())
-    if path.startswith(LAYERS):
+    if path in EXPERT_PATHS and len(shape) == EXPERT_AXES:
+        chunks = (1, 1, *shape[2:])
+    elif path.startswith(LAYERS):
         chunks = (1, *shape[1:])
     else:
         first = row_blocks(shape, np.dtype(metadata["dtype"]))[0]
@@ -102,7 +105,7 @@ def read_theirs(piece: Piece, arrays: Mapping[str, Array]) -> np.ndarray:
     parts = []
     for path, shape in zip(piece.paths, piece.shapes, strict=True):
         if piece.layer is not None:
-            parts.append(arrays[path].read(piece.layer))
+            parts.append(arrays[path].read(piece.index))
         else:
             parts.append(arrays[path].read(slice(0, shape[0]) if path in VOCAB_PATHS else ...))
     return piece.to_theirs(parts)

@@ -237,8 +237,7 @@ def _write_parts(
         if piece.layer is None and part.shape[0] < shapes[path][0]:  # a vocabulary with fewer rows
             rest = np.repeat(part.mean(axis=0, keepdims=True), shapes[path][0] - len(part), axis=0)
             part = np.concatenate([part, rest.astype(part.dtype)])
-        index = ... if piece.layer is None else piece.layer
-        arrays[path].write(index, np.ascontiguousarray(part.astype(dtype, copy=False)))
+        arrays[path].write(piece.index, np.ascontiguousarray(part.astype(dtype, copy=False)))
 
 
 class InMemory:

@@ -100,7 +100,8 @@ def windows_from_hf(hf: Mapping[str, Any], window: Any, sliding: list[bool]) -> 
     return {"attention_windows": (window,) if all(sliding) else tuple(window * s for s in sliding)}
 
 
-def _head_dim(hf: Mapping[str, Any]) -> int:
+def head_dim(hf: Mapping[str, Any]) -> int:
+    """Of a config.json that does not say it."""
     return hf["hidden_size"] // hf["num_attention_heads"]
 
 
@@ -122,7 +123,8 @@ BIASES = (Field("qkv_bias", "attention_bias", False), Field("out_bias", "attenti
 FIXED = dict(norm="rms_norm", norm_position="pre", position="rotary", norm_bias=False)
 
 
-def _architectures(name: str) -> tuple[Architecture, ...]:
+def architectures(name: str) -> tuple[Architecture, ...]:
+    """The classes of a decoder: with a head, tied or not, and without."""
     return (
         Architecture(f"{name}ForCausalLM"),
         Architecture(f"{name}ForCausalLM", frozenset({"lm"})),
@@ -139,13 +141,13 @@ LLAMA = Family(
         *FIELDS,
         *BIASES,
         Field("mlp_bias", "mlp_bias", False),
-        Field("head_dim", "head_dim", _head_dim),
+        Field("head_dim", "head_dim", head_dim),
     ),
     fixed=FIXED,
     extra_fields=("rope_theta", "rope_scaling"),
     extra_from=lambda hf: rope_from_hf(hf, 10000.0),
     extra_to=rope_to_hf,
-    architectures=_architectures("Llama"),
+    architectures=architectures("Llama"),
     ties={"lm_head.weight": "model.embed_tokens.weight"},
     ignored=("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"),
 )
@@ -166,11 +168,11 @@ def _mistral_to_hf(config: TransformerConfig) -> dict[str, Any]:
 MISTRAL = dataclasses.replace(
     LLAMA,
     model_type="mistral",
-    fields=(*FIELDS, Field("head_dim", "head_dim", _head_dim)),
+    fields=(*FIELDS, Field("head_dim", "head_dim", head_dim)),
     extra_fields=("rope_theta", "rope_scaling", "attention_windows"),
     extra_from=_mistral_from_hf,
     extra_to=_mistral_to_hf,
-    architectures=_architectures("Mistral"),
+    architectures=architectures("Mistral"),
 )
 
 
@@ -208,9 +210,9 @@ QWEN2 = dataclasses.replace(
     fields=FIELDS,
     fixed=FIXED | dict(qkv_bias=True),
     extra_fields=("rope_theta", "rope_scaling", "attention_windows", "head_dim"),
-    extra_from=lambda hf: _qwen_from_hf(hf) | {"head_dim": _head_dim(hf)},
+    extra_from=lambda hf: _qwen_from_hf(hf) | {"head_dim": head_dim(hf)},
     extra_to=_qwen_to_hf,
-    architectures=_architectures("Qwen2"),
+    architectures=architectures("Qwen2"),
 )
 
 QWEN3 = dataclasses.replace(
@@ -221,5 +223,5 @@ QWEN3 = dataclasses.replace(
     extra_fields=("rope_theta", "rope_scaling", "attention_windows"),
     extra_from=_qwen_from_hf,
     extra_to=_qwen_to_hf,
-    architectures=_architectures("Qwen3"),
+    architectures=architectures("Qwen3"),
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -25,6 +26,9 @@ from jaxlm.models.config import TransformerConfig
 Shape = tuple[int, ...]
 LAYERS = "layers/"
 # Arrays whose first axis is the vocabulary: theirs may have fewer rows than ours (see `convert`).
+# Arrays with an axis of experts after that of the layers, if they have so many axes.
+EXPERT_PATHS = ("layers/mlp/up", "layers/mlp/gate", "layers/mlp/down")
+EXPERT_AXES = 4
 VOCAB_PATHS = ("embed/embedding", "unembed", "mlm_head/vocab_bias")
 
 
@@ -109,7 +113,8 @@ class Row(NamedTuple):
 
     ours: a path as in 'layers/mlp/up', or several for a fused tensor. Paths that a config does not have (biases that
       are off, an output table that is tied) drop their row; a layer's paths begin with 'layers/'.
-    theirs: the name in the model with a head, {layer} standing for the number of the layer.
+    theirs: the name in the model with a head, {layer} standing for the number of the layer, and {expert} for that of
+      the expert, which is the axis after the layers in ours.
     group: '' for what every model of the family has, else the head that it belongs to: a source without any tensor of
       a group is taken, and the group is initialised (see `convert`).
     first_layer: theirs lacks the layers before it, whose slices of ours nothing reads.
@@ -207,6 +212,9 @@ FREE = frozenset(
         "zero_init_out",
         "dropout_rate",
         "attention_dropout_rate",
+        "expert_capacity_factor",
+        "router_aux_weight",
+        "router_z_weight",
     }
 )
 MAX_SIZE, MAX_LAYERS = 1 << 27, 4096  # of a number in a config.json that nobody vouches for
@@ -351,7 +359,7 @@ def find_inexpressible(family: Family, config: TransformerConfig) -> list[str]:
 class Piece:
     """One tensor of theirs in one model.
 
-    layer: the index in our stacked arrays, or None. shapes: of ours, without the layer axis, with their vocabulary.
+    layer, expert: the indices in our stacked arrays, or None. shapes: of ours, without these axes, with their vocabulary.
     """
 
     name: str
@@ -360,6 +368,14 @@ class Piece:
     shapes: tuple[Shape, ...]
     transform: Transform
     group: str
+    expert: int | None = None
+
+    @property
+    def index(self) -> Any:
+        """Where it lies in our arrays."""
+        if self.layer is None:
+            return ...
+        return self.layer if self.expert is None else (self.layer, self.expert)
 
     @property
     def shape(self) -> Shape:
@@ -395,10 +411,14 @@ def bind(family: Family, shapes: Mapping[str, Shape], vocab_size: int) -> list[P
             pieces.append(Piece(row.theirs, row.paths, None, own, row.transform, row.group))
             continue
         (num_layers,) = {shapes[path][0] for path in row.paths}
-        own = tuple(shapes[path][1:] for path in row.paths)
-        for layer in range(row.first_layer, num_layers):
-            name = row.theirs.replace("{layer}", str(layer))
-            pieces.append(Piece(name, row.paths, layer, own, row.transform, row.group))
+        experts: Sequence[int | None] = [None]
+        if "{expert}" in row.theirs:
+            experts = range(shapes[row.paths[0]][1])
+        own = tuple(shapes[path][1 + (experts[0] is not None) :] for path in row.paths)
+        for layer, expert in itertools.product(range(row.first_layer, num_layers), experts):
+            name = row.theirs.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+            piece = Piece(name, row.paths, layer, own, row.transform, row.group, expert)
+            pieces.append(piece)
     if missing := sorted(set(shapes) - covered):
         raise BadModel(f"{family.model_type} has no place for the parameters {', '.join(missing)}")
     return pieces

@@ -35,11 +35,12 @@ class BERT(nn.Module):
         segment_ids, positions = batch_positions(batch)
         embed = Embed(c, use_norm=True, deterministic=deterministic, name="embed")
         x_BTD, table_VD = embed(batch["tokens"], positions, batch.get("token_types"))
-        x_BTD, _ = apply_layers(
+        x_BTD, _, auxiliary = apply_layers(
             c, x_BTD, segment_ids, positions, causal=False, deterministic=deterministic
         )
         if self.head is not None:
-            return Outputs(x_BTD, None, head_logits=self.head(x_BTD, batch, deterministic))
+            logits = self.head(x_BTD, batch, deterministic)
+            return Outputs(x_BTD, None, head_logits=logits, auxiliary=auxiliary)
         x_BMD = x_BTD
         if "masked_positions" in batch:
             x_BMD = gather_positions(x_BTD, batch["masked_positions"])
@@ -51,6 +52,7 @@ class BERT(nn.Module):
             unembed=make_unembed(self, c, table_VD),
             unembed_bias=vocab_bias,
             pair_logits=self.classify_pairs(x_BTD, batch) if self.num_pair_classes else None,
+            auxiliary=auxiliary,
             softcap=c.final_softcap,
         )
 

@@ -28,6 +28,9 @@ class TransformerConfig:
     scale_embeddings: token embeddings are multiplied by the root of their width (arXiv:1706.03762, section 3.4).
     embed_factor_dim: width of the embedding tables, which a matrix then brings to emb_dim (arXiv:1909.11942,
     section 3.1); 0 means emb_dim and no matrix. share_layers: one layer's parameters serve all (ibid.).
+    num_experts: of the MLP of each layer, 0 for one that serves all tokens; each is mlp_dim wide, and a token uses
+    experts_per_token of them. normalise_router: their weights sum to 1. expert_capacity_factor: room for tokens in
+    training, 0 drops none; router_aux_weight, router_z_weight: of the losses that the router adds (`moe`).
     num_token_types 0 means none. zero_init_out starts every block as the identity.
     lora_rank: of the adapters that the projections `lora_targets` have, times lora_alpha / lora_rank (`lora`); 0: none.
     Execution (never changes the parameters): dtype is the compute dtype; unroll 0 means all layers; remat says
@@ -64,6 +67,12 @@ class TransformerConfig:
     scale_embeddings: bool = False
     embed_factor_dim: int = 0
     share_layers: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 2
+    normalise_router: bool = True
+    expert_capacity_factor: float = 0.0
+    router_aux_weight: float = 0.0
+    router_z_weight: float = 0.0
     num_token_types: int = 0
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
@@ -156,7 +165,33 @@ def find_problems(config: TransformerConfig) -> list[str]:
             problems.append(f"{field}={getattr(config, field)}: must be in [0, 1)")
     if not 0 <= config.unroll <= config.num_layers:
         problems.append(f"unroll={config.unroll}: 0 (all) to num_layers={config.num_layers}")
-    return problems + find_adapter_problems(config)
+    return problems + find_expert_problems(config) + find_adapter_problems(config)
+
+
+def find_expert_problems(config: TransformerConfig) -> list[str]:
+    """What is wrong with the mixture of experts, or with its options where there is none."""
+    c, problems = config, []
+    for field in ("num_experts", "expert_capacity_factor", "router_aux_weight", "router_z_weight"):
+        if getattr(c, field) < 0:
+            problems.append(f"{field}={getattr(c, field)}: must be at least 0")
+    if c.num_experts <= 0:
+        for field in ("expert_capacity_factor", "router_aux_weight", "router_z_weight"):
+            if getattr(c, field) > 0:
+                problems.append(
+                    f"{field}={getattr(c, field)} without experts: set it to 0, or num_experts"
+                )
+        return problems
+    if not 1 <= c.experts_per_token <= c.num_experts:
+        problems.append(
+            f"experts_per_token={c.experts_per_token}: 1 to num_experts={c.num_experts}"
+        )
+    if c.mlp_bias:
+        problems.append("mlp_bias=True with num_experts: experts have no biases, set it to False")
+    if c.lora_rank and (found := {"up", "gate", "down"} & set(c.lora_targets)):
+        problems.append(
+            f"lora_targets has {sorted(found)}: experts have no adapters; name some of query, key, value, out"
+        )
+    return problems
 
 
 def find_adapter_problems(config: TransformerConfig) -> list[str]:

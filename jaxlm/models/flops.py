@@ -3,7 +3,8 @@
 XLA's own count cannot serve: it counts the body of a loop once, and a kernel not at all. Counted are matmuls, the
 attention scores among them, at 2 FLOPs for each multiply-add; elementwise work is about 1% and left out, and so is
 recomputation (remat). The backward pass has two matmuls for each one of the forward pass. Attention windows save
-nothing here: the reference attention computes all scores and masks them. Heads of tasks and adapters are not counted, and
+nothing here: the reference attention computes all scores and masks them. Of experts those count that a token uses, whether
+dropped or not, and the router. Heads of tasks and adapters are not counted, and
 parameters that do not train count like all others.
 """
 
@@ -23,6 +24,8 @@ def layer_flops(config: TransformerConfig, seq_len: int, *, causal_half: bool = 
     projections = 2 * c.emb_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     attention = 2 * 2 * span * c.num_heads * c.head_dim
     mlp = 2 * c.emb_dim * c.mlp_dim * (3 if c.is_gated else 2)
+    if c.num_experts:
+        mlp = c.experts_per_token * mlp + 2 * c.emb_dim * c.num_experts
     return projections + attention + mlp
 
 

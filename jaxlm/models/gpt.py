@@ -43,15 +43,17 @@ class GPT(nn.Module):
         segment_ids, positions = batch_positions(batch, cache)
         embed = Embed(c, deterministic=deterministic, name="embed")
         x_BTD, table_VD = embed(batch["tokens"], positions, batch.get("token_types"))
-        hidden, cache = apply_layers(
+        hidden, cache, auxiliary = apply_layers(
             c, x_BTD, segment_ids, positions, causal=True, deterministic=deterministic, cache=cache
         )
         if self.head is not None:
-            return Outputs(hidden, None, head_logits=self.head(hidden, batch, deterministic))
+            logits = self.head(hidden, batch, deterministic)
+            return Outputs(hidden, None, head_logits=logits, auxiliary=auxiliary)
         return Outputs(
             hidden=hidden,
             unembed=make_unembed(self, c, table_VD),
             cache=cache,
+            auxiliary=auxiliary,
             softcap=c.final_softcap,
         )
 

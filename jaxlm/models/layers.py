@@ -35,11 +35,23 @@ ACTIVATION_AXES = frozenset(
         "act_mlp",
         "act_vocab",
         "act_expert",
+        "act_group",
     }
 )
 LOGICAL_AXES = PARAM_AXES | ACTIVATION_AXES
 
 Axes = tuple[str | None, ...]
+
+
+@flax.struct.dataclass
+class Auxiliary:
+    """What layers add to the loss of a batch besides what their outputs are judged by: float32.
+
+    loss: () in units of the mean loss. metrics: name -> (total, weight).
+    """
+
+    loss: jax.Array
+    metrics: dict[str, tuple[jax.Array, jax.Array]]
 
 
 @flax.struct.dataclass
@@ -52,6 +64,7 @@ class Outputs:
     pair_logits: (B, E, C) float32 or None: the next-sentence or sentence-order head.
     head_logits: (B, E, C) or (B, T, C) float32 or None: a task head's (`heads.Head`).
     cache: a decoder's `cache.KVCache` with the tokens of this call in it, if it was given one.
+    auxiliary: of routers (`moe.auxiliary`), or None.
     softcap: logits become softcap * tanh(logits / softcap); 0 means none.
     """
 
@@ -61,6 +74,7 @@ class Outputs:
     pair_logits: jax.Array | None = None
     head_logits: jax.Array | None = None
     cache: Any = None
+    auxiliary: Auxiliary | None = None
     softcap: float = flax.struct.field(pytree_node=False, default=0.0)
 
 

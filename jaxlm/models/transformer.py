@@ -24,6 +24,7 @@ from jaxlm.models.config import TransformerConfig
 from jaxlm.models.kernels import REFERENCE
 from jaxlm.models.layers import (
     ACTIVATIONS,
+    Auxiliary,
     Norm,
     add_bias,
     attention_mask,
@@ -36,6 +37,7 @@ from jaxlm.models.layers import (
     sinusoidal_positions,
     window_mask,
 )
+from jaxlm.models.moe import MoE, RouterSums, auxiliary
 
 __all__ = ["MLP", "Block", "Dense", "Embed", "TransformerConfig", "apply_layers", "batch_positions"]
 
@@ -181,7 +183,7 @@ def make_view(
         rotary = rotary_table(positions_BT, c.head_dim, theta, scaling)
     if is_fused:
         return View(rotary=rotary, segment_ids_BT=segment_ids_BT, causal=causal, window=window)
-    return View(mask_BTS, rotary)
+    return View(mask_BTS, rotary, segment_ids_BT if c.num_experts else None)
 
 
 def layer_differences(config: TransformerConfig) -> dict[str, jax.Array]:
@@ -206,7 +208,9 @@ Carry = tuple[jax.Array, KVCache | None]  # what goes from layer to layer
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each with its norms and its residual. Returns (carry, None), as a scan wants.
+    """One layer: attention and MLP, each with its norms and its residual.
+
+    Returns what a scan wants: the carry, and for each layer what its router did, or None without experts.
 
     carry: x (B, T, D), and the cache of all layers or None. views: one for each distinct attention window.
     differences: see `layer_differences`, here of this layer.
@@ -221,7 +225,7 @@ class Block(nn.Module):
         carry: Carry,
         views: tuple[View, ...],
         differences: Mapping[str, jax.Array],
-    ) -> tuple[Carry, None]:
+    ) -> tuple[Carry, RouterSums | None]:
         c, (x, cache) = self.config, carry
         attention = Attention(c, self.deterministic, name="attention")
 
@@ -231,8 +235,18 @@ class Block(nn.Module):
             return y
 
         x = self.add("attention", attend, x, differences.get("is_unnormed"))
-        x = self.add("mlp", MLP(c, name="mlp"), x)
-        return (constrain(x, ACTIVATION), cache), None
+        routed = None
+
+        def feed_forward(x):
+            nonlocal routed
+            if not c.num_experts:
+                return MLP(c, name="mlp")(x)
+            experts = MoE(c, self.deterministic, name="mlp")
+            y, routed = experts(x, views[0].segment_ids_BT)
+            return y
+
+        x = self.add("mlp", feed_forward, x)
+        return (constrain(x, ACTIVATION), cache), routed
 
     def add(
         self,
@@ -279,8 +293,10 @@ def apply_layers(
     causal: bool,
     deterministic: bool,
     cache: KVCache | None = None,
-) -> Carry:
+) -> tuple[jax.Array, KVCache | None, Auxiliary | None]:
     """Runs all layers (parameters `layers`, stacked on axis 0), then, unless in post-norm models, `final_norm`.
+
+    Returns x, the cache, and what the routers add to the loss; None where there is none.
 
     Call it inside a module's compact method. Masks and rotary angles are made once, outside the loop.
     With a cache the T tokens also see those in it, and are in the cache that is returned. It is the loop's carry, which
@@ -313,13 +329,14 @@ def apply_layers(
             split_rngs={"params": False, "dropout": True},
             **loop,
         )
-        (x, cache), _ = repeat(layers, (x_BTD, cache), views, differences)
+        (x, cache), routed = repeat(layers, (x_BTD, cache), views, differences)
     else:
         layers = stack(**loop)(c, deterministic, name="layers")
-        (x, cache), _ = layers((x_BTD, cache), views, differences)
+        (x, cache), routed = layers((x_BTD, cache), views, differences)
     if cache is not None:
         cache = cache.replace(end=cache.end + x.shape[1])
-    return x if c.norm_position == "post" else make_norm(c, "final_norm")(x), cache
+    x = x if c.norm_position == "post" else make_norm(c, "final_norm")(x)
+    return x, cache, auxiliary(c, routed) if c.num_experts else None
 
 
 def batch_positions(

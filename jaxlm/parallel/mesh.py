@@ -44,6 +44,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("act_mlp", "tensor"),
     ("act_vocab", "tensor"),
     ("act_expert", "expert"),
+    ("act_group", ("data", "fsdp")),  # rows, where experts are spread instead of them
 )
 
 # Arrays of a batch that have an entry for each token of a row. Where predictions are gathered, labels and weights

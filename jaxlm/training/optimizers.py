@@ -5,6 +5,7 @@ step applies `-learning_rate * direction`. What a parameter is (a matrix, a bias
 the names of its logical axes, never from its number of dimensions, to which stacking adds one.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -51,12 +52,17 @@ def is_stacked(axes: Axes) -> bool:
     return axes[:1] == ("layers",)
 
 
+def count_stacked(axes: Axes) -> int:
+    """Leading axes of which each entry is a parameter of its own: the layers, and in them the experts."""
+    return len(list(itertools.takewhile(lambda name: name in ("layers", "expert"), axes)))
+
+
 def is_decayed(axes: Axes) -> bool:
     """Whether weight decay acts: on matrices and embeddings, which all have an 'embed' axis (adapters: 'rank') and another.
 
     Biases and norm scales have no 'embed' axis ('norm', 'mlp', 'heads' and 'head_dim' instead).
     """
-    is_matrix = len([name for name in axes if name != "layers"]) > 1
+    is_matrix = len(axes) - count_stacked(axes) > 1
     return is_matrix and ("embed" in axes or "rank" in axes)
 
 
@@ -85,7 +91,7 @@ def map_axes(function: Callable, axes: PyTree, *trees: PyTree) -> PyTree:
 def per_layer(
     transform: optax.GradientTransformation, axes: PyTree
 ) -> optax.GradientTransformation:
-    """`transform` applied to each parameter alone, and to each layer of a stacked one.
+    """`transform` applied to each parameter alone, and to each layer, and each expert in it, of a stacked one.
 
     For transformations that look at one parameter at a time, such as trust ratios and factored moments.
     The state is the transformation's own, each array of it a tree like the parameters.
@@ -94,7 +100,10 @@ def per_layer(
 
     def each(function, *trees):
         def apply(axes, *leaves):
-            return (jax.vmap(function) if is_stacked(axes) else function)(*leaves)
+            each = function
+            for _ in range(count_stacked(axes)):
+                each = jax.vmap(each)
+            return each(*leaves)
 
         return map_axes(apply, axes, *trees)
 
@@ -148,7 +157,7 @@ def _lion(axes: PyTree, *, b1: float, b2: float, weight_decay: float):
 
 
 def _lamb(axes: PyTree, *, b1: float, b2: float, eps: float, weight_decay: float):
-    """arXiv:1904.00962, algorithm 2: a trust ratio |parameter| / |direction| for each layer's parameter."""
+    """arXiv:1904.00962, algorithm 2: a trust ratio |parameter| / |direction| for each parameter of a layer or expert."""
     return optax.chain(
         optax.scale_by_adam(b1, b2, eps),
         _decay(axes, weight_decay),

@@ -1,0 +1,365 @@
+"""Mixture of experts: an MLP of which each token uses the few that a router chooses for it.
+
+    p = softmax(x W) over E experts, float32        J chosen: the J largest p, the lower index first where they are equal
+    y = sum over the chosen of w_j MLP_j(x)         w = their p, or with `normalise_router` their p over the sum of them
+
+The second w is the softmax over the chosen logits alone (Mixtral, arXiv:2401.04088, eq. 1; Qwen3's norm_topk_prob). The
+first is Switch's (arXiv:2101.03961, eq. 2). All experts are in one array: up (E, D, F), gate (E, D, F), down (E, F, D).
+
+With an `expert_capacity_factor` an expert takes at most C = ceil(factor T J / E) tokens of each row of a batch when the
+model trains (a row is a group of GShard, arXiv:2006.16668, section 2.2, so devices do not change what is dropped).
+Whoever comes first in the row is taken, with all choices at once: no token loses its place to a later one, so what a
+decoder learns from never depends on the future, only on how many before it, other documents of the row included, chose
+the same. Padding takes no place. A dropped choice adds nothing; the residual is then all that passes.
+Without a factor, and always when `deterministic` (evaluation, decoding), nothing is dropped.
+
+In this module E counts experts, J the choices of a token, A = tokens x J, and S the places of all experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from jaxlm.models.attention import residual_std
+from jaxlm.models.config import TransformerConfig
+from jaxlm.models.grouped import grouped_matmul
+from jaxlm.models.layers import ACTIVATIONS, Auxiliary, Axes, constrain, make_param
+
+# What experts work on: (B, E, C, D) and (B, E, C, F).
+GROUPED, GROUPED_INNER = (("act_group", "act_expert", None, x) for x in ("act_embed", "act_mlp"))
+
+
+class Kernels(NamedTuple):
+    """Of all experts, in the compute dtype. gate: None where the activation has none."""
+
+    up_EDF: jax.Array
+    gate_EDF: jax.Array | None
+    down_EFD: jax.Array
+
+
+class Routes(NamedTuple):
+    """Which experts a token goes to, (B, T, J) int32, and what their outputs are multiplied by, float32 (0: padding)."""
+
+    experts_BTJ: jax.Array
+    weights_BTJ: jax.Array
+
+
+@flax.struct.dataclass
+class RouterSums:
+    """What one layer's router did, summed over the real tokens of the (micro-)batch; float32.
+
+    tokens (). chosen (E,): how often each expert was. probs (E,): of p. z (): of logsumexp(logits)^2. dropped (): choices.
+    """
+
+    tokens: jax.Array
+    chosen_E: jax.Array
+    probs_E: jax.Array
+    z: jax.Array
+    dropped: jax.Array
+
+
+class MoE(nn.Module):
+    """The experts of one layer and their router. Returns y (B, T, D), zeros at padding, and what the router did."""
+
+    config: TransformerConfig
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
+        c = self.config
+        init = nn.initializers.normal(c.init_std)
+        shape = (c.emb_dim, c.num_experts)
+        router_DE = make_param(self, "router", init, shape, ("embed", None), c.param_dtype)
+        real_BT = segment_ids_BT > 0
+        logits_BTE = router_logits(x_BTD, router_DE)
+        probs_BTE = jax.nn.softmax(logits_BTE)
+        routes = route(c, probs_BTE, real_BT)
+        kernels = Kernels(
+            up_EDF=self.kernel("up"),
+            gate_EDF=self.kernel("gate") if c.is_gated else None,
+            down_EFD=self.kernel("down"),
+        )
+        if c.expert_capacity_factor and not self.deterministic:
+            y_BTD, dropped = apply_with_capacity(c, x_BTD, routes, real_BT, kernels)
+        else:
+            y_BTD, dropped = apply_to_all(c, x_BTD, routes, kernels), jnp.float32(0)
+        chosen_BTE = count_choices(c, routes.experts_BTJ, real_BT)
+        sums = RouterSums(
+            tokens=real_BT.sum(dtype=jnp.float32),
+            chosen_E=chosen_BTE.sum((0, 1), dtype=jnp.float32),
+            probs_E=jnp.where(real_BT[..., None], probs_BTE, 0.0).sum((0, 1)),
+            z=jnp.where(real_BT, jax.nn.logsumexp(logits_BTE, axis=-1) ** 2, 0.0).sum(),
+            dropped=dropped,
+        )
+        y_BTD = constrain(y_BTD, ("batch", "length", "act_embed"))
+        return checkpoint_name(y_BTD, "mlp_out"), sums
+
+    def kernel(self, name: str) -> jax.Array:
+        c = self.config
+        down = name == "down"
+        init = nn.initializers.normal(residual_std(c) if down else c.init_std)
+        shape, axes = (c.emb_dim, c.mlp_dim), ("embed", "mlp")
+        if down:
+            shape, axes = shape[::-1], axes[::-1]
+        shape, axes = (c.num_experts, *shape), ("expert", *axes)
+        return make_param(self, name, init, shape, axes, c.param_dtype).astype(c.dtype)
+
+
+def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
+    """(B, T, E) float32, of products in float32: near ties must not be decided by rounding (arXiv:2101.03961, 2.4)."""
+    x, router = x_BTD.astype(jnp.float32), router_DE.astype(jnp.float32)
+    return jnp.einsum("BTD,DE->BTE", x, router, precision=jax.lax.Precision.HIGHEST)
+
+
+def route(config: TransformerConfig, probs_BTE: jax.Array, real_BT: jax.Array) -> Routes:
+    """The `experts_per_token` experts of the largest p. Padding goes somewhere, with the weight 0."""
+    weights_BTJ, experts_BTJ = jax.lax.top_k(probs_BTE, config.experts_per_token)
+    if config.normalise_router:
+        weights_BTJ = weights_BTJ / weights_BTJ.sum(-1, keepdims=True)
+    return Routes(experts_BTJ, jnp.where(real_BT[..., None], weights_BTJ, 0.0))
+
+
+def count_choices(
+    config: TransformerConfig, experts_BTJ: jax.Array, real_BT: jax.Array
+) -> jax.Array:
+    """(B, T, E) int32: 1 where a real token chose the expert."""
+    experts_E = jnp.arange(config.num_experts)
+    chosen_BTE = (experts_BTJ[..., None] == experts_E[None, None, None]).any(2)
+    return (chosen_BTE & real_BT[..., None]).astype(jnp.int32)
+
+
+def feed_forward(
+    config: TransformerConfig,
+    kernels: Kernels,
+    x: jax.Array,
+    multiply: Callable[[jax.Array, jax.Array], jax.Array],
+    inner_axes: Axes | None = None,
+) -> jax.Array:
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))).
+
+    multiply(x, kernels): each row by its expert's. inner_axes: names of what lies between, where XLA is to place it.
+    """
+    activate = ACTIVATIONS[config.activation]
+    hidden = checkpoint_name(multiply(x, kernels.up_EDF), "up")
+    if kernels.gate_EDF is None:
+        hidden = activate(hidden)
+    else:
+        hidden = activate(checkpoint_name(multiply(x, kernels.gate_EDF), "gate")) * hidden
+    hidden = hidden if inner_axes is None else constrain(hidden, inner_axes)
+    return multiply(hidden, kernels.down_EFD)
+
+
+# --- moving rows to their places and back -----------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def spread(x_ND: jax.Array, source_S: jax.Array, places_NJ: jax.Array) -> jax.Array:
+    """(S, D): at each place the row of x that belongs there, zeros where source is N.
+
+    places_NJ are the places that each row has, S if it has none, so that the gradient is a gather as well: scatters of
+    rows are what accelerators are slowest at.
+    """
+    return jnp.take(x_ND, source_S, axis=0, mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def collect(y_SD: jax.Array, source_S: jax.Array, places_NJ: jax.Array) -> jax.Array:
+    """(N, D): the sum of what stands at the places of each row: the transpose of `spread`."""
+    rows_NJD = jnp.take(y_SD, places_NJ, axis=0, mode="fill", fill_value=0)
+    return rows_NJD.sum(1, dtype=jnp.float32).astype(y_SD.dtype)
+
+
+spread.defvjp(
+    lambda x, source, places: (spread(x, source, places), (source, places)),
+    lambda moves, grad: (collect(grad, *moves), None, None),
+)
+collect.defvjp(
+    lambda y, source, places: (collect(y, source, places), (source, places)),
+    lambda moves, grad: (spread(grad, *moves), None, None),
+)
+
+
+def spread_weights(weights_NJ: jax.Array, choice_S: jax.Array, places_NJ: jax.Array) -> jax.Array:
+    """(S, 1): the weight of the choice (of N J) that stands at each place, 0 where there is none."""
+    return spread(weights_NJ.reshape(-1, 1), choice_S, places_NJ.reshape(-1, 1))
+
+
+# --- with a capacity --------------------------------------------------------------------------------------------------
+
+
+def capacity(config: TransformerConfig, length: int) -> int:
+    """Tokens that one expert takes of a row of `length`; `length` is always enough, as a token chooses it once."""
+    c = config
+    mean = length * c.experts_per_token / c.num_experts
+    return min(length, math.ceil(c.expert_capacity_factor * mean - 1e-9))
+
+
+def apply_with_capacity(
+    config: TransformerConfig,
+    x_BTD: jax.Array,
+    routes: Routes,
+    real_BT: jax.Array,
+    kernels: Kernels,
+) -> tuple[jax.Array, jax.Array]:
+    """(y, how many choices of real tokens were dropped).
+
+    Devices of the `expert` axis have some rows of the batch before, and some experts of all their rows in between: the
+    constraints around the products make XLA exchange them by all-to-all.
+    """
+    c, (batch, length, width) = config, x_BTD.shape
+    size = capacity(c, length)
+    places_BTJ, choice_BS = jax.vmap(functools.partial(find_places, c, size))(
+        routes.experts_BTJ, real_BT
+    )
+    source_BS = choice_BS // c.experts_per_token  # length where there is none
+    x_BSD = jax.vmap(spread)(x_BTD, source_BS, places_BTJ)
+    x_BECD = constrain(x_BSD.reshape(batch, c.num_experts, size, width), GROUPED)
+
+    multiply = functools.partial(jnp.einsum, "BECD,EDF->BECF")
+    y_BECD = constrain(feed_forward(c, kernels, x_BECD, multiply, GROUPED_INNER), GROUPED)
+    y_BSD = constrain(y_BECD.reshape(batch, -1, width), ("batch", None, "act_embed"))
+    weights_BS1 = jax.vmap(spread_weights)(routes.weights_BTJ, choice_BS, places_BTJ)
+    y_BSD = (y_BSD * weights_BS1).astype(y_BSD.dtype)
+    is_dropped = (places_BTJ == c.num_experts * size) & real_BT[..., None]
+    return jax.vmap(collect)(y_BSD, source_BS, places_BTJ), is_dropped.sum(dtype=jnp.float32)
+
+
+def find_places(
+    config: TransformerConfig, size: int, experts_TJ: jax.Array, real_T: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of one row: the place of each choice, (T, J), and the choice (of T J) at each place, (E size,).
+
+    Expert e has the places from e * size on, filled in the order of the row. A choice without a place has E size, a place
+    without a choice T J.
+    """
+    c = config
+    chosen_TE = count_choices(c, experts_TJ[None], real_T[None])[0]
+    before_TE = jnp.cumsum(chosen_TE, axis=0) - chosen_TE
+    rank_TJ = jnp.take_along_axis(before_TE, experts_TJ, axis=1)
+    nowhere = c.num_experts * size
+    has_place_TJ = (rank_TJ < size) & real_T[:, None]
+    places_TJ = jnp.where(has_place_TJ, experts_TJ * size + rank_TJ, nowhere)
+    choices = experts_TJ.size
+    choice_S = jnp.full(nowhere, choices, jnp.int32)
+    choice_S = choice_S.at[places_TJ.reshape(-1)].set(jnp.arange(choices), mode="drop")
+    return places_TJ, choice_S
+
+
+# --- without dropping -------------------------------------------------------------------------------------------------
+
+
+def apply_to_all(
+    config: TransformerConfig, x_BTD: jax.Array, routes: Routes, kernels: Kernels
+) -> jax.Array:
+    """y of all choices. Over a mesh each device sorts the tokens that it has.
+
+    Devices of the `expert` axis first gather each other's tokens, then each applies the experts that it has, and the sums
+    are scattered back. (Sending each token only to the experts it chose would need room for all of them at each device
+    just the same, and an exchange of ragged sizes, which no other backend than TPU has.)
+    """
+    c, mesh = config, jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return apply_locally(c, x_BTD, routes, kernels, 0)
+    rows, length = find_axes("batch", x_BTD.shape[0]), find_axes("length", x_BTD.shape[1])
+    experts, inner = find_axes("expert", c.num_experts), find_axes("mlp", c.mlp_dim)
+    tokens = PartitionSpec(rows, length)
+    wide, narrow = PartitionSpec(experts, None, inner), PartitionSpec(experts, inner, None)
+    is_spread = bool(experts) and set(experts) <= set(rows)  # each has tokens of its own
+
+    def apply(x_BTD, routes, kernels):
+        if is_spread:
+            x_BTD, routes = jax.tree.map(
+                lambda x: jax.lax.all_gather(x, experts, tiled=True), (x_BTD, routes)
+            )
+        first = jax.lax.axis_index(experts) * len(kernels.up_EDF) if experts else 0
+        y_BTD = apply_locally(c, x_BTD, routes, kernels, first)
+        if is_spread:
+            y_BTD = jax.lax.psum_scatter(y_BTD, experts, tiled=True)
+        partial = inner if is_spread else inner + experts
+        return jax.lax.psum(y_BTD, partial) if partial else y_BTD
+
+    kernel_specs = Kernels(wide, None if kernels.gate_EDF is None else wide, narrow)
+    return jax.shard_map(
+        apply,
+        in_specs=(tokens, Routes(tokens, tokens), kernel_specs),
+        out_specs=tokens,
+        check_vma=False,
+    )(x_BTD, routes, kernels)
+
+
+def find_axes(name: str, size: int) -> tuple[str, ...]:
+    """The mesh axes of more than one device that a logical axis is spread over; none if they do not divide `size`.
+
+    (The few rows of a decoder may not be divisible, and its new tokens are one in length.)
+    """
+    axes = nn.logical_to_mesh_axes((name,))[0] or ()
+    sizes = jax.sharding.get_abstract_mesh().shape
+    names = tuple(a for a in ((axes,) if isinstance(axes, str) else axes) if sizes.get(a, 1) > 1)
+    return names if size % math.prod(sizes[a] for a in names) == 0 else ()
+
+
+def apply_locally(
+    config: TransformerConfig,
+    x_BTD: jax.Array,
+    routes: Routes,
+    kernels: Kernels,
+    first: jax.Array | int,
+) -> jax.Array:
+    """y of the experts from `first` on, of which these are the kernels; what other experts add is left out."""
+    c, num_experts = config, len(kernels.up_EDF)
+    choices_per_token = c.experts_per_token
+    expert_A = routes.experts_BTJ.reshape(-1) - first
+    is_here_A = (expert_A >= 0) & (expert_A < num_experts)
+    expert_A = jnp.where(is_here_A, expert_A, num_experts)  # the others come last
+    choice_S = jnp.argsort(expert_A, stable=True)
+    places_A = jnp.argsort(choice_S)
+    sizes_E = (expert_A[:, None] == jnp.arange(num_experts)[None]).sum(0, dtype=jnp.int32)
+    places_NJ = places_A.reshape(-1, choices_per_token)
+
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    x_SD = spread(x_ND, choice_S // choices_per_token, places_NJ)
+    y_SD = feed_forward(c, kernels, x_SD, lambda x, w: grouped_matmul(x, w, sizes_E))
+    weights_NJ = routes.weights_BTJ.reshape(-1, choices_per_token)
+    y_SD = (y_SD * spread_weights(weights_NJ, choice_S, places_NJ)).astype(y_SD.dtype)
+    return collect(y_SD, choice_S // choices_per_token, places_NJ).reshape(x_BTD.shape)
+
+
+# --- losses of the router ---------------------------------------------------------------------------------------------
+
+
+def auxiliary(config: TransformerConfig, sums: RouterSums) -> Auxiliary:
+    """The router's losses and metrics, means over the layers (sums have them on leading axes).
+
+    balance: E sum_e f_e P_e, f_e the share of all choices that fell on expert e, P_e the mean of its p (arXiv:2101.03961,
+      eq. 4 to 6, for J choices divided by J): 1 if all are used alike, up to E.
+    z: the mean of logsumexp(logits)^2 (arXiv:2202.08906, eq. 5).
+    dropped_share: of all choices. max_load: the most used expert's share of the choices times E, 1 to E.
+    loss: router_aux_weight * balance + router_z_weight * z.
+
+    Real tokens of the whole (micro-)batch count, over all devices. f P is no mean over tokens: accumulation takes the
+    mean over micro-batches, which is not the same, and is the declared exception.
+    """
+    c, experts = config, config.num_experts
+    tokens = jnp.maximum(sums.tokens, 1.0)
+    shares_E = sums.chosen_E / (c.experts_per_token * tokens[..., None])
+    balance = experts * (shares_E * sums.probs_E / tokens[..., None]).sum(-1).mean()
+    z = (sums.z / tokens).mean()
+    loss = c.router_aux_weight * balance + c.router_z_weight * z
+    one, max_load = jnp.float32(1), experts * shares_E.max(-1).mean()
+    metrics = {
+        "router_balance": (balance, one),
+        "router_z": (sums.z.sum(), sums.tokens.sum()),
+        "dropped_share": (sums.dropped.sum(), c.experts_per_token * sums.tokens.sum()),
+        "max_load": (max_load, one),
+    }
+    return Auxiliary(loss, jax.lax.stop_gradient(metrics))
