@@ -295,7 +295,7 @@ def make_run(
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = mesh or meshes.make_mesh(**config.mesh)
     tokenizer = make_tokenizer(config, workdir)
-    check_config(config, tokenizer)
+    check_config(config, mesh, tokenizer)
     stores = make_stores(config, tokenizer, workdir)
     program = make_program(config, mesh, tokenizer)
 
@@ -335,9 +335,38 @@ def make_run(
     )
 
 
-def check_config(config: ConfigDict, tokenizer: Any) -> None:
-    """Raises one ValueError with every field that does not fit another."""
-    problems = []
+# The fields whose sizes devices share, and the logical axes that they are the sizes of.
+MODEL_AXES = {
+    "vocab_size": "vocab",
+    "emb_dim": "embed",
+    "embed_factor_dim": "embed",
+    "num_heads": "heads",
+    "num_kv_heads": "kv",
+    "mlp_dim": "mlp",
+    "num_experts": "expert",
+    "expert_mlp_dim": "mlp",
+}
+
+
+def shared_sizes(config: ConfigDict) -> list[tuple[str, str, int]]:
+    """(field, logical axis, size) of all that devices of a mesh share, for `meshes.misfits`."""
+    model = [
+        (f"model.{field}", axis, config.model[field])
+        for field, axis in MODEL_AXES.items()
+        if field in config.model
+    ]
+    micro_batch = config.batch_size // config.accumulation_steps
+    return [
+        *model,
+        ("seq_len", "length", config.seq_len),
+        ("batch_size / accumulation_steps", "batch", micro_batch),
+        ("eval.batch_size", "batch", config.eval.batch_size),
+    ]
+
+
+def check_config(config: ConfigDict, mesh: jax.sharding.Mesh, tokenizer: Any) -> None:
+    """Raises one ValueError with every field that does not fit another, or the mesh."""
+    problems = meshes.misfits(mesh, shared_sizes(config))
     if config.model.vocab_size < tokenizer.vocab_size:
         problems.append(
             f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's "

@@ -177,7 +177,9 @@ def misfits(mesh: Mesh, sizes: Iterable[tuple[str, str, int]]) -> list[str]:
             continue
         over = axes if isinstance(axes, str) else " x ".join(axes)
         lower, upper = size // ways * ways, (size // ways + 1) * ways
-        fits = f"{lower} or {upper}" if lower and name != "vocab" else f"{upper}"
+        fits = f"{lower} or {upper}" if lower else f"{upper}"
+        if name == "vocab":  # which cannot be smaller than the tokenizer's
+            fits = f"{upper} (rows that no token has are padding)"
         shares = [n for n in range(1, mesh.size + 1) if mesh.size % n == 0 and size % n == 0]
         nearest = [max(n for n in shares if n < ways), *[n for n in shares if n > ways][:1]]
         lines.append(

@@ -101,7 +101,14 @@ def eval_batches(
 
 
 def local_rows(mesh: jax.sharding.Mesh, shapes: Shapes) -> dict[int, np.ndarray]:
-    """For each number of rows that a batch may have, those of this process."""
+    """For each number of rows that a batch may have, those of this process.
+
+    Raises:
+      ValueError: if devices cannot share a row's length.
+    """
+    lengths = [("a row's length (up to seq_len)", "length", length) for length in shapes.lengths]
+    if problems := meshes.misfits(mesh, lengths):
+        raise ValueError("the mesh does not fit the rows:\n  " + "\n  ".join(problems))
     return {rows: meshes.local_rows(mesh, rows) for rows in shapes.rows}
 
 

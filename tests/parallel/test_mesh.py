@@ -1,5 +1,8 @@
 """Shardings follow from names: parameters, optimizer state, batch rows."""
 
+import re
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,8 +11,11 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jaxlm import build
 from jaxlm.models.layers import LOGICAL_AXES
 from jaxlm.parallel import mesh as meshes
+from jaxlm.planning import topologies
+from tests import tiny
 
 
 def boxed_params():
@@ -42,16 +48,102 @@ def test_parameters_are_sharded_by_their_names():
 
 def test_sizes_that_the_mesh_does_not_divide_are_all_named():
     mesh = meshes.make_mesh(data=1, fsdp=1, tensor=8)
+    boxed = {**boxed_params(), "other": boxed_params()["query"], "small": boxed_params()["table"]}
+    boxed["small"] = boxed["small"].replace(value=jax.ShapeDtypeStruct((12, 8), jnp.float32))
+    expected = (
+        r"(?s)axis 'heads' of other and 1 more is 4, not divisible by the 8 devices of mesh axis tensor: "
+        r"make it 8, or set tensor to 4.*axis 'vocab' of small is 12.*make it 16 \(rows that no token has"
+    )
+    with pytest.raises(ValueError, match=expected):
+        meshes.param_shardings(mesh, boxed)
+
+
+UNEVEN = {
+    "model.vocab_size": (5001, "make it 5004 .*, or set tensor to 1"),
+    "model.num_heads": (6, "make it 4 or 8, or set tensor to 2"),
+    "model.num_kv_heads": (2, "make it 4, or set tensor to 2"),
+    "model.mlp_dim": (1022, "make it 1020 or 1024, or set tensor to 2"),
+    "model.emb_dim": (257, "make it 256 or 258, or set fsdp to 1"),
+    "seq_len": (255, "make it 254 or 256, or set context to 1"),
+    "eval.batch_size": (3, "make it 2 or 4, or set data x fsdp x expert to 1"),
+}
+
+
+class Mesh:
+    """What `misfits` asks of a mesh, larger than this machine has devices for."""
+
+    shape = dict(data=1, fsdp=2, expert=1, context=2, tensor=4)
+    size = 16
+
+
+def test_everything_in_a_config_that_a_mesh_does_not_divide_is_refused_at_once():
+    config = build.read_config(
+        str(tiny.ROOT / "configs/gpt.py:tiny"),
+        {field: size for field, (size, _) in UNEVEN.items()}
+        | {"batch_size": 12, "accumulation_steps": 4},
+    )
+    tokenizer = types.SimpleNamespace(vocab_size=300)
+    with pytest.raises(ValueError) as error:
+        build.check_config(config, Mesh(), tokenizer)
+    lines = str(error.value).splitlines()[1:]
+    expected = {"batch_size / accumulation_steps": (3, "make it 2 or 4"), **UNEVEN}
+    for field, (size, repair) in expected.items():
+        found = [line for line in lines if re.search(f"- {field} is {size}, .*{repair}", line)]
+        assert len(found) == 1, (field, lines)
+    assert len(lines) == len(expected)
+
+
+def test_even_sizes_are_not_refused():
+    config = build.read_config(str(tiny.ROOT / "configs/gpt.py:tiny"))
+    assert (
+        meshes.misfits(meshes.make_mesh(data=2, fsdp=2, context=2), build.shared_sizes(config))
+        == []
+    )
+
+
+class Device:
+    """As TPU devices describe themselves: the slice, and where in its square of four chips."""
+
+    platform, device_kind, process_index, core_on_chip = "tpu", "imagined", 0, 0
+
+    def __init__(self, place, slice_index):
+        self.coords, self.slice_index = (place % 2, place // 2, 0), slice_index
+
+
+def devices_of(slices):
+    """From slice to slice in turn, so that their order alone does not put a slice together."""
+    return [Device(place, index) for place in range(4) for index in range(slices)]
+
+
+def check_slices(lay_out):
+    """Going along any axis but `data`, and within a slice's share of `data`, one stays in a slice."""
+    sizes = dict(data=4, fsdp=2, expert=1, context=1, tensor=1)
+    devices = lay_out(np.array(devices_of(2)), sizes)
+    assert devices.shape == (4, 2, 1, 1, 1)
+    found = np.vectorize(lambda device: device.slice_index)(devices)[..., 0, 0, 0]
+    assert found.tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]], found
+
+
+def test_only_the_data_axis_goes_from_slice_to_slice():
+    check_slices(meshes.lay_out)
+    with pytest.raises(AssertionError):
+        check_slices(lambda devices, sizes: devices.reshape(tuple(sizes.values())))
+
+
+def test_a_data_axis_that_slices_cannot_share_is_refused():
     with pytest.raises(
-        ValueError, match=r"(?s)axis 'heads' of query is 4, not.* 8 devices.*set tensor to 4"
+        ValueError, match="data=2 is not divisible by the 4 slices .* multiple of 4"
     ):
-        meshes.param_shardings(mesh, boxed_params())
+        meshes.make_mesh(data=2, fsdp=8, devices=devices_of(4))
 
 
-@pytest.mark.parametrize("sizes", [(3, 1), (-1, -1), (-1, 3)])
-def test_a_mesh_that_does_not_cover_the_devices_is_refused(sizes):
-    with pytest.raises(ValueError, match="does not cover 8 devices"):
-        meshes.make_mesh(*sizes)
+@pytest.mark.plans
+def test_the_slices_of_a_real_topology_are_split_over_data():
+    devices = topologies.topology_devices(topologies.parse_topology("2xv5e-4"))
+    mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2, devices=devices)
+    found = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert found[0].tolist() == np.zeros_like(found[0]).tolist()
+    assert found[1].tolist() == np.ones_like(found[1]).tolist()
 
 
 def check_mirrors(mirror_shardings):
