@@ -18,6 +18,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from jaxlm import build, language_model, reports, tuning
+from jaxlm.compiled import keep_compiled_programs
 from jaxlm.files import as_path
 from jaxlm.flags import define_process_flags, process_options
 from jaxlm.host import keep_freed_memory
@@ -168,6 +169,7 @@ def define_flags() -> None:
 def main(argv):
     del argv
     keep_freed_memory()
+    keep_compiled_programs()
     logging.set_verbosity(logging.ERROR)  # of libraries: Orbax warns of a file that nothing needs
     try:
         with processes.joined(**process_options(flags.FLAGS)):

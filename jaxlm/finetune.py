@@ -16,6 +16,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from jaxlm import reports, tuning
+from jaxlm.compiled import keep_compiled_programs
 from jaxlm.files import as_path
 from jaxlm.flags import process_options
 from jaxlm.host import keep_freed_memory
@@ -110,6 +111,7 @@ def main(argv):
     # Of libraries: Orbax warns of a file that nothing needs.
     absl_logging.set_verbosity(absl_logging.ERROR)
     keep_freed_memory()
+    keep_compiled_programs(args.workdir)
     log.setLevel(logging.INFO)
     with processes.joined(**process_options(args)):
         finetune(

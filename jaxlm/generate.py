@@ -22,6 +22,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from jaxlm import api
+from jaxlm.compiled import keep_compiled_programs
 from jaxlm.files import as_path, is_remote, write_whole
 from jaxlm.host import keep_freed_memory
 from jaxlm.inputs import read_prompts
@@ -221,6 +222,7 @@ TASKS = {
 def main(argv: Sequence[str]) -> None:
     del argv
     keep_freed_memory()
+    keep_compiled_programs()
     logging.set_verbosity(logging.ERROR)  # of libraries: Orbax warns of a file that nothing needs
     try:
         run(flags.FLAGS)

@@ -40,6 +40,7 @@ except ImportError as error:
         sys.exit(MISSING)
     raise ImportError(MISSING) from error
 
+from jaxlm.compiled import keep_compiled_programs
 from jaxlm.host import keep_freed_memory
 from jaxlm.inference import decode, scoring
 from jaxlm.inference.batches import in_batches
@@ -303,6 +304,7 @@ def define_flags() -> None:
 def main(argv):
     del argv
     keep_freed_memory()
+    keep_compiled_programs()
     # Of libraries: Orbax warns of a file that nothing needs. Ours say what was cut.
     absl_logging.set_verbosity(absl_logging.ERROR)
     log.setLevel(logging.WARNING)

@@ -13,6 +13,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from jaxlm import build
+from jaxlm.compiled import keep_compiled_programs
 from jaxlm.files import as_path
 from jaxlm.flags import process_options
 from jaxlm.host import keep_freed_memory
@@ -78,6 +79,7 @@ def main(argv):
     args = flags.FLAGS
     absl_logging.set_verbosity(absl_logging.WARNING)  # of libraries: Orbax writes dozens of lines
     keep_freed_memory()
+    keep_compiled_programs(args.workdir)
     log.setLevel(logging.INFO)
     with processes.joined(**process_options(args)):
         pretrain(

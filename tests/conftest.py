@@ -3,11 +3,8 @@
 The environment is set before anything imports jax, and subprocesses inherit it.
 """
 
-import hashlib
 import os
-import platform
 import socket
-import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,42 +17,20 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
-import jaxlib
 import pytest
 
+from jaxlm.compiled import forget_old_programs, machine_key
+
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def _compilation_cache_dir() -> Path:
-    """A folder of its own for each jaxlib and each CPU: XLA's CPU programs are machine code, and
-    jax's own cache key names the platform, not the instructions that the processor has."""
-    cpu = platform.machine() + platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        wanted = ("flags", "Features", "model name")
-        cpu += "".join(
-            sorted({line for line in info.read_text().splitlines() if line.startswith(wanted)})
-        )
-    key = hashlib.sha256(f"{jax.__version__} {jaxlib.__version__} {cpu}".encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return home / "jaxlm-tests" / f"xla-{key}"
-
-
-def _forget_old_programs(folder: Path, days: float = 14) -> None:
-    """The cache has no limit of its own, and every change of the code leaves programs behind."""
-    for entry in folder.glob("*"):
-        try:
-            if time.time() - entry.stat().st_mtime > days * 86400:
-                entry.unlink()
-        except FileNotFoundError:  # another session was faster
-            pass
 
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Programs from the cache give the same bits as fresh ones, and a damaged entry is compiled again.
 if os.environ.get("JAXLM_TEST_CACHE", "1") != "0":
-    _forget_old_programs(_compilation_cache_dir())
-    jax.config.update("jax_compilation_cache_dir", str(_compilation_cache_dir()))
+    programs = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxlm-tests"
+    programs /= f"xla-{machine_key()}"
+    forget_old_programs(programs, days=14)
+    jax.config.update("jax_compilation_cache_dir", str(programs))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
