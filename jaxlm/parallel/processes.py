@@ -94,20 +94,25 @@ def start(
     number = "a process" if place.process_id is None else f"process {place.process_id}"
     say = f"{place.launcher}: {number} of {place.num_processes}"
     log.info("%s, coordinator %s", say, place.coordinator or "found by jax")
-    try:
-        jax.distributed.initialize(
-            initialization_timeout=initialization_timeout,
-            heartbeat_timeout_seconds=heartbeat_timeout,
-            **_arguments(place),
-        )
-    except RuntimeError as error:
-        if "backend" in str(error):
-            raise
-        raise RuntimeError(
-            f"{say}, but not all came together at {place.coordinator} within {initialization_timeout} s: are all "
-            f"of them started, with the same numbers, and can they reach that address? ({_first_line(error)})"
-        ) from error
+    timer = threading.Timer(
+        initialization_timeout,
+        _leave,
+        (
+            f"{say}, but not all came together at {place.coordinator or 'the coordinator'} within "
+            f"{initialization_timeout} s: are all of them started, with the same numbers, and can they reach that "
+            f"address? (--initialization_timeout, --coordinator; exit status {PEER_LOST})\n",
+            PEER_LOST,
+        ),
+    )
+    timer.daemon = True
+    timer.start()
+    jax.distributed.initialize(
+        initialization_timeout=initialization_timeout + 60,  # where XLA would abort
+        heartbeat_timeout_seconds=heartbeat_timeout,
+        **_arguments(place),
+    )
     devices = jax.devices()  # the processes tell one another of theirs, so all must come here
+    timer.cancel()
     if is_main():
         local = jax.local_device_count()
         log.info("%d processes, %d devices, %d of each", jax.process_count(), len(devices), local)
@@ -230,8 +235,12 @@ def _end(error: BaseException, status: int) -> None:
         text = f"{error.code}\n" if isinstance(error.code, str) else ""
     else:
         text = f"{who} failed:\n" + "".join(traceback.format_exception(error))
+    _leave(text, status)
+
+
+def _leave(text: str, status: int) -> None:
     with contextlib.suppress(OSError):
-        os.write(sys.stderr.fileno(), text.encode())
+        os.write(2, text.encode())  # at once: sys.stderr may be locked by another thread
         sys.stdout.flush()
     os._exit(status)
 
