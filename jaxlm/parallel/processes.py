@@ -83,7 +83,7 @@ def start(
     Returns this process's place, None if it is alone.
 
     Raises:
-      LaunchError: neither flags nor the environment say which process this is.
+      LaunchError: neither flags nor the environment say which process this is, or the coordinator's port is taken.
     """
     given = dict(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
     place = find_place(os.environ, **given)  # type: ignore[arg-type]
@@ -106,11 +106,19 @@ def start(
     )
     timer.daemon = True
     timer.start()
-    jax.distributed.initialize(
-        initialization_timeout=initialization_timeout + 60,  # where XLA would abort
-        heartbeat_timeout_seconds=heartbeat_timeout,
-        **_arguments(place),
-    )
+    try:
+        jax.distributed.initialize(
+            initialization_timeout=initialization_timeout + 60,  # where XLA would abort
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            **_arguments(place),
+        )
+    except RuntimeError as error:
+        if "RPC server" not in str(error):
+            raise
+        raise LaunchError(
+            f"{say}, which cannot listen at {place.coordinator}\n"
+            "change: another run may have the port; give all processes another one by --coordinator=HOST:PORT"
+        ) from error
     devices = jax.devices()  # the processes tell one another of theirs, so all must come here
     timer.cancel()
     if is_main():
