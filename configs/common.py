@@ -177,7 +177,8 @@ def base() -> ConfigDict:
             mesh=dict(data=-1, fsdp=1, expert=1, context=1, tensor=1),
             remat="none",
             unroll=1,
-            attention_kernel="xla",
+            # 'auto': splash on TPU, cudnn on GPU, xla on CPU and for what those cannot do
+            attention_kernel="auto",
             log=dict(progress=True, tensorboard=True, wandb=False),
         )
     )

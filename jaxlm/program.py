@@ -4,6 +4,7 @@ The mesh may be of devices that this machine does not have: `train_step` of a ru
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxlm.models import MODELS
+from jaxlm.models import MODELS, kernels
 from jaxlm.models.flops import train_step_flops
 from jaxlm.models.heads import Head
 from jaxlm.models.transformer import TransformerConfig
@@ -28,6 +29,7 @@ from jaxlm.training.state import TrainState, new_state
 from jaxlm.training.step import make_eval_step, make_train_step
 
 PyTree = Any
+log = logging.getLogger("jaxlm")
 
 
 @dataclass(kw_only=True)
@@ -201,6 +203,24 @@ def resolve_dtype(dtype: str, mesh: jax.sharding.Mesh) -> str:
     return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
 
 
+def resolve_kernel(options: TransformerConfig, mesh: jax.sharding.Mesh) -> TransformerConfig:
+    """'auto' is the fused attention kernel of the mesh's devices; the reference on CPUs and for what that kernel
+    cannot do, which the log says. A kernel that is named and cannot is refused, with what to change."""
+    context, chosen = mesh.shape.get("context", 1), options.attention_kernel
+    if chosen == "auto":
+        name = kernels.AUTO.get(mesh.devices.flat[0].platform, kernels.REFERENCE)
+        options = dataclasses.replace(options, attention_kernel=name)
+    if not (limits := kernels.find_limits(options, context)):
+        return options
+    lines = "\n  ".join(limits)
+    if chosen != "auto":
+        raise ValueError(
+            f"attention_kernel={chosen!r} cannot run this model:\n  {lines}\nor take 'auto'"
+        )
+    log.info("attention by the reference and not by %s:\n  %s", options.attention_kernel, lines)
+    return dataclasses.replace(options, attention_kernel=kernels.REFERENCE)
+
+
 def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:
     options = TransformerConfig(
         **config.model,
@@ -210,6 +230,7 @@ def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:
         unroll=config.unroll,
         attention_kernel=config.attention_kernel,
     )
+    options = resolve_kernel(options, mesh)
     model = pick(MODELS, config.family, "family")
     if "head" in config:  # a fine-tuning run has a task's head instead of an objective's
         return model(options, head=Head(options, **config.head))

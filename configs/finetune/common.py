@@ -88,7 +88,8 @@ def base(
             mesh=dict(data=-1, fsdp=1, expert=1, context=1, tensor=1),
             remat="none",
             unroll=0,  # a loop over the layers costs a small model a fifth of its speed (docs/speed_log.md)
-            attention_kernel="xla",
+            # 'auto': splash on TPU, cudnn on GPU, xla on CPU and for what those cannot do
+            attention_kernel="auto",
             log=dict(progress=True, tensorboard=True, wandb=False),
         )
     )

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxlm.models import attention, kernels
+from jaxlm.models.cache import make_cache
 from jaxlm.models.kernels import splash
 from jaxlm.models.layers import attention_mask, window_mask
 from jaxlm.parallel import mesh as meshes
+from tests.models.tiny import equations, get_loss, init_params, is_close, make_config, make_gpt
 
 
 @dataclass(frozen=True)
@@ -88,3 +91,158 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_kernel_gives_the_references_outputs_and_gradients(name):
     check_kernel(*CASES[name])
+
+
+def wrong_reference(**changes):
+    """The reference with another mask, or other segments."""
+
+    def attend(query, key, value, segments, **options):
+        if changes.get("segments") is False:
+            segments = jnp.ones_like(segments)
+        kept = {name: value for name, value in changes.items() if name != "segments"}
+        return reference(query, key, value, segments, **options | kept)
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(causal=False), dict(window=69), dict(window=0), dict(segments=False), dict(softcap=5.0)],
+)
+def test_the_kernel_check_fails_for_a_wrong_mask(changes):
+    inputs = Case(window=70)
+    kernel = wrong_reference(**changes)
+    with pytest.raises(AssertionError, match="outputs"):
+        check_kernel(kernel, inputs)
+
+
+# --- on a mesh --------------------------------------------------------------------------------------------------------
+
+
+def in_mesh(function, **sizes):
+    mesh = meshes.make_mesh(**sizes)
+
+    def run(*args):
+        with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
+            return function(*args)
+
+    return run
+
+
+SHARDED = dict(data=2, context=2, tensor=2)
+LAYERS = dict(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, position="rotary")
+
+
+def packed_batch(rows=2, length=256):
+    segments = Case(rows=rows, length=length).inputs()[3]
+    tokens = np.random.default_rng(1).integers(0, 32, (rows, length))
+    return {"tokens": jnp.asarray(tokens, jnp.int32), "segment_ids": segments}
+
+
+def loss_and_gradient(config_fields, **sizes):
+    model, batch = make_gpt(**LAYERS, **config_fields), packed_batch()
+    params = init_params(make_gpt(**LAYERS), batch)
+    step = jax.jit(jax.value_and_grad(lambda p, b: get_loss(model, p, b)))
+    return (in_mesh(step, **sizes) if sizes else step)(params, batch)
+
+
+def check_model(fields, other_fields, **sizes):
+    (loss, grads), (other_loss, other_grads) = (
+        loss_and_gradient(fields, **sizes),
+        loss_and_gradient(other_fields),
+    )
+    assert is_close(loss, other_loss), "the loss differs"
+    assert is_close(grads, other_grads, 1e-4), "the gradient differs"
+
+
+def test_local_and_global_layers_by_splash_on_a_mesh_are_those_of_the_reference_on_one_device():
+    windows = dict(attention_windows=(70, 0))
+    check_model(windows | dict(attention_kernel="splash_interpret"), windows, **SHARDED)
+
+
+def test_the_model_check_fails_for_layers_in_another_order():
+    with pytest.raises(AssertionError, match="differs"):
+        check_model(dict(attention_windows=(70, 0)), dict(attention_windows=(0, 70)))
+
+
+@pytest.mark.parametrize("kernel", [SPLASH, TRITON])
+def test_a_kernel_runs_on_each_devices_part(kernel):
+    case = Case(causal=False, rows=2, kv_heads=2, head_dim=16)
+    sizes = SHARDED if kernel is SPLASH else dict(data=4, tensor=2)
+    query, *rest = case.inputs()
+    out = in_mesh(jax.jit(case.attend(kernel)), **sizes)(query, *rest)
+    np.testing.assert_allclose(out, case.attend(reference)(query, *rest), atol=1e-5, rtol=1e-5)
+
+
+# --- what is saved, and what is refused -------------------------------------------------------------------------------
+
+
+def kernel_calls(remat, **fields):
+    """How often a layer runs its forward and its backward kernel in a train step."""
+    fields = dict(attention_kernel="splash_interpret", remat=remat, **LAYERS, **fields)
+    model, batch = make_gpt(**fields), packed_batch(rows=1, length=128)
+    params = init_params(make_gpt(**LAYERS), batch)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p: get_loss(model, p, batch)))(params).jaxpr
+    jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # as the compiler will
+    names = [str(e.params["name"]) for e in equations(jaxpr) if e.primitive.name == "pallas_call"]
+    return sum("fwd" in name for name in names), sum("dkv" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "remat, forward", [("none", 1), ("attention", 1), ("dots", 1), ("full", 2)]
+)
+def test_only_full_rematerialisation_runs_the_forward_kernel_again(remat, forward):
+    assert kernel_calls(remat) == (forward, 1)
+
+
+def test_layers_that_differ_in_their_windows_have_a_kernel_for_each():
+    assert kernel_calls("dots", attention_windows=(70, 0)) == (2, 2)
+
+
+def test_without_the_name_of_what_it_saves_the_forward_kernel_would_run_twice(monkeypatch):
+    monkeypatch.setattr(splash, "RESIDUALS", "unknown")
+    assert kernel_calls("dots") == (2, 1)
+
+
+def test_blocks_divide_what_they_cut():
+    for length in (128, 200, 640, 1536, 2560, 5000, 8192, 32768):
+        padded = splash.padded_length(length)
+        for shards, window in ((1, 0), (1, 300)):
+            sizes = splash.choose_blocks(padded // shards, padded, window)
+            assert padded - length < 512 and padded % sizes.block_q == padded % sizes.block_kv == 0
+            assert sizes.block_kv % sizes.block_kv_compute == 0 and sizes.block_kv <= 1024
+            assert not window or sizes.block_kv <= 384
+    assert splash.choose_blocks(8192, 8192, 0).use_fused_bwd_kernel
+    assert not splash.choose_blocks(16384, 16384, 0).use_fused_bwd_kernel
+
+
+@pytest.mark.parametrize(
+    "kernel, fields, context, found",
+    [
+        ("splash", dict(attention_dropout_rate=0.1), 1, ["attention_dropout_rate=0.1"]),
+        (
+            "cudnn",
+            dict(attention_softcap=5.0, head_dim=8),
+            1,
+            ["dtype='float32'", "attention_softcap=5.0"],
+        ),
+        ("cudnn", dict(head_dim=12, dtype="bfloat16"), 1, ["head_dim=12"]),
+        ("triton", dict(attention_windows=(4,)), 2, ["attention_windows=(4,)", "mesh.context=2"]),
+        ("flash", {}, 1, ["use one of xla, splash, cudnn, triton"]),
+        ("splash", dict(attention_windows=(4,), attention_softcap=5.0, head_dim=12), 4, []),
+    ],
+)
+def test_a_kernel_lists_all_that_it_cannot_do(kernel, fields, context, found):
+    config = make_config(**fields, attention_kernel=kernel)
+    limits = kernels.find_limits(config, context)
+    assert len(limits) == len(found)
+    assert all(part in limit for part, limit in zip(found, limits, strict=True))
+
+
+def test_a_cache_is_read_by_the_reference_whatever_the_kernel():
+    batch = {"tokens": jnp.arange(6, dtype=jnp.int32)[None]}
+    model = make_gpt(**LAYERS)
+    params = init_params(model, batch)
+    fused = make_gpt(**LAYERS, attention_kernel="splash")
+    cached = fused.apply({"params": params}, batch, cache=make_cache(fused.config, 1, 8)).hidden
+    assert is_close(cached, model.apply({"params": params}, batch).hidden)

@@ -57,19 +57,23 @@ def attend(
     padded = padded_length(length)
     split = get_split(rows, padded // LANES, key_BSKH.shape[2])
     inputs = (query_BTNH, key_BSKH, value_BSKH, segment_ids_BT, segment_ids_BT)
-    head_shards, length_shards = num_shards(split.heads), num_shards(split.length)
+    window = 0 if window >= length else window
+    # A mask that knows no places is the same on every device; JAX cannot cut a full one into shards.
+    mask_length = split.length if causal or window else None
+    queries = padded // num_shards(split.length)
+    shape = (queries * num_shards(mask_length), padded)
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([make_mask(padded, causal, window)] * heads),
-        block_sizes=choose_blocks(padded // length_shards, padded, window),
-        head_shards=head_shards,
-        q_seq_shards=length_shards,
+        masks.MultiHeadMask([make_mask(shape, causal, window)] * heads),
+        block_sizes=choose_blocks(queries, padded, window),
+        head_shards=num_shards(split.heads),
+        q_seq_shards=num_shards(mask_length),
         attn_logits_soft_cap=softcap or None,
         residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
     kernel_spec = None
     if is_split():
-        spec = jax.sharding.PartitionSpec(split.heads, split.length)
+        spec = jax.sharding.PartitionSpec(split.heads, mask_length)
         sharding = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), spec)
         kernel_spec = kernel.manual_sharding_spec(sharding)
     run = run_split(
@@ -96,9 +100,8 @@ def run_rows(kernel, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
     return jax.vmap(kernel)(query_BNTH, key_BKSH, value_BKSH, segment_ids).swapaxes(1, 2)
 
 
-def make_mask(length: int, causal: bool, window: int) -> masks.Mask:
-    """Which places a place sees, whatever their segments; it is evaluated block by block."""
-    shape = (length, length)
+def make_mask(shape: tuple[int, int], causal: bool, window: int) -> masks.Mask:
+    """Which of the keys a query sees, whatever their segments, for (queries, keys); evaluated block by block."""
     if window:
         reach = window - 1
         return masks.LocalMask(shape, (reach, 0 if causal else reach), offset=0)
