@@ -7,6 +7,7 @@ in MODELS; a mesh, a line in MESHES; the default lane runs the pairs in DEFAULT,
 import functools
 import hashlib
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -30,8 +31,8 @@ COMPILER_OPTIONS = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
-ROWS, LENGTH = 8, 32
-SIZES = dict(vocab_size=264, max_len=LENGTH, num_layers=1, num_kv_heads=4)
+ROWS, LENGTH, VOCAB, MLP = 40, 32, 264, 24  # sizes that nothing else has
+SIZES = dict(vocab_size=VOCAB, max_len=LENGTH, mlp_dim=MLP, num_layers=1, num_kv_heads=4)
 GROUPED = dict(num_layers=2, num_kv_heads=2, tie_embeddings=False)
 TYPES = dict(num_token_types=2)
 
@@ -112,8 +113,10 @@ def on_mesh(model_name, sizes):
     return model, objective, batch, mesh, optimizer, state, shardings
 
 
-def train_step(model_name, sizes, *, accumulation_steps=1, wrong=lambda loss: loss):
-    """(loss, optimizer state) after one step on a mesh of these sizes."""
+def train_step(
+    model_name, sizes, *, accumulation_steps=1, wrong=lambda loss: loss, rules=meshes.RULES
+):
+    """(loss, optimizer state) after one step on a mesh of these sizes, and the program of each device."""
     model, objective, batch, mesh, optimizer, state, shardings = on_mesh(model_name, sizes)
     step = make_train_step(
         model,
@@ -124,11 +127,13 @@ def train_step(model_name, sizes, *, accumulation_steps=1, wrong=lambda loss: lo
         accumulation_steps=accumulation_steps,
     )
     options = dict(donate_argnums=0, out_shardings=(shardings, None))
-    with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
-        jitted = jax.jit(step, compiler_options=COMPILER_OPTIONS, **options)
-        state, metrics = jitted(jax.device_put(state, shardings), meshes.put_batch(mesh, batch))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        arguments = jax.device_put(state, shardings), meshes.put_batch(mesh, batch)
+        lowered = jax.jit(step, **options).lower(*arguments)
+        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)
+        state, metrics = compiled(*arguments)
     total, weight = metrics["loss"]
-    return float(total / weight), jax.device_get(state.opt_state)
+    return float(total / weight), jax.device_get(state.opt_state), compiled.as_text()
 
 
 @functools.cache
@@ -138,8 +143,8 @@ def alone(model_name):
 
 def check_same(model_name, sizes, **options):
     """Within 1e-5 of one device: the loss, and every gradient relative to the largest value of its array."""
-    loss, state = train_step(model_name, sizes, **options)
-    expected_loss, expected = alone(model_name)
+    loss, state, program = train_step(model_name, sizes, **options)
+    expected_loss, expected, _ = alone(model_name)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     flat = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True)
     errors = {
@@ -148,11 +153,37 @@ def check_same(model_name, sizes, **options):
     }
     wrong = {name: float(error) for name, error in errors.items() if not error <= 1e-5}
     assert not wrong, wrong
+    return program
+
+
+def check_parts(program, sizes):
+    """No device has an array of all rows, of the whole vocabulary, or of whole MLP activations, not even for a moment.
+
+    So neither the batch nor logits are gathered, and nothing is "rematerialised in full".
+    """
+    ways = lambda *axes: math.prod(sizes.get(axis, 1) for axis in axes)
+    whole = [{ROWS}] * (ways("data", "fsdp", "expert") > 1) + [{VOCAB}] * (ways("tensor") > 1)
+    whole += [{LENGTH, MLP // ways("tensor")}] * (ways("context") > 1)
+    shapes = {
+        tuple(map(int, shape.split(",")))
+        for line in program.splitlines()
+        for shape in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", line.partition(" = ")[2])
+    }
+    found = {shape for shape in shapes if any(sizes <= set(shape) for sizes in whole)}
+    assert shapes and not found, found
 
 
 @pytest.mark.parametrize(("model", "mesh"), CASES)
 def test_a_mesh_changes_neither_loss_nor_gradient(model, mesh):
-    check_same(model, MESHES[mesh])
+    check_parts(check_same(model, MESHES[mesh]), MESHES[mesh])
+
+
+@pytest.mark.parametrize("name", ["batch", "length", "act_vocab"])
+def test_the_check_of_parts_fails_under_a_wrong_rule(name):
+    rules = [(axis, None if axis == name else over) for axis, over in meshes.RULES]
+    sizes = MESHES["data_context_tensor"]
+    with pytest.raises(AssertionError):
+        check_parts(train_step("gpt", sizes, rules=rules)[-1], sizes)
 
 
 def test_nor_do_micro_batches_on_a_mesh():
