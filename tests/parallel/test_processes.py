@@ -15,26 +15,29 @@ import pytest
 from jaxlm import build
 from jaxlm.parallel import mesh as meshes
 from jaxlm.parallel import processes
+from jaxlm.pretrain import pretrain
 from jaxlm.training.checkpoints import find_step
-from jaxlm.training.metrics import read_metrics
 from tests import tiny
+from tests.training.test_profile import traced_steps
 
 SPEC = "configs/gpt.py:tiny"
+WORDS = {"aa": "fruit", "zz": "tool"}
 HEARTBEAT = 10  # seconds
 # Of eval lines and train lines; float32 sums of other shards in another order.
 TOLERANCE = dict(rtol=2e-4, atol=1e-6)
 
 
-def start(command, count, devices=1):
-    """The processes of one run, on free ports of this machine."""
+def start(command, count, devices=1, own_flags=()):
+    """The processes of one run, on a free port of this machine. own_flags: of each process, besides its number."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
     flags += [f"--heartbeat_timeout={HEARTBEAT}"]
+    own_flags = own_flags or [[f"--process_id={i}"] for i in range(count)]
     return [
         subprocess.Popen(
-            command + (flags + [f"--process_id={i}"] if count > 1 else []),
+            command + (flags + own_flags[i] if count > 1 else []),
             env=tiny.environment(devices),
             cwd=tiny.ROOT,
             stdout=subprocess.PIPE,
@@ -73,13 +76,9 @@ def wait_for(workdir, children, lines):
     raise AssertionError([child.communicate() for child in children if child.poll() is not None])
 
 
-def command_of(config_path, workdir, *flags):
-    return tiny.pretrain_command(config_path, workdir, *flags)
-
-
-def check_same_curve(workdir, whole):
-    """Equal steps in an equal order, each once, and equal numbers."""
-    found, wanted = tiny.learned(workdir), tiny.learned(whole)
+def check_same_curve(workdir, whole, lines=None):
+    """Equal steps in an equal order, each once, and equal numbers. lines: how many have to be there; None: all."""
+    found, wanted = tiny.learned(workdir)[:lines], tiny.learned(whole)[:lines]
     where = lambda lines: [(line["step"], line["split"]) for line in lines]
     assert where(found) == where(wanted)
     for line, reference in zip(found, wanted, strict=True):
@@ -91,7 +90,7 @@ def check_same_curve(workdir, whole):
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """(config.json on a prepared store, the workdir of the unbroken run by one process of four devices)."""
+    """(config.json on a prepared store, the workdir of the unbroken run by this process)."""
     root = tmp_path_factory.mktemp("processes")
     config = tiny.tiny_config(
         SPEC,
@@ -101,43 +100,14 @@ def setting(tmp_path_factory):
         eval_every_steps=20,
         checkpoint_every_steps=8,
         mesh__fsdp=2,
-        eval__prompts=("a", "bc"),
+        eval__prompts=(),
         eval__num_batches=1,
         optimizer__learning_rate=1e-3,
     )
     path = root / "config.json"
     build.write_config(config, path)
-    run(command_of(path, root / "whole"), 1, devices=4)
+    pretrain(config, root / "whole")
     return path, root / "whole"
-
-
-def traced_steps(workdir):
-    """The step numbers in the one xplane file of a run's profile."""
-    (path,) = (workdir / "profile").rglob("*.xplane.pb")
-    planes = jax.profiler.ProfileData.from_file(str(path)).planes
-    stats = (
-        dict(event.stats)
-        for plane in planes
-        for line in plane.lines
-        for event in line.events
-        if event.name.startswith("train")
-    )
-    return {int(found["step_num"]) for found in stats if "step_num" in found}
-
-
-def test_two_processes_are_one_run(setting, tmp_path):
-    config, whole = setting
-    workdir = tmp_path / "run"
-    printed = run(command_of(config, workdir, "--profile_steps=3:5"), 2, devices=2)
-    check_same_curve(workdir, whole)
-    assert (workdir / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-    assert json.loads((workdir / "environment.json").read_text())["processes"] == 2
-    assert sorted(p.name for p in workdir.iterdir()) == sorted(
-        [p.name for p in whole.iterdir()] + ["profile"]
-    )
-    assert traced_steps(workdir) == {3, 4, 5}
-    main, other = (out + err for out, err in printed)
-    assert "parameters on 4 devices" in main and "parameters" not in other
 
 
 def test_the_curves_check_fails_for_another_curve_and_for_a_step_twice(setting, tmp_path):
@@ -166,16 +136,17 @@ def check_survivors(children, victim):
     children[victim].communicate()
 
 
-def test_survivors_end_when_one_is_killed_and_fewer_go_on(setting, tmp_path):
+def test_two_processes_run_as_one_until_one_is_killed(setting, tmp_path):
     config, whole = setting
-    command = command_of(config, tmp_path / "run")
-    children = start(command, 2, devices=2)
-    wait_for(tmp_path / "run", children, lines=6)
+    workdir = tmp_path / "run"
+    children = start(tiny.pretrain_command(config, workdir, "--profile_steps=3:5"), 2, devices=2)
+    wait_for(workdir, children, lines=6)
     children[1].send_signal(signal.SIGKILL)
     check_survivors(children, victim=1)
-    assert 0 < int(find_step(tmp_path / "run").name) < 40
-    run(command, 1, devices=4)
-    check_same_curve(tmp_path / "run", whole)
+    assert 0 < int(find_step(workdir).name) < 40
+    check_same_curve(workdir, whole, lines=6)
+    assert json.loads((workdir / "environment.json").read_text())["processes"] == 2
+    assert traced_steps(workdir / "profile") == {3, 4, 5}
 
 
 # ---------------------------------------------------------------- batches
@@ -242,6 +213,7 @@ def test_the_devices_of_two_processes_hold_the_batches_of_one(setting, tmp_path)
     check_stream(setting, tmp_path, 2, 2, first=5)
 
 
+@pytest.mark.slow
 def test_the_streams_check_fails_if_every_process_reads_the_first_rows(setting, tmp_path):
     with pytest.raises(AssertionError):
         check_stream(setting, tmp_path, 2, 2, first=5, wrong=True)
@@ -249,7 +221,9 @@ def test_the_streams_check_fails_if_every_process_reads_the_first_rows(setting, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "devices", "first"), [(1, 4, 0), (4, 1, 0), (4, 2, 7)])
-def test_the_devices_of_four_processes_hold_the_batches_of_one(setting, tmp_path, count, devices, first):
+def test_the_devices_of_four_processes_hold_the_batches_of_one(
+    setting, tmp_path, count, devices, first
+):
     check_stream(setting, tmp_path, count, devices, first)
 
 
@@ -262,13 +236,13 @@ def test_four_are_two_are_one(setting, tmp_path):
     """Four processes, of which one is killed; two, which are all killed; one, which ends as the unbroken run does."""
     config, whole = setting
     workdir = tmp_path / "run"
-    four = start(command_of(config, workdir), 4)
+    four = start(tiny.pretrain_command(config, workdir), 4)
     wait_for(workdir, four, lines=5)
     four[2].send_signal(signal.SIGKILL)
     check_survivors(four, victim=2)
     steps = [int(find_step(workdir).name)]
 
-    two = start(command_of(config, workdir), 2)
+    two = start(tiny.pretrain_command(config, workdir), 2)
     wait_for(workdir, two, lines=12)
     for child in two:
         child.send_signal(signal.SIGKILL)
@@ -276,7 +250,7 @@ def test_four_are_two_are_one(setting, tmp_path):
     steps.append(int(find_step(workdir).name))
     assert 0 < steps[0] <= steps[1] < 40
 
-    run(command_of(config, workdir, "--config.mesh.fsdp=1"), 1)
+    run(tiny.pretrain_command(config, workdir, "--config.mesh.fsdp=1"), 1)
     check_same_curve(workdir, whole)
 
 
@@ -285,7 +259,9 @@ def test_four_are_two_are_one(setting, tmp_path):
 def test_survivors_end_when_the_network_is_gone(setting, tmp_path, victim):
     """A stopped process closes no connection: it is missed by its heartbeat alone. Process 0 keeps the list of the living."""
     config, _ = setting
-    children = start(command_of(config, tmp_path / "run", "--config.num_train_steps=4000"), 3)
+    children = start(
+        tiny.pretrain_command(config, tmp_path / "run", "--config.num_train_steps=4000"), 3
+    )
     wait_for(tmp_path / "run", children, lines=5)
     children[victim].send_signal(signal.SIGSTOP)
     check_survivors(children, victim)
@@ -295,26 +271,68 @@ def test_survivors_end_when_the_network_is_gone(setting, tmp_path, victim):
 def test_a_run_with_different_flags_is_refused(setting, tmp_path):
     """Each process says how its config differs from that of process 0, and none is left waiting."""
     config, _ = setting
-    children = start(command_of(config, tmp_path / "run"), 1) * 0
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    for i, rate in enumerate(("0.1", "0.2")):
-        flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"]
-        flags += [f"--config.optimizer.learning_rate={rate}"]
-        children.append(
-            subprocess.Popen(
-                command_of(config, tmp_path / "run", *flags),
-                env=tiny.environment(2),
-                cwd=tiny.ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    (_, _, first), (_, err, second) = finish(children)
+    rates = "--config.optimizer.learning_rate=0.1", "--config.optimizer.learning_rate=0.2"
+    own_flags = [[f"--process_id={i}", rate] for i, rate in enumerate(rates)]
+    command = tiny.pretrain_command(config, tmp_path / "run")
+    (_, _, first), (_, err, second) = finish(start(command, 2, 2, own_flags))
     assert (first, second) == (processes.PEER_LOST, processes.FAILED)
     assert "optimizer.learning_rate: 0.1 -> 0.2" in err
     assert "another config than process 0" in err
-    assert read_metrics  # the run never began
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_leave_the_files_of_one(setting, tmp_path):
+    """Samples, pictures and all else once; what is printed, by process 0."""
+    config, _ = setting
+    flags = ["--config.eval.prompts=('a','bc')", "--config.num_train_steps=10"]
+    flags += ["--config.log.tensorboard=True"]
+    run(tiny.pretrain_command(config, tmp_path / "one", *flags), 1, devices=4)
+    printed = run(tiny.pretrain_command(config, tmp_path / "two", *flags), 2, devices=2)
+    names = [
+        sorted(
+            str(path.relative_to(workdir)).split("tfevents")[0]
+            for path in workdir.rglob("*")
+            if path.is_file() and "checkpoints" not in path.parts
+        )
+        for workdir in (tmp_path / "one", tmp_path / "two")
+    ]
+    assert names[0] == names[1] and len(set(names[0])) == len(names[0])
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "two")]
+    assert samples[0] == samples[1] and len(samples[0].splitlines()) == 2
+    main, other = (out + err for out, err in printed)
+    assert "parameters on 4 devices" in main and "parameters" not in other
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+@pytest.mark.slow
+def test_two_processes_fine_tune_as_one(tmp_path):
+    """One report with one score, written once, whatever the number of processes."""
+    encoder = tiny.tiny_config("configs/bert.py:tiny", tiny.make_store(tmp_path / "store"))
+    tiny.save_untrained(encoder, tmp_path / "encoder")
+    rows = [f"the {word * n},{label}" for n in range(1, 7) for word, label in WORDS.items()]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows * 2]) + "\n")
+    command = [
+        *(sys.executable, "-m", "jaxlm.finetune"),
+        f"--config=configs/finetune/classification.py:train={tmp_path}/rows.csv",
+        f"--config.init_from={tmp_path}/encoder",
+        *("--config.seq_len=32", "--config.batch_size=8", "--config.num_epochs=4.0"),
+        *("--config.optimizer.learning_rate=0.01", "--config.data.dev_fraction=0.25"),
+        *("--config.log.progress=False", "--config.log.tensorboard=False"),
+        *("--config.dropout_rate=0.0", "--config.mesh.fsdp=2"),
+    ]
+    run([*command, f"--workdir={tmp_path}/one"], 1, devices=4)
+    (main, _), (other, _) = run([*command, f"--workdir={tmp_path}/two"], 2, devices=2)
+    one, two = (json.loads((tmp_path / x / "report.json").read_text()) for x in ("one", "two"))
+    assert two["step"] == one["step"] and two["records"] == one["records"]
+    for name, value in one["dev"].items():
+        np.testing.assert_allclose(two["dev"][name], value, rtol=1e-3, err_msg=name)
+    check_same_curve(tmp_path / "two", tmp_path / "one")
+    predictions = [
+        [json.loads(x)["prediction"]["label"] for x in path.read_text().splitlines()]
+        for path in (tmp_path / "one/predictions.jsonl", tmp_path / "two/predictions.jsonl")
+    ]
+    assert predictions[0] == predictions[1]
+    assert "accuracy" in main and "accuracy" not in other
