@@ -48,7 +48,7 @@ def start(command, count, devices=1, own_flags=()):
     ]
 
 
-def finish(children, timeout=300):
+def finish(children, timeout=900):
     """(exit status, stdout, stderr) of each, none of which is left behind."""
     try:
         return [(*child.communicate(timeout=timeout), child.returncode) for child in children]
@@ -66,14 +66,16 @@ def run(command, count, devices=1):
 
 
 def wait_for(workdir, children, lines):
-    """Until the run has logged that many lines and has a checkpoint."""
-    deadline, metrics = time.monotonic() + 300, workdir / "metrics.jsonl"
+    """Until the run has logged that many lines and has a checkpoint; a run that does not get there is ended."""
+    deadline, metrics = time.monotonic() + 900, workdir / "metrics.jsonl"
     while time.monotonic() < deadline and all(child.poll() is None for child in children):
         if metrics.exists() and metrics.read_text().count("\n") >= lines:
             if any((workdir / "checkpoints").glob("[0-9]*/manifest")):
                 return
         time.sleep(0.01)
-    raise AssertionError([child.communicate() for child in children if child.poll() is not None])
+    for child in children:
+        child.kill()
+    raise AssertionError([child.communicate() for child in children])
 
 
 def check_same_curve(workdir, whole, lines=None):
