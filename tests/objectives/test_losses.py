@@ -246,19 +246,26 @@ def test_logits_and_softmax_are_float32_for_bfloat16_hidden_states():
         check_float32_inside(wrong)
 
 
-RULES = (("batch", ("data", "fsdp")), ("vocab", "tensor"), ("embed", "fsdp"))
+RULES = (
+    ("batch", "fsdp"),
+    ("length", "context"),
+    ("vocab", "tensor"),
+    ("act_vocab", "tensor"),
+    ("embed", "fsdp"),
+)
 
 
 def on_eight_devices(problem, rules, **options):
-    """(the compiled gradient step on a 2 x 2 x 2 mesh, its sharded arguments)."""
+    """(the compiled gradient step, its sharded arguments): two devices share the rows and the matrix's width, two the
+    length, and two the vocabulary."""
 
     def step(hidden, unembed, bias, labels, weights):
         problem = hidden, unembed, bias, labels, weights
         return total_and_gradients(cross_entropy, problem, **options)
 
     auto = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=auto)
-    rows = PartitionSpec(("data", "fsdp"))
+    mesh = jax.make_mesh((2, 2, 2), ("fsdp", "context", "tensor"), axis_types=auto)
+    rows = PartitionSpec("fsdp", "context")
     specs = (rows, PartitionSpec("tensor", "fsdp"), PartitionSpec("tensor"), rows, rows)
     shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
     arguments = jax.device_put(problem, shardings)
@@ -280,26 +287,44 @@ def test_a_batch_over_eight_devices_gives_what_one_device_gives(chunk_tokens, ru
     )
 
 
-def check_one_reduction_of_the_vocabulary_matrix(step):
-    """Devices add up their gradients of it once, outside the loop over chunks."""
-    inside, reduced = "", []
+def collectives(step):
+    """(operation, number of elements of its largest result, whether in a loop) of the compiled program."""
+    inside, found = "", []
     for line in step.as_text().splitlines():
         inside = line.split()[0] if line and not line.startswith(" ") else inside
-        if " all-reduce(" in line or " reduce-scatter(" in line:
-            shapes = re.findall(r"f32\[([0-9,]*)\]", line.split("channel_id")[0])
-            sizes = [math.prod(map(int, shape.split(","))) for shape in shapes if shape]
-            if max(sizes, default=0) >= V * D // 4:
-                reduced.append(inside)
-    assert reduced == ["ENTRY"], reduced
+        if match := re.search(r" = (.*?) ([a-z]+-[a-z-]+)\(", line):
+            shapes = re.findall(r"[a-z]+\d+\[([\d,]*)\]", match[1])
+            size = max(math.prod(map(int, shape.split(","))) if shape else 1 for shape in shapes)
+            if match[2].removesuffix("-start") in COLLECTIVES:
+                found.append((match[2].removesuffix("-start"), size, inside != "ENTRY"))
+    return found
 
 
-def test_chunks_do_not_wait_for_a_reduction_of_the_vocabulary_matrix():
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def check_what_devices_exchange(step, tokens, width=D):
+    """The matrix is gathered once and its gradient summed once, outside the loop over chunks; inside it, a few numbers
+    per position and the gradient of the hidden states. tokens: of a chunk on a device."""
+    found = collectives(step)
+    part = V * width // 2  # of the matrix
+    large = [(name, looped) for name, size, looped in found if size >= part]
+    assert large.count(("all-gather", False)) <= 1, found
+    assert large and all(name != "all-to-all" and not looped for name, looped in large), found
+    assert max((size for _, size, looped in found if looped), default=0) <= tokens * width, found
+    assert not [name for name, _, looped in found if looped and name != "all-reduce"], found
+
+
+def test_chunks_exchange_neither_logits_nor_the_vocabulary_matrix():
     problem = make_problem((B, 8))
     step, _ = on_eight_devices(problem, RULES, chunk_tokens=16)
-    check_one_reduction_of_the_vocabulary_matrix(step)
-    with pytest.raises(AssertionError):
-        step, _ = on_eight_devices(problem, (), chunk_tokens=16)
-        check_one_reduction_of_the_vocabulary_matrix(step)
+    tokens = 16 // 4
+    check_what_devices_exchange(step, tokens)
+    for missing in ("batch", "act_vocab", "length"):
+        rules = [rule for rule in RULES if rule[0] != missing]
+        with pytest.raises(AssertionError):
+            step, _ = on_eight_devices(problem, rules, chunk_tokens=16)
+            check_what_devices_exchange(step, tokens)
 
 
 def test_evaluation_makes_one_matmul_and_training_three():
