@@ -184,15 +184,14 @@ def find_open_mpi(environ: Environment, given: Mapping[str, object]) -> Place | 
     job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid", "")
     # Of 4.x: '1531576320.0;tcp://10.96.0.1,10.148.0.1:34911' or '…;tcp6://[fe80::b9b]:43370', where mpirun itself runs.
     uri = re.search(
-        r"tcp6?://\[?([0-9a-fA-F.:]+?)[\],:]*(?:,|:\d+|\])",
-        environ.get("OMPI_MCA_orte_hnp_uri", ""),
+        r"tcp://([0-9.]+)|tcp6://(\[[0-9a-fA-F:]+)", environ.get("OMPI_MCA_orte_hnp_uri", "")
     )
     if size == local_size:
         host = "127.0.0.1"
     elif nodes := environ.get("SLURM_JOB_NODELIST"):
         host = first_host(nodes)
     elif uri:
-        host = uri[1]
+        host = uri[1] or f"{uri[2]}]"
     elif "coordinator" in given:
         host = ""
     else:

@@ -93,7 +93,8 @@ def start(
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     number = "a process" if place.process_id is None else f"process {place.process_id}"
     say = f"{place.launcher}: {number} of {place.num_processes}"
-    log.info("%s, coordinator %s", say, place.coordinator or "found by jax")
+    if not place.process_id:
+        log.info("%s, coordinator %s", say, place.coordinator or "found by jax")
     timer = threading.Timer(
         initialization_timeout,
         _leave,

@@ -62,6 +62,10 @@ PLACES = {
     "Slurm": (SLURM, Place("Slurm", 6, 5, f"gpu07-ib:{slurm_port}", 1, 2)),
     "Open MPI, one machine": (OPEN_MPI, Place("Open MPI", 4, 3, f"127.0.0.1:{mpi_port}", 3, 4)),
     "Open MPI, two": (ON_TWO_NODES, Place("Open MPI", 4, 3, f"10.96.0.1:{mpi_port}", 1, 2)),
+    "Open MPI, IPv6": (
+        ON_TWO_NODES | {"OMPI_MCA_orte_hnp_uri": "15.0;tcp6://[fe80::b9b:ac5d,2620:10d::2]:43370"},
+        Place("Open MPI", 4, 3, f"[fe80::b9b:ac5d]:{mpi_port}", 1, 2),
+    ),
     "mpirun in a Slurm job": (
         SLURM_SCRIPT | OPEN_MPI_5,
         Place("Open MPI", 4, 3, f"gpu07-ib:{port_of('prterun-node1-10017@1')}", 1, 2),
