@@ -53,6 +53,7 @@ EXECUTION_FIELDS = (
     "init",
     "mesh",
     "remat",
+    "offload_optimizer",
     "unroll",
     "attention_kernel",
     "checkpoint",
@@ -64,7 +65,7 @@ EXECUTION_FIELDS = (
 )
 
 # Fields that are younger than some runs, and what these did when there was none.
-YOUNGER_FIELDS: dict[str, Any] = {"data.cache_dir": ""}
+YOUNGER_FIELDS: dict[str, Any] = {"data.cache_dir": "", "offload_optimizer": False}
 
 HUGGING_FACE = "hf:"  # what an `init_from` begins with that is no run of ours
 

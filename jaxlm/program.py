@@ -23,10 +23,11 @@ from jaxlm.models.transformer import TransformerConfig
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.objectives.auxiliary import with_auxiliary
 from jaxlm.parallel import mesh as meshes
+from jaxlm.parallel import offload
 from jaxlm.parallel.compiler_options import compiler_options
 from jaxlm.training import optimizers, partition
 from jaxlm.training.state import TrainState, new_state
-from jaxlm.training.step import make_eval_step, make_train_step
+from jaxlm.training.step import make_eval_step, make_train_step, with_state_on_device
 
 PyTree = Any
 log = logging.getLogger("jaxlm")
@@ -68,6 +69,9 @@ class Program:
         shapes = jax.eval_shape(self.new_state, params)
         shardings = meshes.param_shardings(self.mesh, self.boxed)
         state_shardings = meshes.mirror_shardings(self.mesh, shapes, params, shardings)
+        if self.config.offload_optimizer:
+            host = offload.on_host(state_shardings.opt_state)
+            state_shardings = state_shardings.replace(opt_state=host)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings
         )
@@ -126,6 +130,8 @@ class Program:
             ema_decay=config.ema_decay,
         )
         shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
+        if config.offload_optimizer:
+            step = with_state_on_device(step, offload.on_device(shardings.opt_state))
         return jax.jit(
             step,
             donate_argnums=0,

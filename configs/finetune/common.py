@@ -87,6 +87,8 @@ def base(
             # execution: changes speed and memory, never the result
             mesh=dict(data=-1, fsdp=1, expert=1, context=1, tensor=1),
             remat="none",
+            # the optimizer's state waits in the host's memory between steps
+            offload_optimizer=False,
             unroll=0,  # a loop over the layers costs a small model a fifth of its speed (docs/speed_log.md)
             # 'auto': splash on TPU, cudnn on GPU, xla on CPU and for what those cannot do
             attention_kernel="auto",

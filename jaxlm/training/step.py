@@ -95,6 +95,18 @@ def make_train_step(
     return train_step
 
 
+def with_state_on_device(step: Callable, shardings: PyTree) -> Callable:
+    """`step` of a state whose `opt_state` comes from other memory: these shardings are where it is computed with.
+
+    Where it goes afterwards the jitted function's `out_shardings` say.
+    """
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return step(state.replace(opt_state=jax.device_put(state.opt_state, shardings)), batch)
+
+    return run
+
+
 def _sum_gradients(total_loss, params, batch, key, accumulation_steps):
     """Gradient of the summed loss, the summed weight and the summed metrics over all micro-batches."""
     value_and_grad = jax.value_and_grad(total_loss, has_aux=True)
