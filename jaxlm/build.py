@@ -56,6 +56,7 @@ EXECUTION_FIELDS = (
     "offload_optimizer",
     "unroll",
     "attention_kernel",
+    "compiler_flags",
     "checkpoint",
     "eval",
     "log",
@@ -65,7 +66,11 @@ EXECUTION_FIELDS = (
 )
 
 # Fields that are younger than some runs, and what these did when there was none.
-YOUNGER_FIELDS: dict[str, Any] = {"data.cache_dir": "", "offload_optimizer": False}
+YOUNGER_FIELDS: dict[str, Any] = {
+    "data.cache_dir": "",
+    "offload_optimizer": False,
+    "compiler_flags": "auto",
+}
 
 HUGGING_FACE = "hf:"  # what an `init_from` begins with that is no run of ours
 

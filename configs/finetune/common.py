@@ -92,6 +92,8 @@ def base(
             unroll=0,  # a loop over the layers costs a small model a fifth of its speed (docs/speed_log.md)
             # 'auto': splash on TPU, cudnn on GPU, xla on CPU and for what those cannot do
             attention_kernel="auto",
+            # 'auto': what is known to help on the mesh's devices (jaxlm/parallel/compiler_options.py), or 'none'
+            compiler_flags="auto",
             log=dict(progress=True, tensorboard=True, wandb=False),
         )
     )

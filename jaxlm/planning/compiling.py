@@ -83,7 +83,9 @@ def compile_program(program: Program, chip: Chip, cache: Path | None = None) -> 
     """
     began = time.perf_counter()
     lowered = program.lower_train_step()
-    options = compiler_options(program.mesh) | AHEAD_OF_TIME[chip.platform]
+    options = (
+        compiler_options(program.mesh, program.config.compiler_flags) | AHEAD_OF_TIME[chip.platform]
+    )
     path = cache and cache / f"{program_key(lowered, program, options)}.json.gz"
     if path and path.exists():
         return Outcome(**json.loads(gzip.decompress(path.read_bytes())))
