@@ -58,19 +58,29 @@ class Operation:
 
 @dataclass
 class Cost:
-    """operations, and sums over the step of one device: HBM bytes, network seconds if nothing is hidden."""
+    """What a step costs one device, by operation."""
 
     operations: list[Operation] = field(default_factory=list)
 
-    @property
+    @cached_property
     def seconds(self) -> tuple[float, float]:
-        return tuple(sum(o.seconds[k] for o in self.operations) for k in (0, 1))  # type: ignore[return-value]
+        low, high = (sum(o.seconds[k] for o in self.operations) for k in (0, 1))
+        return low, high
+
+    @property
+    def estimate(self) -> float:
+        """Seconds of a step: the geometric mean of both ends, which are factors apart."""
+        return math.sqrt(math.prod(self.seconds))
+
+    def middle(self, seconds: tuple[float, float]) -> float:
+        """What of `estimate` an operation is that takes between these; those of all operations add up to it."""
+        return self.estimate * sum(seconds) / sum(self.seconds) if sum(seconds) else 0.0
 
     def by_source(self) -> list[tuple[str, str, float]]:
-        """(source, kind, mean seconds), the costliest first."""
+        """(source, kind, seconds), the costliest first."""
         sums: dict[tuple[str, str], float] = defaultdict(float)
         for operation in self.operations:
-            sums[operation.source, operation.kind] += sum(operation.seconds) / 2
+            sums[operation.source, operation.kind] += self.middle(operation.seconds)
         return sorted(((*key, value) for key, value in sums.items()), key=lambda row: -row[2])
 
 

@@ -63,7 +63,7 @@ def make_report(
     module: hlo.Module | None,
     cost: Cost | None,
 ) -> dict[str, Any]:
-    """The whole plan. Times are an estimate: (optimistic, pessimistic), and their mean where there is one number."""
+    """The whole plan. Times are an estimate: (optimistic, pessimistic), and their geometric mean where there is one number."""
     plan = describe(program, topology) | {
         "fits": outcome.fits,
         "hbm_bytes": outcome.hbm_bytes,
@@ -80,13 +80,12 @@ def make_report(
 
 def times(program: Program, topology: Topology, cost: Cost) -> dict[str, Any]:
     chip, chips = topology.chip, topology.num_chips
-    low, high = cost.seconds
-    mean = (low + high) / 2
+    (low, high), mean = cost.seconds, cost.estimate
     mfu = lambda seconds: program.step_flops / seconds / chips / chip.peak_flops
     speed = lambda seconds: program.step_tokens / seconds / chips
     by_kind: dict[str, float] = defaultdict(float)
     for operation in cost.operations:
-        by_kind[operation.kind] += sum(operation.seconds) / 2
+        by_kind[operation.kind] += cost.middle(operation.seconds)
     return {
         "is_estimate": True,
         "estimated_step_seconds": mean,
@@ -111,7 +110,7 @@ def roofline(program: Program, topology: Topology, cost: Cost) -> dict[str, Any]
     (everything hidden), the network between slices; and which of them is the longest."""
     chip = topology.chip
     total = lambda slow: sum(
-        sum(o.seconds) / 2 + sum(o.hidden) / 2
+        o.seconds[0] + o.hidden[0]
         for o in cost.operations
         if o.kind in hlo.COLLECTIVES and o.is_slow == slow
     )
@@ -145,8 +144,8 @@ def collectives(cost: Cost) -> list[dict[str, Any]]:
         )
         row["count"] += o.times
         row["bytes"] += o.num_bytes
-        row["exposed_seconds"] += sum(o.seconds) / 2
-        row["hidden_seconds"] += sum(o.hidden) / 2
+        row["exposed_seconds"] += cost.middle(o.seconds)
+        row["hidden_seconds"] += cost.middle(o.hidden)
         row["between_slices"] = o.is_slow
     return sorted(rows.values(), key=lambda row: -row["exposed_seconds"])
 

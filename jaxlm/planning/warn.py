@@ -1,6 +1,7 @@
 """What a plan's reader should look at before the machine is booked: each finding with its size and what to change."""
 
 import math
+from collections import Counter
 
 import jax
 
@@ -89,30 +90,33 @@ def padded_sizes(program: Program, chip: Chip) -> list[str]:
 
 def whole_scores(program: Program, module: hlo.Module) -> list[str]:
     """(length, length) and (length, vocab) arrays in device memory."""
-    found, c, config = [], program.model.config, program.config
-    squares = arrays_with(module, config.seq_len, config.seq_len)
-    if squares:
+    found, c, length = [], program.model.config, program.config.seq_len
+    squares = arrays_with(module, length, length)
+    if squares >= LARGE:
+        says = {
+            "xla": "the reference attention writes whole scores; a fused kernel ('auto') writes none",
+            "cudnn": "packed rows are a mask of each row to cuDNN; attention_kernel='triton' needs none",
+        }.get(c.attention_kernel, "a mask or scores of whole rows")
         found.append(
-            f"attention writes whole scores of {config.seq_len} x {config.seq_len} to memory (the largest array: {squares / 2**20:.0f} MiB): "
-            f"attention_kernel={c.attention_kernel!r}; a fused kernel ('auto') writes none"
+            f"{length} x {length} arrays in memory, {squares / 2**20:,.0f} MiB the largest, with attention_kernel={c.attention_kernel!r}: {says}"
         )
-    logits = arrays_with(module, config.seq_len, c.vocab_size // program.mesh.shape["tensor"])
-    if logits:
+    logits = arrays_with(module, length, c.vocab_size // program.mesh.shape["tensor"])
+    if logits >= LARGE:
         found.append(
-            f"whole logits are in memory ({logits / 2**20:.0f} MiB): lower objective.chunk_tokens"
+            f"whole logits are in memory ({logits / 2**20:,.0f} MiB): lower objective.chunk_tokens"
         )
     return found
 
 
 def arrays_with(module: hlo.Module, *sizes: int) -> float:
     """Bytes of the largest array in device memory that has all these sizes among its axes; 0 if there is none."""
-    largest = 0.0
+    wanted, largest = Counter(sizes), 0.0
     for step in module.walk():
+        if not hbm_bytes(step.instruction.shape):
+            continue
         for dtype, shape in step.instruction.arrays:
-            rest = list(shape)
-            if all(size in rest and not rest.remove(size) for size in sizes):
-                if hbm_bytes(step.instruction.shape):
-                    largest = max(largest, hlo.BYTES[dtype] * math.prod(shape))
+            if wanted <= Counter(shape):
+                largest = max(largest, hlo.BYTES[dtype] * math.prod(shape))
     return largest
 
 
@@ -142,13 +146,13 @@ def float32_matmuls(program: Program, module: hlo.Module) -> list[str]:
 
 def exposed_collectives(cost: Cost) -> list[str]:
     """Collectives that nothing hides, and those between slices, where they take a visible share of the step."""
-    total = sum(cost.seconds) / 2
+    total = cost.estimate
     sums: dict[tuple[str, str, str, bool], float] = {}
     for o in cost.operations:
         if o.kind not in hlo.COLLECTIVES:
             continue
         key = (o.kind, "+".join(o.axes), o.source, o.is_slow)
-        sums[key] = sums.get(key, 0.0) + sum(o.seconds) / 2
+        sums[key] = sums.get(key, 0.0) + cost.middle(o.seconds)
     found = []
     for (kind, axes, source, slow), seconds in sorted(sums.items(), key=lambda item: -item[1]):
         if seconds < SHARE * total:
