@@ -136,7 +136,7 @@ class Program:
             step,
             donate_argnums=0,
             out_shardings=(shardings, None),
-            compiler_options=compiler_options(self.mesh),
+            compiler_options=compiler_options(self.mesh, config.compiler_flags),
         )
 
     @cached_property
