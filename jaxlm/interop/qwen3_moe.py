@@ -22,8 +22,13 @@ from jaxlm.interop.mixtral import check_experts, expert_rows, window_to_hf
 from jaxlm.models.config import TransformerConfig
 
 
+def _num_experts(hf: Mapping[str, Any]) -> Any:
+    """Of a config.json without num_experts: transformers 5 writes its other name."""
+    return hf.get("num_local_experts", 128)
+
+
 def _from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
-    check_experts(hf.get("num_experts", 128), hf.get("num_hidden_layers"))
+    check_experts(hf.get("num_experts", _num_experts(hf)), hf.get("num_hidden_layers"))
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     return rope_from_hf(hf, 10000.0) | windows_from_hf(hf, window, [True])
 
@@ -37,7 +42,6 @@ def _to_hf(config: TransformerConfig) -> dict[str, Any]:
         "sliding_window": window,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-        "intermediate_size": config.mlp_dim,  # of layers without experts, of which there are none
     }
 
 
@@ -52,7 +56,7 @@ QWEN3_MOE = dataclasses.replace(
         *BIASES,
         Field("mlp_dim", "moe_intermediate_size", 768),
         Field("head_dim", "head_dim", head_dim),
-        Field("num_experts", "num_experts", 128),
+        Field("num_experts", "num_experts", _num_experts),
         Field("experts_per_token", "num_experts_per_tok", 8),
         Field("normalise_router", "norm_topk_prob", False),
     ),

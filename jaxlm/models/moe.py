@@ -48,7 +48,10 @@ class Kernels(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """Which experts a token goes to, (B, T, J) int32, and what their outputs are multiplied by, float32 (0: padding)."""
+    """Which experts a token goes to, (B, T, J) int32, and what their outputs are multiplied by, float32.
+
+    Padding goes nowhere: to expert E, which there is not, with weight 0.
+    """
 
     experts_BTJ: jax.Array
     weights_BTJ: jax.Array
@@ -90,10 +93,10 @@ class MoE(nn.Module):
             down_EFD=self.kernel("down"),
         )
         if c.expert_capacity_factor and not self.deterministic:
-            y_BTD, dropped = apply_with_capacity(c, x_BTD, routes, real_BT, kernels)
+            y_BTD, dropped = apply_with_capacity(c, x_BTD, routes, kernels)
         else:
             y_BTD, dropped = apply_to_all(c, x_BTD, routes, kernels), jnp.float32(0)
-        chosen_BTE = count_choices(c, routes.experts_BTJ, real_BT)
+        chosen_BTE = is_chosen(routes.experts_BTJ, c.num_experts)
         sums = RouterSums(
             tokens=real_BT.sum(dtype=jnp.float32),
             chosen_E=chosen_BTE.sum((0, 1), dtype=jnp.float32),
@@ -122,20 +125,19 @@ def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
 
 
 def route(config: TransformerConfig, probs_BTE: jax.Array, real_BT: jax.Array) -> Routes:
-    """The `experts_per_token` experts of the largest p. Padding goes somewhere, with the weight 0."""
+    """The `experts_per_token` experts of the largest p."""
     weights_BTJ, experts_BTJ = jax.lax.top_k(probs_BTE, config.experts_per_token)
+    real_BT1 = real_BT[..., None]
     if config.normalise_router:
         weights_BTJ = weights_BTJ / weights_BTJ.sum(-1, keepdims=True)
-    return Routes(experts_BTJ, jnp.where(real_BT[..., None], weights_BTJ, 0.0))
+    experts_BTJ = jnp.where(real_BT1, experts_BTJ, config.num_experts)
+    return Routes(experts_BTJ, jnp.where(real_BT1, weights_BTJ, 0.0))
 
 
-def count_choices(
-    config: TransformerConfig, experts_BTJ: jax.Array, real_BT: jax.Array
-) -> jax.Array:
-    """(B, T, E) int32: 1 where a real token chose the expert."""
-    experts_E = jnp.arange(config.num_experts)
-    chosen_BTE = (experts_BTJ[..., None] == experts_E[None, None, None]).any(2)
-    return (chosen_BTE & real_BT[..., None]).astype(jnp.int32)
+def is_chosen(experts_XJ: jax.Array, num_experts: int) -> jax.Array:
+    """(..., E) bool: whether the token chose the expert."""
+    one_hot_XJE = jax.nn.one_hot(experts_XJ, num_experts, dtype=bool)
+    return one_hot_XJE.any(-2)
 
 
 def feed_forward(
@@ -194,6 +196,25 @@ def spread_weights(weights_NJ: jax.Array, choice_S: jax.Array, places_NJ: jax.Ar
     return spread(weights_NJ.reshape(-1, 1), choice_S, places_NJ.reshape(-1, 1))
 
 
+def rank_choices(experts_NJ: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """(N, J): how many tokens before this one chose the same expert; and (E,): how many did in all. int32.
+
+    Of a choice of expert E, which there is not, the rank means nothing.
+    """
+    chosen_NE = is_chosen(experts_NJ, num_experts).astype(jnp.int32)
+    until_NE = jnp.cumsum(chosen_NE, axis=0)
+    rank_NJ = jnp.take_along_axis(until_NE - chosen_NE, experts_NJ, axis=1, mode="clip")
+    return rank_NJ, until_NE[-1]
+
+
+def choices_at(places_NJ: jax.Array, num_places: int) -> jax.Array:
+    """(S,): which of the N J choices stands at each place, N J where none does."""
+    choices = places_NJ.size
+    nobody_S = jnp.full(num_places, choices, jnp.int32)
+    order = jnp.arange(choices, dtype=jnp.int32)
+    return nobody_S.at[places_NJ.reshape(-1)].set(order, mode="drop")
+
+
 # --- with a capacity --------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +229,6 @@ def apply_with_capacity(
     config: TransformerConfig,
     x_BTD: jax.Array,
     routes: Routes,
-    real_BT: jax.Array,
     kernels: Kernels,
 ) -> tuple[jax.Array, jax.Array]:
     """(y, how many choices of real tokens were dropped).
@@ -218,9 +238,7 @@ def apply_with_capacity(
     """
     c, (batch, length, width) = config, x_BTD.shape
     size = capacity(c, length)
-    places_BTJ, choice_BS = jax.vmap(functools.partial(find_places, c, size))(
-        routes.experts_BTJ, real_BT
-    )
+    places_BTJ, choice_BS = jax.vmap(functools.partial(find_places, c, size))(routes.experts_BTJ)
     source_BS = choice_BS // c.experts_per_token  # length where there is none
     x_BSD = jax.vmap(spread)(x_BTD, source_BS, places_BTJ)
     x_BECD = constrain(x_BSD.reshape(batch, c.num_experts, size, width), GROUPED)
@@ -230,29 +248,24 @@ def apply_with_capacity(
     y_BSD = constrain(y_BECD.reshape(batch, -1, width), ("batch", None, "act_embed"))
     weights_BS1 = jax.vmap(spread_weights)(routes.weights_BTJ, choice_BS, places_BTJ)
     y_BSD = (y_BSD * weights_BS1).astype(y_BSD.dtype)
-    is_dropped = (places_BTJ == c.num_experts * size) & real_BT[..., None]
+    is_real_BTJ = routes.experts_BTJ < c.num_experts
+    is_dropped = (places_BTJ == c.num_experts * size) & is_real_BTJ
     return jax.vmap(collect)(y_BSD, source_BS, places_BTJ), is_dropped.sum(dtype=jnp.float32)
 
 
 def find_places(
-    config: TransformerConfig, size: int, experts_TJ: jax.Array, real_T: jax.Array
+    config: TransformerConfig, size: int, experts_TJ: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Of one row: the place of each choice, (T, J), and the choice (of T J) at each place, (E size,).
 
     Expert e has the places from e * size on, filled in the order of the row. A choice without a place has E size, a place
     without a choice T J.
     """
-    c = config
-    chosen_TE = count_choices(c, experts_TJ[None], real_T[None])[0]
-    before_TE = jnp.cumsum(chosen_TE, axis=0) - chosen_TE
-    rank_TJ = jnp.take_along_axis(before_TE, experts_TJ, axis=1)
-    nowhere = c.num_experts * size
-    has_place_TJ = (rank_TJ < size) & real_T[:, None]
+    nowhere = config.num_experts * size
+    rank_TJ, _ = rank_choices(experts_TJ, config.num_experts)
+    has_place_TJ = (rank_TJ < size) & (experts_TJ < config.num_experts)
     places_TJ = jnp.where(has_place_TJ, experts_TJ * size + rank_TJ, nowhere)
-    choices = experts_TJ.size
-    choice_S = jnp.full(nowhere, choices, jnp.int32)
-    choice_S = choice_S.at[places_TJ.reshape(-1)].set(jnp.arange(choices), mode="drop")
-    return places_TJ, choice_S
+    return places_TJ, choices_at(places_TJ, nowhere)
 
 
 # --- without dropping -------------------------------------------------------------------------------------------------
@@ -317,21 +330,22 @@ def apply_locally(
 ) -> jax.Array:
     """y of the experts from `first` on, of which these are the kernels; what other experts add is left out."""
     c, num_experts = config, len(kernels.up_EDF)
-    choices_per_token = c.experts_per_token
-    expert_A = routes.experts_BTJ.reshape(-1) - first
-    is_here_A = (expert_A >= 0) & (expert_A < num_experts)
-    expert_A = jnp.where(is_here_A, expert_A, num_experts)  # the others come last
-    choice_S = jnp.argsort(expert_A, stable=True)
-    places_A = jnp.argsort(choice_S)
-    sizes_E = (expert_A[:, None] == jnp.arange(num_experts)[None]).sum(0, dtype=jnp.int32)
-    places_NJ = places_A.reshape(-1, choices_per_token)
-
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    x_SD = spread(x_ND, choice_S // choices_per_token, places_NJ)
+    experts_NJ, weights_NJ = (x.reshape(len(x_ND), -1) for x in routes)
+    experts_NJ = experts_NJ - first
+    is_here_NJ = (experts_NJ >= 0) & (experts_NJ < num_experts)
+    experts_NJ = jnp.where(is_here_NJ, experts_NJ, num_experts)
+    rank_NJ, sizes_E = rank_choices(experts_NJ, num_experts)
+    start_E = jnp.cumsum(sizes_E) - sizes_E
+    rows = experts_NJ.size
+    places_NJ = jnp.where(is_here_NJ, start_E[experts_NJ] + rank_NJ, rows)
+    choice_S = choices_at(places_NJ, rows)
+    source_S = choice_S // c.experts_per_token
+
+    x_SD = spread(x_ND, source_S, places_NJ)
     y_SD = feed_forward(c, kernels, x_SD, lambda x, w: grouped_matmul(x, w, sizes_E))
-    weights_NJ = routes.weights_BTJ.reshape(-1, choices_per_token)
     y_SD = (y_SD * spread_weights(weights_NJ, choice_S, places_NJ)).astype(y_SD.dtype)
-    return collect(y_SD, choice_S // choices_per_token, places_NJ).reshape(x_BTD.shape)
+    return collect(y_SD, source_S, places_NJ).reshape(x_BTD.shape)
 
 
 # --- losses of the router ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def record(name: str) -> dict:
     outputs = tiny_hf.run_theirs(model)
     return {
         "config": config,
-        "shapes": {key: list(p.shape) for key, p in model.named_parameters()},
+        "shapes": {key: list(p.shape) for key, p in tiny_hf.named_tensors(model).items()},
         "places": PLACES,
         "outputs": [[float(f"{x:.6g}") for x in outputs[place]] for place in PLACES],
     }

@@ -26,6 +26,7 @@ LLAMA = dict(
     max_position_embeddings=24,
 )
 HEAD = dict(head_dim=10)  # not 24 / 4
+QWEN_EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12)
 BERT = dict(
     vocab_size=V,
     hidden_size=24,
@@ -81,6 +82,22 @@ CASES = {
         "Qwen3Config",
         LLAMA | HEAD | dict(attention_bias=True, rms_norm_eps=1e-3),
     ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        LLAMA | HEAD | dict(num_local_experts=5, num_experts_per_tok=2),
+    ),
+    "mixtral_window": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        LLAMA | dict(num_local_experts=3, num_experts_per_tok=3, sliding_window=5),
+    ),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", LLAMA | QWEN_EXPERTS),
+    "qwen3_moe_normalised": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        LLAMA | HEAD | QWEN_EXPERTS | dict(norm_topk_prob=True, tie_word_embeddings=True),
+    ),
     "bert": ("BertForMaskedLM", "BertConfig", BERT),
     "bert_untied": (
         "BertForMaskedLM",
@@ -108,6 +125,34 @@ def make_batch() -> dict[str, np.ndarray]:
     return {"tokens": tokens, "segment_ids": real}
 
 
+# Within a layer's experts, as the files of the hub have them.
+EXPERT_NAMES = {
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def named_tensors(model) -> dict:
+    """transformers' parameters by the names of their files; what it fuses over experts, gate and up, as views."""
+    names, found = EXPERT_NAMES.get(model.config.model_type), {}
+    for name, parameter in model.named_parameters():
+        layer, dot, rest = name.partition(".mlp.")
+        if not (names and dot):
+            found[name] = parameter
+            continue
+        block, gate, up, down = names
+        if rest == "gate.weight":
+            found[f"{layer}.{block}.gate.weight"] = parameter
+            continue
+        parts = {down: parameter}
+        if rest == "experts.gate_up_proj":
+            parts = dict(zip((gate, up), parameter.chunk(2, dim=1), strict=True))
+        for part, tensor in parts.items():
+            for expert in range(len(tensor)):
+                found[f"{layer}.{block}.experts.{expert}.{part}.weight"] = tensor[expert]
+    return found
+
+
 def make_theirs(name: str):
     """transformers' model of a case, with `random_weights`."""
     import torch
@@ -117,10 +162,11 @@ def make_theirs(name: str):
     model_class, config_class, options = CASES[name]
     ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options | ids))
-    weights = make_weights({n: p.shape for n, p in model.named_parameters()})
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(weights[key]))
+        tensors = named_tensors(model)
+        weights = make_weights({name: tensor.shape for name, tensor in tensors.items()})
+        for name, tensor in tensors.items():
+            tensor.copy_(torch.from_numpy(weights[name]))
     return model.eval()
 
 
