@@ -31,15 +31,18 @@ def kernel_work(
     if line.target == "tpu_custom_call" and "splash" in line.op_name + line.name:
         return splash_work(line, operands, causal, mxu_width)
     if "fmha" in line.target:
-        (batch, first, second, width), (_, third, fourth, _) = (o[0][1] for o in operands[:2])
-        # (B, T, N, H): the head axis is the smaller one.
-        heads, length = sorted((first, second))
-        kv_length = max(third, fourth)
-        flops = 2.0 * batch * heads * length * kv_length * width
-        flops *= 5 if "Backward" in line.target else 2
         share = 0.5 if "CAUSAL" in line.attributes.upper() else 1.0
-        return Work(flops * share, flops * share)
+        return gpu_work(operands, 5 if "Backward" in line.target else 2, share)
+    if "triton" in line.target and "mha_" in line.op_name and "preprocess" not in line.op_name:
+        return gpu_work(operands, 7 if "backward" in line.op_name else 2, 0.5 if causal else 1.0)
     return None
+
+
+def gpu_work(operands: list[Arrays], matmuls: int, share: float) -> Work:
+    """Of queries and keys (B, T, N, H) or (B, N, T, H): the head axis is the smaller one."""
+    (batch, *sizes, width), (_, *key_sizes, _) = (arrays[0][1] for arrays in operands[:2])
+    flops = 2.0 * batch * math.prod(sizes) * max(key_sizes) * width * matmuls * share
+    return Work(flops, flops)
 
 
 def splash_work(

@@ -1,0 +1,61 @@
+"""The README's plans: every row is a config that there is, and what was written keeps its promises."""
+
+import json
+
+import pytest
+
+from jaxlm.build import read_config
+from jaxlm.planning.topologies import parse_topology
+from tools import plan_table
+
+ROWS = [*plan_table.DENSE, *plan_table.BARS, *plan_table.CALIBRATIONS]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_is_a_config_on_machines_that_there_are(row):
+    config = read_config(str(plan_table.ROOT / row.config), row.overrides)
+    assert config.batch_size % config.accumulation_steps == 0
+    assert parse_topology(row.topology).num_chips >= 1
+
+
+def fake_plan(**changes):
+    plan = dict(
+        mesh={"fsdp": 8}, batch_size=8, seq_len=2048, accumulation_steps=2, remat="full", fits=True,
+        hbm_bytes=2.0**33, usable_bytes=2.0**34, tokens_per_second_per_chip=1000.0,
+        tokens_per_second_per_chip_range=[900.0, 1100.0], estimated_mfu=0.5,
+        estimated_mfu_range=[0.4, 0.6], roofline={"bound": "compute"}, model_flops=1e15,
+    )  # fmt: skip
+    return plan | changes
+
+
+def test_the_tables_go_between_the_readmes_markers_and_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_table, "FOLDER", tmp_path)
+    for row in ROWS:
+        (tmp_path / f"{row.name}.json").write_text(json.dumps(fake_plan()))
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "before\n<!-- plans -->\nold\n<!-- /plans -->\nbetween\n<!-- calibration --><!-- /calibration -->\nafter\n"
+    )
+    plan_table.write_readme(readme)
+    text = readme.read_text()
+    assert "| GPT-2 124M | v5e-1 | fsdp 8 | 8 x 2,048 in 2 parts | full | 8.0 of 16.0 GiB |" in text
+    assert "old" not in text and all(word in text for word in ("before", "between", "after"))
+    plan_table.write_readme(readme)
+    assert readme.read_text() == text
+
+
+def test_a_readme_without_markers_is_an_error(tmp_path):
+    (tmp_path / "README.md").write_text("no markers\n")
+    with pytest.raises(ValueError, match="put the markers"):
+        plan_table.write_readme(tmp_path / "README.md")
+
+
+def test_a_plan_that_does_not_fit_says_so_in_its_row():
+    assert "does not fit" in plan_table.format_row(ROWS[0], fake_plan(fits=False))
+
+
+def test_a_published_number_of_flops_becomes_tokens():
+    row = next(row for row in ROWS if row.name == "published_32b_v5p-128")
+    assert plan_table.published_speed(row, fake_plan()) == pytest.approx(
+        328e12 / (1e15 / (8 * 2048))
+    )
