@@ -73,6 +73,7 @@ def start_or_resume(
     run: build.Run, store: Checkpoints, start: Callable[[], TrainState]
 ) -> tuple[TrainState, MetricSums | None]:
     """(state, open log window) of the newest checkpoint; what `start` makes, and None, where there is none."""
+    processes.meet(run.mesh)
     latest = store.latest_step()
     if latest is None:
         return start(), None

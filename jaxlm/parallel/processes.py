@@ -14,6 +14,7 @@ within the heartbeat timeout: they would wait for it forever. The same command o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -27,6 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.parallel.launchers import (
     TPU_ON_GKE,
@@ -168,6 +170,29 @@ def main_first(name: str) -> Iterator[None]:
     yield
     if is_main():
         barrier(name)
+
+
+def meet(mesh: jax.sharding.Mesh) -> None:
+    """Lets the devices of every group of the mesh exchange something once, all processes being here.
+
+    Gloo, which is what CPUs have, connects a group when it is first used and gives up after 30 s: less than the time by
+    which one process may be done compiling before another.
+    """
+    if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    barrier("meet")
+    axes = [name for name, size in mesh.shape.items() if size > 1]
+    groups = [g for n in range(1, len(axes) + 1) for g in itertools.combinations(axes, n)]
+    sharding = NamedSharding(mesh, PartitionSpec(tuple(axes)))
+    size = mesh.size
+    ones = jax.make_array_from_callback((size,), sharding, lambda index: np.ones(size)[index])
+
+    def exchange(x):
+        return [jax.lax.psum(x, group) for group in groups]
+
+    spec = sharding.spec
+    exchanged = jax.shard_map(exchange, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    jax.block_until_ready(jax.jit(exchanged)(ones))
 
 
 def fetch(tree: Any) -> Any:
