@@ -12,10 +12,11 @@ PyTree = Any
 
 
 def device_bytes(tree: PyTree) -> int:
-    """Bytes that one device holds of a tree of ShapeDtypeStructs with shardings."""
+    """Bytes that one device holds of a tree of ShapeDtypeStructs with shardings; what waits in the host's memory is not its."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
+        if "host" not in (x.sharding.memory_kind or "")
     )
 
 
