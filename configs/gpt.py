@@ -19,7 +19,7 @@ gpt3_125m … 175b   Brown et al. 2020, arXiv:2005.14165, tables 2.1 and D.1, de
                    V100 cluster; 175b: 20.5 perplexity on Penn Treebank, zero-shot
 llama3_1b/8b/70b   Grattafiori et al. 2024, arXiv:2407.21783, table 3 (1b: the model card of Llama 3.2); 15T tokens on
                    up to 16,384 H100; here with fsdp over all devices, e.g. a v5p-128 pod slice for 8b
-tiny_moe           tiny's shape with 8 experts of which a token uses 2 (5.9M parameters, 2.7M of them active), dropless
+tiny_moe           tiny's shape with 8 experts of which a token uses 2 (6.8M parameters, 2.7M of them active), dropless
 mixtral_8x7b       Jiang et al. 2024, arXiv:2401.04088, table 1: 46.7B parameters, 12.9B active; what it was trained on and how
                    is unpublished: the recipe is Llama 3's
 qwen3_30b_a3b      Yang et al. 2025, arXiv:2505.09388, table 3: 30.5B parameters, 3.3B active; its recipe as for qwen3_8b

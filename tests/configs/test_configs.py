@@ -24,7 +24,12 @@ EXACT = {
     "llama3_70b": 70_553_706_496,
     "qwen3_0_6b": 596_049_920,
     "qwen3_8b": 8_190_735_360,
+    "mixtral_8x7b": 46_702_792_704,
+    "qwen3_30b_a3b": 30_532_122_624,
 }
+
+# Parameters that a token meets: 12.9B in arXiv:2401.04088, abstract, and 3.3B in arXiv:2505.09388, table 3.
+ACTIVE = {"mixtral_8x7b": 12_879_925_248, "qwen3_30b_a3b": 3_353_032_704}
 
 # Millions, as rounded in table D.1 of arXiv:2005.14165.
 GPT3 = {
@@ -69,6 +74,15 @@ def test_a_decoder_has_its_published_size(variant):
     assert count(param_shapes(gpt.get_config(variant))) == EXACT[variant]
 
 
+@pytest.mark.parametrize("variant", ACTIVE)
+def test_a_mixture_has_its_published_active_size(variant):
+    config = gpt.get_config(variant)
+    shapes, c = param_shapes(config), config.model
+    experts = count([shapes["layers"]["mlp"][name] for name in ("up", "gate", "down")])
+    active = count(shapes) - experts * (c.num_experts - c.experts_per_token) // c.num_experts
+    assert active == ACTIVE[variant]
+
+
 @pytest.mark.parametrize("variant", GPT3)
 def test_a_gpt3_has_its_published_size(variant):
     millions = count(param_shapes(gpt.get_config(variant))) / 1e6
@@ -87,6 +101,7 @@ def test_an_encoder_with_its_pooler_has_its_published_size(variant):
 
 def test_the_small_models_have_the_sizes_that_their_docstring_says():
     assert count(param_shapes(gpt.get_config("tiny"))) == pytest.approx(2.6e6, rel=0.05)
+    assert count(param_shapes(gpt.get_config("tiny_moe"))) == pytest.approx(6.7e6, rel=0.05)
     for variant in ("nanogpt", "shakespeare"):
         assert count(param_shapes(gpt.get_config(variant))) == pytest.approx(0.80e6, rel=0.02)
 

@@ -19,6 +19,7 @@ from jaxlm import tokenizers
 from jaxlm.data.pipeline import TrainBatches
 from jaxlm.data.token_store import TokenStore
 from jaxlm.objectives import OBJECTIVES
+from jaxlm.objectives.auxiliary import with_auxiliary
 from jaxlm.parallel import mesh as meshes
 from jaxlm.training import optimizers
 from jaxlm.training.state import new_state
@@ -36,6 +37,7 @@ SIZES = dict(vocab_size=VOCAB, max_len=LENGTH, mlp_dim=MLP, num_layers=1, num_kv
 GROUPED = dict(num_layers=2, num_kv_heads=2, tie_embeddings=False)
 TYPES = dict(num_token_types=2)
 
+EXPERTS = dict(num_experts=8, router_aux_weight=0.1, router_z_weight=0.01)
 WINDOWS = dict(num_layers=2, attention_windows=(4, 0))
 
 # name -> (model, name of the objective)
@@ -44,6 +46,11 @@ MODELS = {
     "gpt_untied": lambda: (make_gpt(**SIZES, tie_embeddings=False), "causal"),
     "llama": lambda: (make_gpt(**SIZES | MODERN | GROUPED), "causal"),
     "windows": lambda: (make_gpt(**SIZES | MODERN | WINDOWS), "causal"),
+    "dropless": lambda: (make_gpt(**SIZES | MODERN | EXPERTS), "causal"),
+    "capacity": lambda: (
+        make_gpt(**SIZES | MODERN | EXPERTS, expert_capacity_factor=0.8),
+        "causal",
+    ),
     "bert": lambda: (make_bert(**SIZES), "mlm"),
     "bert_pairs": lambda: (make_bert(2, **SIZES | TYPES), "mlm_nsp"),
 }
@@ -66,6 +73,8 @@ DEFAULT = {
     ("llama", "fsdp_context_tensor"),
     ("gpt", "data_context_tensor"),
     ("bert_pairs", "fsdp_context_tensor"),
+    ("dropless", "fsdp_expert_context"),
+    ("capacity", "fsdp_expert_context"),
 }
 CASES = [
     pytest.param(model, mesh, marks=[] if (model, mesh) in DEFAULT else pytest.mark.slow)
@@ -120,7 +129,7 @@ def train_step(
     model, objective, batch, mesh, optimizer, state, shardings = on_mesh(model_name, sizes)
     step = make_train_step(
         model,
-        wrong(objective.loss),
+        wrong(with_auxiliary(objective.loss)),
         optimizer,
         lambda step: jnp.float32(0.1),
         seed=0,

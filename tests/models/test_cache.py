@@ -30,6 +30,7 @@ FAMILIES = {
     "llama3": MODERN | dict(rope_scaling=(8.0, 1.0, 4.0, 8.0), tie_embeddings=False, num_layers=2),
     "gemma3": GEMMA
     | dict(attention_windows=(3, 3, 0), rope_local_theta=100.0, rope_scaling=(4.0,)),
+    "experts": MODERN | dict(num_experts=4, expert_capacity_factor=0.5, num_layers=2),
     "shared layers": dict(share_layers=True, norm_position="post", position="sinusoidal"),
 }
 

@@ -31,7 +31,7 @@ def xla_flops(model, batch_size, seq_len, num_predictions=None):
     params = nn.meta.unbox(boxed)
 
     def loss(params, batch, labels):
-        out = model.apply({"params": params}, batch)
+        out = model.apply({"params": params}, batch, deterministic=False)
         logits = jnp.einsum("BMD,VD->BMV", out.hidden, out.unembed)
         picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
@@ -52,6 +52,8 @@ GPTS = {
     "gelu": CLASSIC,
     "swiglu and grouped queries": MODERN,
     "narrow heads": dict(**CLASSIC, num_heads=4, num_kv_heads=1),
+    # With a capacity of exactly what is chosen, and of that XLA counts the places.
+    "experts": MODERN | dict(num_experts=8, experts_per_token=2, expert_capacity_factor=1.0),
     "untied": dict(**CLASSIC, tie_embeddings=False),
 }
 
@@ -86,6 +88,11 @@ def test_the_check_fails_for_a_count_without_grouped_queries_and_for_a_forward_c
         sizes = {**config.__dict__, "num_kv_heads": config.num_heads}
         return train_step_flops(TransformerConfig(**sizes), *args)
 
+    def all_experts(config, *args):
+        return train_step_flops(dataclasses.replace(config, experts_per_token=8), *args)
+
+    with pytest.raises(AssertionError):
+        check_count(all_experts, GPT(make_config(**GPTS["experts"])), 2, 128, 128, causal=True)
     for wrong in (ungrouped, forward_flops):
         with pytest.raises(AssertionError):
             check_count(wrong, GPT(make_config(**MODERN)), 2, 128, 128, causal=True)

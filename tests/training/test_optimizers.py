@@ -27,7 +27,7 @@ from jaxlm.training.optimizers import (
 
 pytestmark = pytest.mark.core
 
-LAYERS, WIDTH, HEADS, HEAD_DIM, MLP, VOCAB = 3, 128, 2, 6, 130, 16
+LAYERS, WIDTH, HEADS, HEAD_DIM, MLP, VOCAB, EXPERTS = 3, 128, 2, 6, 130, 16, 2
 LEARNING_RATE = 0.02
 HYPER = {
     "adamw": dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1),
@@ -60,6 +60,7 @@ LAYER = {
         "up_bias": ((MLP,), ("mlp",)),
         "down": ((MLP, WIDTH), ("mlp", "embed")),
     },
+    "experts": {str(e): {"up": ((WIDTH, MLP), ("embed", "mlp"))} for e in range(EXPERTS)},
     "norm": {"scale": ((WIDTH,), ("norm",))},
 }
 REST = {
@@ -82,23 +83,29 @@ def unstacked(part):
 
 
 def stack(tree, axis=0):
-    """Separate layers -> one tree with a layer axis."""
-    layers = [tree["layers"][str(i)] for i in range(LAYERS)]
-    return {**tree, "layers": jax.tree.map(lambda *leaves: np.stack(leaves, axis), *layers)}
+    """Separate layers, and separate experts in them -> one tree with an axis of each."""
+    join = lambda trees, axis: jax.tree.map(lambda *leaves: np.stack(leaves, axis), *trees)
+    layers = join([tree["layers"][str(i)] for i in range(LAYERS)], axis)
+    experts = join([layers["experts"][str(e)] for e in range(EXPERTS)], axis + 1)
+    return {**tree, "layers": {**layers, "experts": experts}}
 
 
 def stacked_axes():
     axes = unstacked(1)
-    return {**axes, "layers": map_axes(lambda a: ("layers", *a), axes["layers"]["0"])}
+    layer = axes["layers"]["0"]
+    experts = map_axes(lambda a: ("expert", *a), layer["experts"]["0"])
+    layers = map_axes(lambda a: ("layers", *a), {**layer, "experts": experts})
+    return {**axes, "layers": layers}
 
 
 def random_tree(seed):
-    """Values of very different scale from layer to layer, so that mixing up layers shows."""
+    """Values of very different scale from layer to layer, and expert to expert, so that mixing them up shows."""
     rng = np.random.default_rng(seed)
 
     def make(path, shape):
         names = path_names(path)
         scale = 10.0 ** int(names[1]) if names[0] == "layers" else 0.5
+        scale *= 30.0 ** int(names[3]) if "experts" in names else 1.0
         return np.asarray(scale * rng.standard_normal(shape), np.float32)
 
     shapes = unstacked(0)
@@ -152,6 +159,9 @@ def check_stacked_equals_unstacked(make):
     stacked = train(make(stacked_axes()), stack(params), stack(all_grads, axis=1))
     # Layer by layer, since the scales of the layers are far apart.
     layers = {str(i): jax.tree.map(lambda x: x[:, i], stacked["layers"]) for i in range(LAYERS)}
+    for layer in layers.values():
+        joined = layer["experts"]
+        layer["experts"] = {str(e): jax.tree.map(lambda x: x[:, e], joined) for e in range(EXPERTS)}
     assert_equal({**stacked, "layers": layers}, single)
 
 
@@ -254,6 +264,7 @@ def test_matrices_and_embeddings_decay_and_biases_and_norms_do_not():
         "layers/attention/out",
         "layers/mlp/up",
         "layers/mlp/down",
+        "layers/experts/up",
     }
 
 
