@@ -1,7 +1,8 @@
 """State that waits in the host's memory between steps, pinned so that the device reads and writes it directly.
 
-Worth it where the optimizer's state, 8 bytes a parameter for Adam, is what does not fit: it leaves the device while the
-forward and backward pass need the room, and crosses the host's link twice a step.
+The device is free of it (8 bytes a parameter for Adam) during the forward and backward pass; for the update all of it comes
+over at once, beside the new one, and goes back. So it helps where activations are what does not fit, and makes the peak
+larger where the state itself is: share that by mesh.fsdp. A plan of the step says which of the two it is.
 """
 
 from typing import Any
