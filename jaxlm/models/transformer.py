@@ -32,6 +32,7 @@ from jaxlm.models.layers import (
     dropout,
     dropout_key,
     make_param,
+    num_devices,
     project,
     rotary_table,
     sinusoidal_positions,
@@ -90,19 +91,19 @@ class Embed(nn.Module):
         c = self.config
         table_VD = self.table("embedding", c.vocab_size, "vocab")
         # Looked up in tables that are whole along the width, or XLA would rematerialise what it finds in full.
-        x = look_up(constrain(table_VD, ("vocab", None)), tokens_BT).astype(jnp.float32)
+        x = look_up(whole_rows(table_VD, "vocab"), tokens_BT).astype(jnp.float32)
         if c.scale_embeddings:  # rounded as the released Gemmas round it
             x = x * jnp.asarray(math.sqrt(c.table_dim), c.dtype).astype(jnp.float32)
         if c.position == "learned":
             table = self.table("positions", c.position_offset + c.max_len, "pos")
             rows_BT = positions_BT + c.position_offset if c.position_offset else positions_BT
-            x = x + look_up(constrain(table, ("pos", None)), rows_BT)
+            x = x + look_up(whole_rows(table, "pos"), rows_BT)
         elif c.position == "sinusoidal":
             x = x + sinusoidal_positions(positions_BT, c.table_dim)
         if c.num_token_types:
             types = jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
-            table = constrain(self.table("token_types", c.num_token_types, None), (None, None))
-            x = x + look_up(table, types)
+            table = self.table("token_types", c.num_token_types, None)
+            x = x + look_up(whole_rows(table, None), types)
         x = constrain(x.astype(c.dtype), ACTIVATION)
         if self.use_norm:
             x = make_norm(c, "norm")(x)
@@ -115,6 +116,22 @@ class Embed(nn.Module):
         c = self.config
         init = nn.initializers.normal(c.init_std)
         return make_param(self, name, init, (size, c.table_dim), (axis, "embed"), c.param_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def whole_rows(table_VD: jax.Array, axis: str | None) -> jax.Array:
+    """The table whole along its width. Its gradient is not: a plain constraint binds the gradient, too, which every device would
+    then hold in full, in float32, only to keep its own part of the sum."""
+    return constrain(table_VD, (axis, None))
+
+
+def _share_gradient(axis: str | None, _: None, grad_VD: jax.Array) -> tuple[jax.Array]:
+    if axis is not None and num_devices(axis) > 1:  # or XLA would first make that of all rows
+        grad_VD = constrain(grad_VD, (axis, None))
+    return (constrain(grad_VD, (axis, "embed")),)
+
+
+whole_rows.defvjp(lambda table_VD, axis: (whole_rows(table_VD, axis), None), _share_gradient)
 
 
 def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
