@@ -103,7 +103,7 @@ BARS = [
         "Qwen3 0.6B, 4 x 2,048 tokens a chip",
         "configs/gpt.py:qwen3_0_6b",
         "v5e-16",
-        dict(batch_size=64, seq_len=2048, remat="full"),
+        {"batch_size": 64, "seq_len": 2048, "remat": "full", "mesh.data": 2, "mesh.fsdp": 8},
     ),
     Row(
         "llama3_8b_v5p-64",
@@ -161,12 +161,10 @@ CALIBRATIONS = [
             "model.mlp_dim": 28672,
             "model.vocab_size": 32000,
             "model.rope_scaling": (),
+            # Its run has 7 rows a chip and a mesh of fsdp 16 x tensor 4; ours keeps more of a layer than its policy 'minimal'.
             "seq_len": 2048,
-            "batch_size": 448,
+            "batch_size": 256,
             "remat": "dots",
-            "mesh.data": 1,
-            "mesh.fsdp": 16,
-            "mesh.tensor": 4,
         },
         # 328 TFLOP/s a chip, by that project's count of FLOPs, which counts all scores as ours does.
         published=328e12,

@@ -162,7 +162,11 @@ class _Reader:
         )
 
     def fused_collective(self, line: hlo.Instruction) -> hlo.Instruction:
-        return next(i for i in self.module.inside(line) if i.collective)
+        """The collective in a fusion. TPUs spell a reduce-scatter as an all-reduce and a slice of it, fused."""
+        inside = list(self.module.inside(line))
+        found = next(i for i in inside if i.collective)
+        is_scatter = found.opcode == "all-reduce" and "all-reduce-scatter" in line.attributes
+        return replace(found, opcode="reduce-scatter", shape=line.shape) if is_scatter else found
 
     def collective(
         self, line: hlo.Instruction, times: float, work: np.ndarray, beside: list[int]
