@@ -126,12 +126,27 @@ def router_logits(x_BTD: jax.Array, router_DE: jax.Array) -> jax.Array:
 
 def route(config: TransformerConfig, probs_BTE: jax.Array, real_BT: jax.Array) -> Routes:
     """The `experts_per_token` experts of the largest p."""
-    weights_BTJ, experts_BTJ = jax.lax.top_k(probs_BTE, config.experts_per_token)
+    weights_BTJ, experts_BTJ = find_largest(probs_BTE, config.experts_per_token)
     real_BT1 = real_BT[..., None]
     if config.normalise_router:
         weights_BTJ = weights_BTJ / weights_BTJ.sum(-1, keepdims=True)
     experts_BTJ = jnp.where(real_BT1, experts_BTJ, config.num_experts)
     return Routes(experts_BTJ, jnp.where(real_BT1, weights_BTJ, 0.0))
+
+
+def find_largest(x_XE: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` largest of the last axis, in order, and their indices int32; the lower index first among equals.
+
+    As `jax.lax.top_k`, for which XLA gathers the rows of all devices; and its gradient is a product, not a scatter.
+    """
+    values, indices, left_XE = [], [], jax.lax.stop_gradient(x_XE)
+    for _ in range(count):
+        index_X = jnp.argmax(left_XE, axis=-1).astype(jnp.int32)
+        is_it_XE = jax.nn.one_hot(index_X, x_XE.shape[-1], dtype=bool)
+        values.append(jnp.where(is_it_XE, x_XE, 0.0).sum(-1))
+        indices.append(index_X)
+        left_XE = jnp.where(is_it_XE, -jnp.inf, left_XE)
+    return jnp.stack(values, axis=-1), jnp.stack(indices, axis=-1)
 
 
 def is_chosen(experts_XJ: jax.Array, num_experts: int) -> jax.Array:
