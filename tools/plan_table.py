@@ -64,7 +64,7 @@ DENSE = [
         "Llama 3 1B",
         "configs/gpt.py:llama3_1b",
         "v5e-16",
-        dict(batch_size=64, accumulation_steps=4),
+        {"batch_size": 64, "accumulation_steps": 4, "objective.chunk_tokens": 16384},
     ),
     Row(
         "llama3_8b_v5p-16",
@@ -104,6 +104,18 @@ BARS = [
         "configs/gpt.py:qwen3_0_6b",
         "v5e-16",
         {"batch_size": 64, "seq_len": 2048, "remat": "full", "mesh.data": 2, "mesh.fsdp": 8},
+    ),
+    Row(
+        "llama3_1b_2k_v5e-16",
+        "Llama 3 1B, rows of 2,048",
+        "configs/gpt.py:llama3_1b",
+        "v5e-16",
+        {
+            "seq_len": 2048,
+            "batch_size": 256,
+            "accumulation_steps": 4,
+            "objective.chunk_tokens": 16384,
+        },
     ),
     Row(
         "llama3_8b_v5p-64",

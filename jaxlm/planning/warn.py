@@ -91,7 +91,7 @@ def padded_sizes(program: Program, chip: Chip) -> list[str]:
 def whole_scores(program: Program, module: hlo.Module) -> list[str]:
     """(length, length) and (length, vocab) arrays in device memory."""
     found, c, length = [], program.model.config, program.config.seq_len
-    squares = arrays_with(module, length, length)
+    squares = arrays_with(module, length, length, made_in=("attention", "kernels", "mask"))
     if squares >= LARGE:
         says = {
             "xla": "the reference attention writes whole scores; a fused kernel ('auto') writes none",
@@ -108,11 +108,15 @@ def whole_scores(program: Program, module: hlo.Module) -> list[str]:
     return found
 
 
-def arrays_with(module: hlo.Module, *sizes: int) -> float:
-    """Bytes of the largest array in device memory that has all these sizes among its axes; 0 if there is none."""
+def arrays_with(module: hlo.Module, *sizes: int, made_in: tuple[str, ...] = ("",)) -> float:
+    """Bytes of the largest array in device memory that has all these sizes among its axes; 0 if there is none.
+
+    made_in: only those whose source line or operation has one of these words: an MLP may be as wide as a row is long.
+    """
     wanted, largest = Counter(sizes), 0.0
     for step in module.walk():
-        if not hbm_bytes(step.instruction.shape):
+        made = module.source(step.instruction) + step.instruction.op_name
+        if not hbm_bytes(step.instruction.shape) or not any(word in made for word in made_in):
             continue
         for dtype, shape in step.instruction.arrays:
             if wanted <= Counter(shape):
