@@ -78,7 +78,7 @@ DENSE = [
         "Llama 3 8B",
         "configs/gpt.py:llama3_8b",
         "h100x8",
-        dict(batch_size=8, remat="full"),
+        dict(batch_size=8),
     ),
     Row(
         "llama3_70b_v5p-256",

@@ -175,14 +175,7 @@ class _Reader:
         kind = line.collective
         groups = hlo.replica_groups(line.attributes, self.mesh.size)
         size = groups.shape[1]
-        whole = line.num_bytes
-        if line.opcode.endswith("-start") and line.shape.startswith("("):
-            parts = [hlo.BYTES[d] * math.prod(s) for d, s in line.arrays if s]
-            whole = sum(parts) / 2 if kind != "all-gather" else sum(parts) * size / (size + 1)
-        if kind == "reduce-scatter":
-            whole *= size
-        if kind.endswith("all-to-all"):
-            whole *= size
+        whole = whole_bytes(line, size)
         seconds = self.network.seconds(kind, whole, groups[0])
         hidden = [0.0, 0.0]
         for k in (0, 1):
@@ -292,6 +285,20 @@ def results(inner: list[hlo.Instruction], line: hlo.Instruction) -> list[hlo.Ins
         return [replace(root, shape=line.shape)]
     by_name = {i.name: i for i in inner}
     return [by_name[name] for name in root.names if name in by_name]
+
+
+def whole_bytes(line: hlo.Instruction, size: int) -> float:
+    """Bytes of the whole array of a collective of `size` members; of a permutation, what one sends.
+
+    Of an all-gather the result is the whole, of a reduce-scatter the operand; one that starts has both as its result.
+    """
+    kind, parts = line.collective, [hlo.BYTES[d] * math.prod(s) for d, s in line.arrays if s]
+    if line.opcode.endswith("-start") and line.shape.startswith("("):
+        if kind in ("all-gather", "reduce-scatter"):
+            return sum(parts) * size / (size + 1)
+        if kind != "all-reduce":  # which gives its results alone
+            parts = [sum(parts) / 2]
+    return sum(parts) * (size if kind == "reduce-scatter" or kind.endswith("all-to-all") else 1)
 
 
 def hbm_bytes(shape: str) -> float:

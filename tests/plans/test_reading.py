@@ -180,6 +180,24 @@ def test_a_kernel_is_charged_by_the_flops_of_the_blocks_it_computes(costs):
     assert live_share((4, 4)) == 10 / 16 and live_share((4, 8)) == pytest.approx(20 / 32)
 
 
+@pytest.mark.parametrize(
+    "shape, opcode, whole",
+    [
+        ("bf16[64,128]{1,0}", "all-gather", 16384),
+        ("(bf16[8,128]{1,0}, bf16[64,128]{1,0})", "all-gather-start", 16384),
+        ("bf16[8,128]{1,0}", "reduce-scatter", 16384),
+        ("(bf16[64,128]{1,0}, bf16[8,128]{1,0})", "reduce-scatter-start", 16384),
+        ("bf16[64,128]{1,0}", "all-reduce", 16384),
+        ("(f32[4]{0}, f32[8]{0})", "all-reduce-start", 48),  # two results
+        ("bf16[8,128]{1,0}", "all-to-all", 16384),
+        ("(bf16[8,128]{1,0}, bf16[8,128]{1,0}, u32[]{:S(2)})", "collective-permute-start", 2048),
+    ],
+)
+def test_the_whole_of_a_collective_is_found_in_every_form(shape, opcode, whole):
+    line = hlo.Instruction("c", opcode, shape, "%a", ", channel_id=1")
+    assert cost.whole_bytes(line, 8) == whole
+
+
 MATMULS = """ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
   %a = bf16[4,2048,1024]{2,1,0} parameter(0)
   %b = bf16[1024,3072]{1,0} parameter(1)
