@@ -210,8 +210,8 @@ def format_row(row: Row, plan: dict[str, Any]) -> str:
         + (
             f"{plan['tokens_per_second_per_chip']:,.0f} | {plan['estimated_mfu']:.0%} ({low:.0%} to {high:.0%}) | "
             f"{plan['roofline']['bound']} |"
-            if plan["fits"]
-            else "does not fit | | |"
+            if plan["fits"] and "roofline" in plan
+            else f"{'not readable' if plan['fits'] else 'does not fit'} | | |"
         )
     )
 
@@ -232,7 +232,7 @@ def calibration_table() -> str:
     )
     rows = []
     for row in CALIBRATIONS:
-        if plan := read_plan(row):
+        if (plan := read_plan(row)) and "roofline" in plan:
             published = published_speed(row, plan)
             low, high = plan["tokens_per_second_per_chip_range"]
             speed = plan["tokens_per_second_per_chip"]

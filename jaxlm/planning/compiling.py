@@ -40,7 +40,8 @@ SPECIAL_IDS = 7
 class Outcome:
     """fits: whether the program fits the chip's memory. hbm_bytes: what it takes, or would. text: the optimised module, or ''.
 
-    temp_bytes, argument_bytes, …: what the compiler says of each kind; 0 where it gave up.
+    temp_bytes, argument_bytes, …: what the compiler says of each kind; 0 where it gave up. unreadable: why there is no text although
+    it fits.
     """
 
     fits: bool
@@ -52,6 +53,7 @@ class Outcome:
     temp_bytes: int = 0
     code_bytes: int = 0
     text: str = ""
+    unreadable: str = ""
     seconds: float = 0.0
 
 
@@ -90,10 +92,12 @@ def compile_program(program: Program, chip: Chip, cache: Path | None = None) -> 
     if path and path.exists():
         return Outcome(**json.loads(gzip.decompress(path.read_bytes())))
     try:
-        outcome = measure(lowered.compile(compiler_options=options), chip)
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         needed, usable = read_too_large(str(error))
         outcome = Outcome(False, needed, usable)
+    else:
+        outcome = measure(compiled, chip)
     outcome = replace(outcome, seconds=time.perf_counter() - began)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +133,11 @@ def measure(compiled: Any, chip: Chip) -> Outcome:
     )
     hbm_bytes = sum(kinds.values()) - 2 * kinds["alias_bytes"]
     fits = hbm_bytes <= chip.usable_bytes
-    return Outcome(fits, hbm_bytes, chip.usable_bytes, **kinds, text=compiled.as_text())
+    try:
+        text, unreadable = compiled.as_text(), ""
+    except jax.errors.JaxRuntimeError as error:  # of jaxlib, about what a newer compiler wrote
+        text, unreadable = "", str(error).splitlines()[0]
+    return Outcome(fits, hbm_bytes, chip.usable_bytes, **kinds, text=text, unreadable=unreadable)
 
 
 def read_too_large(message: str) -> tuple[float, float]:

@@ -39,7 +39,7 @@ def bytes_by_kind(program: Program, outcome: Outcome) -> dict[str, float]:
     the arrays that are given. If the program did not fit, what is known is the state, and the rest is 'everything else'.
     """
     kinds: dict[str, float] = dict(state_bytes(program))
-    if not outcome.text:
+    if not outcome.argument_bytes:
         return kinds | {"everything else": outcome.hbm_bytes - sum(kinds.values())}
     kinds["padding of arguments"] = outcome.argument_bytes - sum(kinds.values())
     kinds["gradients and temporaries"] = outcome.temp_bytes

@@ -23,6 +23,11 @@ def find_warnings(
     found = []
     if not outcome.fits:
         found.append(does_not_fit(program, outcome))
+    if outcome.unreadable:
+        found.append(
+            "no times: this jaxlib cannot read what the compiler made (memory is known all the same): "
+            + outcome.unreadable
+        )
     found += replicated_state(program)
     found += padded_sizes(program, chip)
     if module is None or cost is None:
