@@ -96,17 +96,22 @@ def padded_sizes(program: Program, chip: Chip) -> list[str]:
 def whole_scores(program: Program, module: hlo.Module) -> list[str]:
     """(length, length) and (length, vocab) arrays in device memory."""
     found, c, length = [], program.model.config, program.config.seq_len
-    squares = arrays_with(module, length, length, made_in=("attention", "kernels", "mask"))
+    squares = 0.0
+    if c.attention_kernel in (
+        "xla",
+        "cudnn",
+    ):  # the others keep none, and a matrix may have these sizes, too
+        squares = arrays_with(module, length, length, made_in=("attention", "kernels", "mask"))
     if squares >= LARGE:
         says = {
             "xla": "the reference attention writes whole scores; a fused kernel ('auto') writes none",
             "cudnn": "packed rows are a mask of each row to cuDNN; attention_kernel='triton' needs none",
-        }.get(c.attention_kernel, "a mask or scores of whole rows")
+        }[c.attention_kernel]
         found.append(
             f"{length} x {length} arrays in memory, {squares / 2**20:,.0f} MiB the largest, with attention_kernel={c.attention_kernel!r}: {says}"
         )
     logits = arrays_with(module, length, c.vocab_size // program.mesh.shape["tensor"])
-    if logits >= LARGE:
+    if logits >= LARGE and length != c.table_dim:  # else it may be the embedding table
         found.append(
             f"whole logits are in memory ({logits / 2**20:,.0f} MiB): lower objective.chunk_tokens"
         )
