@@ -103,7 +103,7 @@ BARS = [
         "Qwen3 0.6B, 4 x 2,048 tokens a chip",
         "configs/gpt.py:qwen3_0_6b",
         "v5e-16",
-        {"batch_size": 64, "seq_len": 2048, "remat": "full", "mesh.data": 2, "mesh.fsdp": 8},
+        {"batch_size": 64, "seq_len": 2048, "remat": "full", "mesh.fsdp": 8, "mesh.tensor": 2},
     ),
     Row(
         "llama3_1b_2k_v5e-16",

@@ -59,3 +59,17 @@ def test_a_published_number_of_flops_becomes_tokens():
     assert plan_table.published_speed(row, fake_plan()) == pytest.approx(
         328e12 / (1e15 / (8 * 2048))
     )
+
+
+# --- what the written plans say ---------------------------------------------------------------------------------------
+
+
+def recorded(name: str):
+    return json.loads((plan_table.FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_qwen3_takes_at_most_35_percent_of_the_temporaries_of_maxtexts_step():
+    """5.9e9 bytes: MaxText's own step of this model, with as many tokens a device and full rematerialisation."""
+    plan = recorded("qwen3_0_6b_v5e-16")
+    assert plan["tokens_per_chip"] == 4 * 2048 and plan["remat"] == "full"
+    assert plan["temp_bytes"] <= 0.35 * 5.9e9
