@@ -62,7 +62,7 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
 
     class Broken:
         def savefig(self, file, **_):
-            file.write_bytes(b"half")
+            file.write(b"half")
             raise OSError("the disk is full")
 
     monkeypatch.setattr(confusion, "draw_confusion", lambda *_: Broken())
