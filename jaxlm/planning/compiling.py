@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -90,14 +91,18 @@ def compile_program(program: Program, chip: Chip, cache: Path | None = None) -> 
     )
     path = cache and cache / f"{program_key(lowered, program, options)}.json.gz"
     if path and path.exists():
-        return Outcome(**json.loads(gzip.decompress(path.read_bytes())))
-    try:
-        compiled = lowered.compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-        needed, usable = read_too_large(str(error))
-        outcome = Outcome(False, needed, usable)
-    else:
-        outcome = measure(compiled, chip)
+        kept = Outcome(**json.loads(gzip.decompress(path.read_bytes())))
+        if not kept.unreadable:
+            return kept
+    with tempfile.TemporaryDirectory() as dump:
+        dumping = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = lowered.compile(compiler_options=options | dumping)
+        except jax.errors.JaxRuntimeError as error:
+            needed, usable = read_too_large(str(error))
+            outcome = Outcome(False, needed, usable)
+        else:
+            outcome = measure(compiled, chip, Path(dump))
     outcome = replace(outcome, seconds=time.perf_counter() - began)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,8 +126,8 @@ def program_key(lowered: Any, program: Program, options: Mapping[str, Any]) -> s
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def measure(compiled: Any, chip: Chip) -> Outcome:
-    """What the compiler says of a program that it could make."""
+def measure(compiled: Any, chip: Chip, dump: Path) -> Outcome:
+    """What the compiler says of a program that it could make. dump: the folder where it wrote its own text of it."""
     memory = compiled.memory_analysis()
     kinds = dict(
         argument_bytes=memory.argument_size_in_bytes,
@@ -135,9 +140,17 @@ def measure(compiled: Any, chip: Chip) -> Outcome:
     fits = hbm_bytes <= chip.usable_bytes
     try:
         text, unreadable = compiled.as_text(), ""
-    except jax.errors.JaxRuntimeError as error:  # of jaxlib, about what a newer compiler wrote
-        text, unreadable = "", str(error).splitlines()[0]
+    except jax.errors.JaxRuntimeError as error:
+        # Of jaxlib, about what a newer compiler made: libtpu 0.0.52's programs for v5p, for one. It can print them itself.
+        text, unreadable = dumped_text(dump), str(error).splitlines()[0]
+        unreadable = "" if text else unreadable
     return Outcome(fits, hbm_bytes, chip.usable_bytes, **kinds, text=text, unreadable=unreadable)
+
+
+def dumped_text(dump: Path) -> str:
+    """The text of the largest program that the TPU's compiler has written into `dump` after its last pass; '' if there is none."""
+    files = sorted(dump.glob("*.after_codegen.txt"), key=lambda file: file.stat().st_size)
+    return files[-1].read_text(encoding="utf-8") if files else ""
 
 
 def read_too_large(message: str) -> tuple[float, float]:

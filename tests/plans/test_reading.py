@@ -8,6 +8,7 @@ import pytest
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.planning import cost, hlo
 from jaxlm.planning.chips import CHIPS
+from jaxlm.planning.compiling import dumped_text
 from jaxlm.planning.kernels import live_share
 from jaxlm.planning.network import Network
 
@@ -255,3 +256,14 @@ def test_the_check_fails_for_a_network_without_wrap_around():
 
     with pytest.raises(AssertionError):
         check_collective_times(Lines)
+
+
+def test_the_compilers_own_text_is_that_of_the_step_after_the_last_pass(tmp_path):
+    assert dumped_text(tmp_path) == ""
+    for name, text in (
+        ("module_0000.jit_step.after_codegen.txt", "HloModule jit_step, the whole of it"),
+        ("module_0001.jit_iota.after_codegen.txt", "HloModule jit_iota"),
+        ("module_0000.jit_step.after_optimizations.txt", "HloModule jit_step, " + "early " * 9),
+    ):
+        (tmp_path / name).write_text(text)
+    assert dumped_text(tmp_path) == "HloModule jit_step, the whole of it"
