@@ -10,7 +10,7 @@ from jaxlm.data.examples import EvalExamples, Examples, plan_shapes
 from jaxlm.data.records import Record
 from jaxlm.interop import convert, parity
 from jaxlm.interop.arrays import open_item
-from jaxlm.models import Head
+from jaxlm.models import MODELS, Head
 from jaxlm.tasks.base import make_layout
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tokenizers import load_tokenizer
@@ -36,7 +36,7 @@ def our_vectors(workdir, packed):  # noqa: F811
     shapes = plan_shapes(examples, len(rows), 0, packed=packed, seq_len=128)
     batches = EvalExamples(examples, shapes, len(rows))
     config = convert.model_config(build.saved_config(workdir / "config.json"))
-    model = build.MODELS["bert"](config, head=Head(config, **task.head))
+    model = MODELS["bert"](config, head=Head(config, **task.head))
     params = parity.load_float32(open_item(workdir / "checkpoints" / "0" / "params"))
     params = {name: params[name] for name in ("embed", "layers")}
     run = jax.jit(lambda batch: task.predict(model.apply({"params": params}, batch), batch))

@@ -10,6 +10,7 @@ from jaxlm import build
 from jaxlm.interop import convert, parity
 from jaxlm.interop.arrays import open_item
 from jaxlm.interop.safetensors_io import read_folder
+from jaxlm.models import MODELS
 from jaxlm.tokenizers import load_tokenizer
 from tools.convert_checkpoint import ROOT, TEMPLATES
 
@@ -53,7 +54,7 @@ def our_embeddings(workdir):
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
     mask = np.arange(tokens.shape[1])[None] < np.array([len(r) for r in rows])[:, None]
-    model = build.MODELS[config.family](convert.model_config(config), num_pair_classes=2)
+    model = MODELS[config.family](convert.model_config(config), num_pair_classes=2)
     params = parity.load_float32(open_item(workdir / "checkpoints" / "0" / "params"))
     batch = {"tokens": tokens, "segment_ids": mask.astype(np.int32)}
     return mean_pooled(parity.run_states(model, params, batch), mask)
