@@ -140,7 +140,7 @@ lane() {
       make_venv "$venv"
       install_once "$venv" colab pyproject.toml requirements.txt colab/constraints.txt -- \
         -c colab/constraints.txt -e '.[laws]' || die "could not install Colab's versions"
-      marks="(core or colab) and not slow"
+      marks="(core or colab) and not (slow or plans)"
       ;;
   esac
   if [ "$only_smoke" = yes ]; then
