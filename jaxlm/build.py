@@ -350,7 +350,6 @@ MODEL_AXES = {
     "num_kv_heads": "kv",
     "mlp_dim": "mlp",
     "num_experts": "expert",
-    "expert_mlp_dim": "mlp",
 }
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxlm.files import cache_folder, write_text
 from jaxlm.planning import cost, hlo
 from jaxlm.planning.compiling import compile_program, plan_program
 from jaxlm.planning.report import draw, make_report
@@ -37,12 +37,11 @@ def make_plan(config: ConfigDict, topology: str, *, cache: Path | None = None) -
 
 
 def default_cache() -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return home / "jaxlm" / "plans"
+    return cache_folder() / "plans"
 
 
 def write_plan(plan: dict[str, Any], output: Path) -> None:
     """plan.json, memory.png and time.png in a folder."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / "plan.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    write_text(output / "plan.json", json.dumps(plan, indent=1) + "\n")
     draw(plan, output)

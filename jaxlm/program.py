@@ -24,7 +24,7 @@ from jaxlm.objectives import OBJECTIVES
 from jaxlm.objectives.auxiliary import with_auxiliary
 from jaxlm.parallel import mesh as meshes
 from jaxlm.parallel import offload
-from jaxlm.parallel.compiler_options import compiler_options
+from jaxlm.parallel.compiler_options import compiler_options, lowering_platform
 from jaxlm.training import optimizers, partition
 from jaxlm.training.state import TrainState, new_state
 from jaxlm.training.step import make_eval_step, make_train_step, with_state_on_device
@@ -149,7 +149,7 @@ class Program:
         platform = self.mesh.devices.flat[0].platform
         trace = self.in_mesh(self.jitted_train_step.trace)
         return self.in_mesh(trace(self.state_shape, self.batch_shape).lower)(
-            lowering_platforms=({"gpu": "cuda"}.get(platform, platform),)
+            lowering_platforms=(lowering_platform(platform),)
         )
 
     @cached_property

@@ -23,11 +23,12 @@ os.environ.update(ENVIRONMENT)  # before jax starts
 from absl import app, flags
 
 from jaxlm.build import read_config
+from jaxlm.files import write_text
 from jaxlm.plan import default_cache, make_plan
+from jaxlm.planning.chips import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "plans"
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +204,7 @@ def plan_row(row: Row, cache: Path) -> dict[str, Any]:
     plan = {"name": row.name, "config": row.config, "overrides": row.overrides} | plan
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{row.name}.json"
-    path.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(plan, indent=1) + "\n")
     return plan
 
 

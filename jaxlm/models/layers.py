@@ -96,11 +96,18 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return nn.with_logical_constraint(x, axes)
 
 
-def num_devices(name: str) -> int:
-    """Over how many devices of the mesh in force a logical axis is spread; 1 without a mesh."""
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The axes of the mesh in force, of more than one device, that a logical axis is spread over; none without a mesh."""
     axes = nn.logical_to_mesh_axes((name,))[0] or ()
     sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes))
+    names = (axes,) if isinstance(axes, str) else axes
+    return tuple(axis for axis in names if sizes.get(axis, 1) > 1)
+
+
+def num_devices(name: str) -> int:
+    """Over how many devices of the mesh in force a logical axis is spread; 1 without a mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in mesh_axes(name))
 
 
 def make_param(

@@ -33,7 +33,15 @@ from jax.sharding import PartitionSpec
 from jaxlm.models.attention import residual_std
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.grouped import grouped_matmul
-from jaxlm.models.layers import ACTIVATIONS, Auxiliary, Axes, constrain, make_param
+from jaxlm.models.layers import (
+    ACTIVATIONS,
+    Auxiliary,
+    Axes,
+    constrain,
+    make_param,
+    mesh_axes,
+    num_devices,
+)
 
 # What experts work on: (B, E, C, D) and (B, E, C, F).
 GROUPED, GROUPED_INNER = (("act_group", "act_expert", None, x) for x in ("act_embed", "act_mlp"))
@@ -326,14 +334,11 @@ def apply_to_all(
 
 
 def find_axes(name: str, size: int) -> tuple[str, ...]:
-    """The mesh axes of more than one device that a logical axis is spread over; none if they do not divide `size`.
+    """`layers.mesh_axes`; none if they do not divide `size`.
 
     (The few rows of a decoder may not be divisible, and its new tokens are one in length.)
     """
-    axes = nn.logical_to_mesh_axes((name,))[0] or ()
-    sizes = jax.sharding.get_abstract_mesh().shape
-    names = tuple(a for a in ((axes,) if isinstance(axes, str) else axes) if sizes.get(a, 1) > 1)
-    return names if size % math.prod(sizes[a] for a in names) == 0 else ()
+    return mesh_axes(name) if size % num_devices(name) == 0 else ()
 
 
 def apply_locally(

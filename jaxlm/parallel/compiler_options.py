@@ -47,6 +47,11 @@ SLICES_OPTIONS: dict[str, dict[str, Any]] = {
 FLAGS = ("auto", "none")
 
 
+def lowering_platform(platform: str) -> str:
+    """What lowering calls a device's `platform`."""
+    return {"gpu": "cuda"}.get(platform, platform)
+
+
 def compiler_options(mesh: jax.sharding.Mesh, flags: str = "auto") -> dict[str, Any]:
     """The options for a program over the mesh's devices, without those that its compiler does not know.
 
@@ -77,7 +82,7 @@ def known_options(options: tuple[tuple[str, Any], ...], device: jax.Device) -> d
     left = dict(options)
     sharding = jax.sharding.SingleDeviceSharding(device)
     number = jax.ShapeDtypeStruct((), "float32", sharding=sharding)
-    platform = {"gpu": "cuda"}.get(device.platform, device.platform)
+    platform = lowering_platform(device.platform)
     while left:
         lowered = jax.jit(lambda x: x + 1).trace(number).lower(lowering_platforms=(platform,))
         try:

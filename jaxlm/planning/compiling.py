@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
 import tempfile
 import time
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxlm.files import write_whole
 from jaxlm.parallel import mesh as meshes
 from jaxlm.parallel.compiler_options import compiler_options
 from jaxlm.planning.chips import Chip
@@ -34,7 +34,6 @@ TOO_LARGE = (
 )
 # Autotuning needs the card; without it XLA takes its defaults.
 AHEAD_OF_TIME = {"tpu": {}, "gpu": {"xla_gpu_autotune_level": "0"}}
-SPECIAL_IDS = 7
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,9 @@ def plan_program(config: ConfigDict, topology: Topology) -> Program:
 def stand_in_tokenizer(vocab_size: int) -> Any:
     """What an objective asks of a tokenizer, at the config's size: a plan needs shapes and no words."""
     names = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
-    assert len(names) == SPECIAL_IDS
     return SimpleNamespace(
         vocab_size=vocab_size,
-        special_ids=frozenset(range(SPECIAL_IDS)),
+        special_ids=frozenset(range(len(names))),
         sentinel_ids=(),
         is_word_start=np.ones(vocab_size, bool),
         num_bytes=np.ones(vocab_size, np.int32),
@@ -106,9 +104,8 @@ def compile_program(program: Program, chip: Chip, cache: Path | None = None) -> 
     outcome = replace(outcome, seconds=time.perf_counter() - began)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(gzip.compress(json.dumps(asdict(outcome)).encode()))
-        partial.replace(path)
+        kept_bytes = gzip.compress(json.dumps(asdict(outcome)).encode())
+        write_whole(path, lambda file: file.write(kept_bytes))
     return outcome
 
 

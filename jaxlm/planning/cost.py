@@ -120,11 +120,7 @@ class _Reader:
                     (body,) = line.called("body")
                     inner, _ = self.computation(body, times * self.module.trip_count(line))
                 case "conditional":
-                    branches = line.called(
-                        "branch_computations", "true_computation", "false_computation"
-                    )
-                    longest = max(branches, key=lambda b: len(self.module.computations[b]))
-                    inner, _ = self.computation(longest, times)
+                    inner, _ = self.computation(self.module.longest_branch(line), times)
                 case "call":
                     inner, _ = self.computation(line.called("to_apply")[0], times)
                 case "async-start":

@@ -143,11 +143,15 @@ class Module:
                     return limits[0]
         raise ValueError(f"the trip count of {loop.name} is not in its condition {condition}")
 
-    def walk(self, computation: str = "", times: float = 1.0) -> Iterator[Step]:
-        """Every instruction that runs by itself (not those inside a fusion), with how often it does.
+    def longest_branch(self, conditional: Instruction) -> str:
+        """The branch that a step is taken to run: here it is the update, which is skipped only after a NaN."""
+        branches = conditional.called(
+            "branch_computations", "true_computation", "false_computation"
+        )
+        return max(branches, key=lambda name: len(self.computations[name]))
 
-        Of a conditional's branches the longest is taken: here it is the update, which is skipped only after a NaN.
-        """
+    def walk(self, computation: str = "", times: float = 1.0) -> Iterator[Step]:
+        """Every instruction that runs by itself (not those inside a fusion), with how often it does."""
         name = computation or self.entry
         for index, instruction in enumerate(self.computations[name]):
             yield Step(instruction, times, name, index)
@@ -156,11 +160,7 @@ class Module:
                     (body,) = instruction.called("body")
                     yield from self.walk(body, times * self.trip_count(instruction))
                 case "conditional":
-                    branches = instruction.called(
-                        "branch_computations", "true_computation", "false_computation"
-                    )
-                    longest = max(branches, key=lambda b: len(self.computations[b]))
-                    yield from self.walk(longest, times)
+                    yield from self.walk(self.longest_branch(instruction), times)
                 case "call" | "async-start":
                     for called in instruction.called("to_apply", "calls"):
                         yield from self.walk(called, times)

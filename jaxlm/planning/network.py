@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.planning.chips import Chip
+from jaxlm.planning.chips import GPUS_PER_NODE, Chip
 
 PASSES = {  # how often the whole array passes the links
     "all-gather": 1.0,
@@ -39,7 +39,7 @@ class Network:
     def slice_of(self, device: Any) -> int:
         """Which slice a TPU is in, or which node a GPU."""
         if self.chip.platform == "gpu":
-            return device.id // 8
+            return device.id // GPUS_PER_NODE
         return getattr(device, "slice_index", 0)
 
     def crosses_slices(self, group: np.ndarray) -> bool:

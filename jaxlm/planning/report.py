@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from jaxlm.models.flops import train_step_flops
 from jaxlm.planning import hlo
+from jaxlm.planning.chips import GIB
 from jaxlm.planning.compiling import Outcome
 from jaxlm.planning.cost import Cost
 from jaxlm.planning.memory import bytes_by_kind
@@ -17,7 +18,6 @@ from jaxlm.planning.topologies import Topology
 from jaxlm.planning.warn import find_warnings
 from jaxlm.program import Program
 
-GIB = 2**30
 TOP = 10
 
 
@@ -155,9 +155,8 @@ def collectives(cost: Cost) -> list[dict[str, Any]]:
 
 def format_plan(plan: dict[str, Any]) -> str:
     """The plan as text for a terminal."""
-    mesh = " x ".join(f"{k}={v}" for k, v in plan["mesh"].items()) or "one device"
     lines = [
-        f"{plan['num_params'] / 1e9:.3f}B parameters on {plan['topology']} ({plan['num_chips']} chips, {mesh}), "
+        f"{plan['num_params'] / 1e9:.3f}B parameters on {plan['topology']} ({plan['num_chips']} chips, {describe_mesh(plan)}), "
         f"{plan['batch_size']} x {plan['seq_len']} tokens in {plan['accumulation_steps']} part(s), remat={plan['remat']}, "
         f"{plan['attention_kernel']} attention",
         "",
@@ -170,6 +169,11 @@ def format_plan(plan: dict[str, Any]) -> str:
     lines += ["", "warnings:" if plan["warnings"] else "no warnings"]
     lines += [f"  - {warning}" for warning in plan["warnings"]]
     return "\n".join(lines)
+
+
+def describe_mesh(plan: dict[str, Any]) -> str:
+    """'fsdp=8 x tensor=2'."""
+    return " x ".join(f"{k}={v}" for k, v in plan["mesh"].items()) or "one device"
 
 
 def format_times(plan: dict[str, Any]) -> list[str]:

@@ -17,8 +17,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxlm.files import write_text
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.flops import train_step_flops
+from jaxlm.models.layers import GATED
+from jaxlm.planning.chips import GIB
+from jaxlm.planning.report import describe_mesh
 from jaxlm.planning.topologies import Topology
 
 log = logging.getLogger("jaxlm")
@@ -90,7 +94,7 @@ def rough_bytes(candidate: Candidate, config: ConfigDict, num_params: int) -> fl
     tokens = config.batch_size * config.seq_len
     tokens /= c.data * c.fsdp * c.context * c.accumulation_steps
     heads = (model.num_heads + model.num_kv_heads) * model.head_dim * 2
-    gates = 2 if model.activation in ("swiglu", "geglu", "geglu_tanh") else 1
+    gates = 2 if model.activation in GATED else 1
     inner = (heads + gates * model.mlp_dim) / c.tensor
     # In bfloat16: a layer's input; with 'dots' its matmuls' outputs; with 'none' norms and activations, too.
     kept = {
@@ -183,7 +187,7 @@ def search(
             else:
                 log.info("planning %s", candidate)
                 plan = make_plan(candidate.apply(config), topology.name)
-                path.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+                write_text(path, json.dumps(plan, indent=1) + "\n")
             plans.append(plan)
             candidate = None if plan["fits"] else more_parts(candidate, config)
     return sorted(plans, key=lambda p: (not p["fits"], p.get("estimated_step_seconds", math.inf)))
@@ -203,10 +207,9 @@ def format_ranking(plans: list[dict[str, Any]]) -> str:
     """The plans as lines, the best first."""
     lines = ["   GiB     ms    MFU  mesh, remat, parts"]
     for plan in plans:
-        mesh = " x ".join(f"{k}={v}" for k, v in plan["mesh"].items()) or "one device"
         seconds, mfu = plan.get("estimated_step_seconds"), plan.get("estimated_mfu")
         time = f"{seconds * 1e3:6.0f} {mfu:6.1%}" if plan["fits"] and seconds else "does not fit "
         lines.append(
-            f"{plan['hbm_bytes'] / 2**30:6.2f} {time}  {mesh}, {plan['remat']}, {plan['accumulation_steps']}"
+            f"{plan['hbm_bytes'] / GIB:6.2f} {time}  {describe_mesh(plan)}, {plan['remat']}, {plan['accumulation_steps']}"
         )
     return "\n".join(lines)

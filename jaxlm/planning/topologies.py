@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.planning.chips import CHIPS, Chip
+from jaxlm.planning.chips import CHIPS, GPUS_PER_NODE, Chip
 
 # A slice's chips along the axes of its torus, by the number in its name.
 FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}  # fmt: skip
@@ -34,7 +34,6 @@ CUBES = {
 }
 SHAPES = {"v5e": FLAT, "v6e": FLAT, "v4": CUBES, "v5p": CUBES}
 LIBRARY_NAMES = {"v5e": "v5e", "v6e": "v6e", "v4": "v4", "v5p": "v5"}  # what libtpu calls them
-GPUS_PER_NODE = 8
 H100_DESCRIPTION = Path(__file__).with_name("h100.txtpb")
 
 # Read when jax starts, so to be set before it is imported: no accelerator and no cloud is asked for.
@@ -103,6 +102,8 @@ def topology_devices(topology: Topology) -> np.ndarray:
     """
     from jax.experimental import topologies
 
+    from jaxlm.parallel.compiler_options import lowering_platform
+
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     chip = topology.chip
@@ -122,6 +123,6 @@ def topology_devices(topology: Topology) -> np.ndarray:
             target_config=H100_DESCRIPTION.read_text(encoding="utf-8"),
             topology=f"1x{topology.num_slices}x{math.prod(topology.shape)}",
         )
-    platform = {"tpu": "tpu", "gpu": "cuda"}[chip.platform]
+    platform = lowering_platform(chip.platform)
     devices = topologies.get_topology_desc(platform=platform, **options).devices
     return np.asarray(devices)

@@ -6,7 +6,7 @@ from collections import Counter
 import jax
 
 from jaxlm.planning import hlo
-from jaxlm.planning.chips import Chip
+from jaxlm.planning.chips import GIB, Chip
 from jaxlm.planning.compiling import Outcome
 from jaxlm.planning.cost import Cost, hbm_bytes
 from jaxlm.planning.memory import state_bytes
@@ -46,9 +46,8 @@ def find_warnings(
 
 
 def does_not_fit(program: Program, outcome: Outcome) -> str:
-    gib = 2**30
     return (
-        f"does not fit: needs {outcome.hbm_bytes / gib:.2f} GiB of {outcome.usable_bytes / gib:.2f} GiB a device; shard over "
+        f"does not fit: needs {outcome.hbm_bytes / GIB:.2f} GiB of {outcome.usable_bytes / GIB:.2f} GiB a device; shard over "
         f"fsdp, take remat='full', raise accumulation_steps, or plan with --search"
     )
 
@@ -67,7 +66,7 @@ def replicated_state(program: Program) -> list[str]:
         return []
     total = sum(size for size, _ in large)
     return [
-        f"{len(large)} large arrays are whole on each of the {mesh.size} devices, {total / 2**30:.2f} GiB of each (the largest: "
+        f"{len(large)} large arrays are whole on each of the {mesh.size} devices, {total / GIB:.2f} GiB of each (the largest: "
         f"{max(large)[1]}): a mesh with fsdp > 1 divides them"
     ]
 

@@ -7,7 +7,8 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from jaxlm.files import as_path, write_whole
+from jaxlm.files import as_path
+from jaxlm.training.plots import save_figure
 
 # Up to so many classes, cells have their counts; and up to so many, rows and columns have names.
 MAX_COUNTS = 20
@@ -20,7 +21,7 @@ def plot_confusion(counts: np.ndarray, names: Sequence[str], path: str | Path) -
     path = as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = draw_confusion(counts, names)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_figure(figure, path)
     return path
 
 
