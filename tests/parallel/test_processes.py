@@ -123,14 +123,20 @@ def test_the_curves_check_fails_for_another_curve_and_for_a_step_twice(setting, 
             check_same_curve(tmp_path, whole)
 
 
+XLA_ABORT = -signal.SIGABRT  # a shell's 134
+
+
 def check_survivors(children, victim):
-    """All but the victim say in one line what happened and end with their own status, in time."""
+    """All but the victim say what happened and end with a status for it, in time: theirs, or XLA's if it was faster."""
     started = time.monotonic()
     survivors = [child for i, child in enumerate(children) if i != victim]
     results = finish(survivors, timeout=3 * HEARTBEAT + 30)
     assert time.monotonic() - started < 3 * HEARTBEAT
     for _, err, status in results:
-        assert status == processes.PEER_LOST, (status, err[-3000:])
+        if status == XLA_ABORT:
+            assert "This most likely indicates that another task died" in err, err
+            continue
+        assert status == processes.PEER_LOST, (status, err)
         (line,) = [x for x in err.splitlines() if "another process has ended" in x]
         assert f"status {processes.PEER_LOST}" in line
         assert "Traceback" not in err, err[-3000:]
