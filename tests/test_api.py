@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from jaxlm import api, build, inputs, tuning
 from jaxlm import program as programs
 from jaxlm.inference.fill_mask import encode_masked
-from jaxlm.interop import convert
+from jaxlm.interop import convert, export
 from jaxlm.interop.tokenizer_files import fetch_tokenizer, puts_bos
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.tokenizers import load_tokenizer, make_tokenizer
@@ -225,7 +225,7 @@ def test_a_fine_tuned_model_predicts_no_tokens(tuned):
 
 def test_an_export_to_hugging_face_is_loaded_as_the_run_that_it_was(workdir, gpt, tmp_path):
     config = build.saved_config(workdir / "config.json")
-    convert.to_hf(workdir / "checkpoints" / "0", tmp_path / "hf", config, against="round_trip")
+    export.to_hf(workdir / "checkpoints" / "0", tmp_path / "hf", config, against="round_trip")
     again = api.load(f"hf:{tmp_path / 'hf'}")
     assert again.prefix == gpt.prefix and again.max_len == config.model.max_len
     options = dict(temperature=0, max_new_tokens=6)

@@ -18,7 +18,7 @@ from absl import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jaxlm import build
-from jaxlm.interop import FAMILIES, convert, parity
+from jaxlm.interop import FAMILIES, convert, export, parity
 from jaxlm.training.checkpoints import evaluated_item, find_step
 from jaxlm.tuning import best_step
 
@@ -83,7 +83,7 @@ def from_hf(args: argparse.Namespace) -> dict:
 def to_hf(args: argparse.Namespace) -> dict:
     step = best_step(args.source) if args.step is None else args.step
     step_dir = find_step(args.source, step)
-    return convert.to_hf(
+    return export.to_hf(
         step_dir,
         args.target,
         build.saved_config(step_dir.parent.parent / "config.json"),

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax.traverse_util import unflatten_dict
 
-from jaxlm.interop.mapping import EXPERT_AXES, EXPERT_PATHS, LAYERS, VOCAB_PATHS, Piece, Shape
+from jaxlm.interop.mapping import EXPERT_AXES, EXPERT_PATHS, VOCAB_PATHS, Piece, Shape, is_stacked
 
 BLOCK = 64 << 20  # bytes of the rows that are moved at once
 
@@ -61,7 +61,7 @@ def _replace(directory: Path, path: str, shape: Shape) -> Array:
     metadata = json.loads((folder / ".zarray").read_text())
     if path in EXPERT_PATHS and len(shape) == EXPERT_AXES:
         chunks = (1, 1, *shape[2:])
-    elif path.startswith(LAYERS):
+    elif is_stacked(path):
         chunks = (1, *shape[1:])
     else:
         first = row_blocks(shape, np.dtype(metadata["dtype"]))[0]

@@ -25,15 +25,20 @@ from jaxlm.models.config import TransformerConfig
 
 Shape = tuple[int, ...]
 LAYERS = "layers/"
-# Arrays whose first axis is the vocabulary: theirs may have fewer rows than ours (see `convert`).
 # Arrays with an axis of experts after that of the layers, if they have so many axes.
 EXPERT_PATHS = ("layers/mlp/up", "layers/mlp/gate", "layers/mlp/down")
 EXPERT_AXES = 4
+# Arrays whose first axis is the vocabulary: theirs may have fewer rows than ours (see `convert`).
 VOCAB_PATHS = ("embed/embedding", "unembed", "mlm_head/vocab_bias")
 
 
 class BadModel(ValueError):
     """A folder or a config that cannot be converted; the message lists everything that is in the way."""
+
+
+def is_stacked(path: str) -> bool:
+    """Whether the first axis of this parameter of ours is that of a stack's layers."""
+    return LAYERS in path
 
 
 # --- transforms -------------------------------------------------------------------------------------------------------
@@ -112,14 +117,14 @@ class Row(NamedTuple):
     """One tensor of theirs and what it is in ours.
 
     ours: a path as in 'layers/mlp/up', or several for a fused tensor. Paths that a config does not have (biases that
-      are off, an output table that is tied) drop their row; a layer's paths begin with 'layers/'.
+      are off, an output table that is tied) drop their row; a layer's paths have 'layers/' in them.
     theirs: the name in the model with a head, {layer} standing for the number of the layer, and {expert} for that of
       the expert, which is the axis after the layers in ours.
     group: '' for what every model of the family has, else the head that it belongs to: a source without any tensor of
       a group is taken, and the group is initialised (see `convert`).
     first_layer: theirs lacks the layers before it, whose slices of ours nothing reads.
 
-    A row of 'layers/' without {layer} is a layer that all share.
+    A row of layers without {layer} is a layer that all share.
     """
 
     ours: str | tuple[str, ...]
@@ -169,7 +174,8 @@ class Family:
     architectures: the first whose groups fit is what an export is called.
     prefix: of the base model inside the model with a head; published base models lack it.
     ties: name of theirs -> the name that it repeats when embeddings are tied; repeats: always (an export of untied
-      embeddings writes these, too). ignored: patterns of buffers.
+      embeddings writes these, too); copies: always, and no export writes them. ignored: patterns of buffers.
+    zeros: buffers that hold nothing but zeros; a source with another value in one is refused.
     renames: (pattern, replacement) of old spellings, applied with re.sub.
     """
 
@@ -186,7 +192,9 @@ class Family:
     extra_fields: tuple[str, ...] = ()
     ties: Mapping[str, str] = dataclasses.field(default_factory=dict)
     repeats: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
 
     def architecture(self, groups: Iterable[str], wanted: str = "") -> Architecture:
@@ -286,7 +294,7 @@ def _find_absurd(field: Field, value: Any) -> str:
             "" if isinstance(value, bool) else f"{field.theirs}={value!r}: expected true or false"
         )
     if isinstance(like, int):
-        most = MAX_LAYERS if field.ours == "num_layers" else MAX_SIZE
+        most = MAX_LAYERS if field.ours in ("num_layers", "num_decoder_layers") else MAX_SIZE
         if type(value) is not int or not 0 <= value <= most:
             return f"{field.theirs}={value!r}: expected an integer from 0 to {most}"
     elif isinstance(like, float):
@@ -404,7 +412,7 @@ def bind(family: Family, shapes: Mapping[str, Shape], vocab_size: int) -> list[P
             missing = sorted(set(row.paths) - set(present))
             raise BadModel(f"{row.theirs} needs {missing}, which this model does not have")
         covered |= set(row.paths)
-        if not row.paths[0].startswith(LAYERS):
+        if not is_stacked(row.paths[0]):
             own = tuple(
                 (vocab_size, *shapes[p][1:]) if p in VOCAB_PATHS else shapes[p] for p in row.paths
             )
@@ -459,7 +467,7 @@ def present_groups(family: Family, names: Iterable[str]) -> set[str]:
 
 def repeated_names(family: Family, tied: bool) -> dict[str, str]:
     """Names of theirs that hold what another name holds -> that name."""
-    return {**family.repeats, **(family.ties if tied else {})}
+    return {**family.repeats, **family.copies, **(family.ties if tied else {})}
 
 
 def match(
@@ -488,7 +496,7 @@ def match(
         for p in wanted
         if p.name in found and tuple(found[p.name]) != p.shape
     ]
-    known = {p.name for p in wanted} | set(repeated_names(family, tied)) | left
+    known = {p.name for p in wanted} | set(repeated_names(family, tied)) | set(family.zeros) | left
     extra = [
         f"{name}: {list(shape)} has no place in this model"
         for name, shape in found.items()

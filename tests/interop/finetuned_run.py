@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxlm import build
-from jaxlm.interop import convert
+from jaxlm.interop import convert, export
 from jaxlm.models import MODELS, Head
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.partition import split, trainable
@@ -67,4 +67,4 @@ class FineTuned:
         config = build.saved_config(workdir / "config.json")
         step_dir = workdir / "checkpoints" / "0"
         target = tmp_path / "out"
-        return convert.to_hf(step_dir, target, config, against=against, **options), target
+        return export.to_hf(step_dir, target, config, against=against, **options), target

@@ -8,7 +8,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from jaxlm import build, interop
-from jaxlm.interop import convert, mapping, parity
+from jaxlm.interop import convert, export, mapping, parity
 from jaxlm.interop.arrays import open_item
 from jaxlm.interop.safetensors_io import BadFile
 from jaxlm.interop.source import open_source
@@ -31,7 +31,7 @@ def from_hf(source, target, **options):
 def to_hf(workdir, target, **options):
     config = build.saved_config(workdir / "config.json")
     step_dir = workdir / "checkpoints" / "0"
-    return convert.to_hf(step_dir, target, config, against="round_trip", **options)
+    return export.to_hf(step_dir, target, config, against="round_trip", **options)
 
 
 def outputs_of(workdir, family, is_base):
@@ -334,7 +334,7 @@ def test_to_hf_refuses_every_option_that_the_family_has_not_by_name():
         mapping.config_to_hf(interop.FAMILIES["qwen3"], config)
     plain = dataclasses.replace(config, final_softcap=0.0)
     assert mapping.config_to_hf(interop.FAMILIES["qwen3"], plain)["num_key_value_heads"] == 1
-    assert convert.choose_family("", "gpt", plain).model_type == "qwen3"
+    assert export.choose_family("", "gpt", plain).model_type == "qwen3"
 
 
 def test_two_options_that_share_a_key_must_agree():

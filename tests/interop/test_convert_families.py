@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm import build
-from jaxlm.interop import FAMILIES, convert, parity
+from jaxlm.interop import FAMILIES, convert, export, parity
 from jaxlm.interop.mapping import BadModel
 from jaxlm.interop.source import open_source
 from tests.interop import tiny_hf
@@ -31,7 +31,7 @@ def both_ways(folder, name, *, against="round_trip", weights=None):
     into = convert.from_hf(str(folder / "hf"), folder / "w", TEMPLATES, against=against)
     config = build.saved_config(folder / "w" / "config.json")
     step_dir = folder / "w" / "checkpoints" / "0"
-    out = convert.to_hf(step_dir, folder / "out", config, against=against)
+    out = export.to_hf(step_dir, folder / "out", config, against=against)
     return into, out, weights
 
 
@@ -118,7 +118,7 @@ def test_a_base_model_with_its_pooler_comes_back_as_it_was(name, tmp_path):
     into = convert.from_hf(str(tmp_path / "hf"), tmp_path / "w", TEMPLATES, against="transformers")
     run_config = build.saved_config(tmp_path / "w" / "config.json")
     step_dir = tmp_path / "w" / "checkpoints" / "0"
-    out = convert.to_hf(step_dir, tmp_path / "out", run_config, against="transformers")
+    out = export.to_hf(step_dir, tmp_path / "out", run_config, against="transformers")
     assert into["max_abs_difference"] < 1e-4 and out["max_abs_difference"] < 1e-4
     again, about = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not about["missing_keys"] and not about["unexpected_keys"]

@@ -10,7 +10,7 @@ import pytest
 from jaxlm import build, interop
 from jaxlm.inference import decode
 from jaxlm.inference.sampling import make_sampling
-from jaxlm.interop import convert, mapping, parity
+from jaxlm.interop import convert, export, mapping, parity
 from jaxlm.interop.arrays import create_item
 from jaxlm.models import GPT, TransformerConfig
 from jaxlm.tokenizers import train_tokenizer
@@ -33,7 +33,7 @@ def from_hf(source, target, against="transformers", **options):
 
 def to_hf(workdir, target, **options):
     config = build.saved_config(workdir / "config.json")
-    return convert.to_hf(
+    return export.to_hf(
         workdir / "checkpoints" / "0", target, config, against="transformers", **options
     )
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlm import build
-from jaxlm.interop import convert, parity
+from jaxlm.interop import convert, export, parity
 from jaxlm.interop.arrays import open_item
 from jaxlm.interop.safetensors_io import read_folder
 from jaxlm.models import MODELS
@@ -88,7 +88,7 @@ def test_the_embedding_check_fails_for_the_sentences_in_another_order(workdir, p
 
 def test_every_published_tensor_comes_back(workdir, published, tmp_path):
     config = build.saved_config(workdir / "config.json")
-    convert.to_hf(workdir / "checkpoints" / "0", tmp_path / "hf", config, against="round_trip")
+    export.to_hf(workdir / "checkpoints" / "0", tmp_path / "hf", config, against="round_trip")
     before, after = read_folder(published), read_folder(tmp_path / "hf")
     assert set(before) - {"embeddings.position_ids"} == set(after)
     for name, tensor in after.items():

@@ -1,0 +1,234 @@
+"""to_hf: a checkpoint becomes a Hugging Face folder, as `convert.from_hf` makes a workdir of one.
+
+Rows of the vocabulary that the way in appended are cut off again (see `convert`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxlm.interop import FAMILIES, find_family, parity, tokenizer_files
+from jaxlm.interop.arrays import Array, read_theirs
+from jaxlm.interop.convert import make_model, model_config, written_beside
+from jaxlm.interop.finetuned import find_head, open_parameters
+from jaxlm.interop.mapping import BadModel, Family, Piece, bind, config_to_hf
+from jaxlm.interop.safetensors_io import Planned, write_folder
+from jaxlm.interop.source import open_source
+from jaxlm.interop.task_heads import head_to_hf, with_head
+from jaxlm.models import TransformerConfig, lora
+
+MAX_SHARD_BYTES = 5 << 30
+# What classes of transformers with an Auto class of that name end with.
+AUTO_TASKS = ("ForCausalLM", "ForMaskedLM", "ForQuestionAnswering")
+AUTO_TASKS += ("ForSequenceClassification", "ForTokenClassification")
+
+
+def to_hf(
+    step_dir: str | Path,
+    target: str | Path,
+    config: ConfigDict,
+    *,
+    item: str = "params",
+    family: str = "",
+    head: Mapping[str, Any] | None = None,
+    kind: str = "",
+    dtype: str = "",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    against: str = "auto",
+) -> dict[str, Any]:
+    """Writes the folder `target`, as huggingface_hub lays one out, of one checkpoint; returns its certificate.
+
+    Of a fine-tuned run that is the whole model, adapters merged, with the names of its labels (see `finetuned`).
+
+    config: the run's. family: a `model_type`; '' takes the one it came from, else the first that can express the model.
+    head, kind: the fields of the model's Head and its key in models.HEADS; None is the run's own.
+
+    Raises:
+      BadModel: options that the family cannot express, by name; a tokenizer without a Hugging Face form.
+      FileExistsError, parity.Failed: see `from_hf`.
+    """
+    step_dir, target = Path(step_dir), Path(target).absolute()
+    with written_beside(target) as folder:
+        about = json.loads((step_dir / "manifest" / "metadata").read_text(encoding="utf-8"))
+        came_from = about.get("huggingface", {})
+        options = lora.without_adapters(model_config(config))
+        found = find_head(step_dir.parent.parent, config, came_from)
+        head, kind = found.fields if head is None else head, kind or found.kind
+        wanted = family or came_from.get("model_type", "")
+        chosen = choose_family(wanted, config.family, options, head, kind)
+        about_head: dict[str, Any] = {}
+        if head:
+            task, about_head = head_to_hf(chosen, head, kind)
+            about_head |= found.about
+            chosen = with_head(chosen, task)
+        arrays = open_parameters(step_dir, item)
+        shapes = {path: array.shape for path, array in arrays.items()}
+        saved = step_dir.parent.parent / "tokenizer"
+        tokenizer = tokenizer_files.load_tokenizer(saved) if saved.is_dir() else None
+        vocab_size = exported_vocab_size(config, tokenizer, came_from)
+        initialised = set(came_from.get("initialised", ()))
+        pieces = [p for p in bind(chosen, shapes, vocab_size) if p.group not in initialised]
+        groups = {p.group for p in pieces} - {""}
+        architecture = chosen.architecture(groups, came_from.get("architecture", ""))
+        kept = np.dtype(jnp.dtype(dtype)) if dtype else arrays[pieces[0].paths[0]].dtype
+        exported = dataclasses.replace(options, vocab_size=vocab_size)
+        hf_config = {
+            "architectures": [architecture.name],
+            **config_to_hf(chosen, exported),
+            **about_head,
+            "torch_dtype": kept.name,
+            **came_from.get("token_ids", special_ids(tokenizer, vocab_size)),
+        }
+        _write_json(folder / "config.json", hf_config)
+        drop = "" if architecture.prefixed else chosen.prefix
+        planned = list(plan(chosen, pieces, arrays, kept, drop, tied=options.tie_embeddings))
+        write_folder(folder, planned, max_shard_bytes)
+        if tokenizer:
+            causal = config.family == "gpt"
+            tokenizer_files.write_tokenizer(
+                tokenizer, saved, folder, causal=causal, max_len=options.max_len
+            )
+        if chosen.model == "gpt" and not (folder / "generation_config.json").exists():
+            ids = {k: v for k, v in hf_config.items() if k.endswith("_token_id")}
+            _write_json(folder / "generation_config.json", ids)
+        elif chosen.model != "gpt":
+            (folder / "generation_config.json").unlink(missing_ok=True)
+        certificate = parity.certify(
+            open_source(folder),
+            arrays,
+            pieces,
+            model=make_model(chosen, options, 2 if "pair_head/bias" in arrays else 0, head),
+            tokenizer=tokenizer,
+            against=against,
+        )
+        certificate |= {"converted": {"step": int(step_dir.name), "item": item, **hf_config}}
+        parity.write(certificate, folder / "parity.json")
+        card = model_card(target.name, architecture.name, planned, certificate)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return certificate
+
+
+def choose_family(
+    wanted: str,
+    model: str,
+    config: TransformerConfig,
+    head: Mapping[str, Any] | None = None,
+    kind: str = "",
+) -> Family:
+    """The family to export as: of the wanted one, or of all, the first that has this model and this head.
+
+    Raises:
+      BadModel: the options in the way, for the wanted family or for each that is possible.
+    """
+    families = (
+        [find_family(wanted)] if wanted else [f for f in FAMILIES.values() if f.model == model]
+    )
+    problems = []
+    for family in families:
+        if family.model != model:
+            raise BadModel(
+                f"a model of the family {model!r} cannot be exported as {family.model_type}"
+            )
+        try:
+            config_to_hf(family, config)
+            if head:
+                head_to_hf(family, head, kind)
+            return family
+        except BadModel as error:
+            problems.append(str(error))
+    raise BadModel("\n".join(problems))
+
+
+def exported_vocab_size(config: ConfigDict, tokenizer: Any, came_from: Mapping[str, Any]) -> int:
+    """Rows to export: without those appended for reserved ids that the tokenizer's own files do not have.
+
+    Raises:
+      BadModel: if training has used such a row, e.g. masked-token training, and the mask is one of the appended ids.
+    """
+    ours = config.model.vocab_size
+    if came_from:
+        return came_from["vocab_size"]
+    if tokenizer is None or ours != tokenizer.vocab_size:
+        return ours
+    size = tokenizer_files.num_model_ids(tokenizer)
+    if lacking := [role for role in trained_roles(config) if tokenizer.roles[role] >= size]:
+        raise BadModel(
+            f"tokens that training has used ({', '.join(lacking)}) are ids that were appended to the tokenizer's "
+            "vocabulary, and its files have no place for them: train with a tokenizer that has them"
+        )
+    return size
+
+
+def trained_roles(config: ConfigDict) -> tuple[str, ...]:
+    """The special tokens without which the exported model could not be asked what it was trained for."""
+    if "objective" in config:
+        return () if config.objective.name == "causal" else ("mask",)
+    return ("bos", "eos") if config.family == "gpt" else ("cls", "sep")
+
+
+def special_ids(tokenizer: Any, vocab_size: int) -> dict[str, int]:
+    if tokenizer is None:
+        return {}
+    ids = {f"{role}_token_id": tokenizer.roles[role] for role in ("bos", "eos", "pad")}
+    return {name: i for name, i in ids.items() if i < vocab_size}
+
+
+def plan(
+    family: Family,
+    pieces: Sequence[Piece],
+    arrays: Mapping[str, Array],
+    dtype: np.dtype,
+    prefix: str,
+    *,
+    tied: bool,
+) -> Iterator[Planned]:
+    """The tensors to write, each of which is read from our arrays when its turn comes."""
+    for piece in pieces:
+
+        def read(piece=piece):
+            return read_theirs(piece, arrays).astype(dtype, copy=False)
+
+        names = [piece.name]
+        if not tied:
+            names += [n for n, original in family.repeats.items() if original == piece.name]
+        for name in names:
+            yield Planned(name.removeprefix(prefix), piece.shape, dtype, read)
+
+
+def model_card(
+    name: str, architecture: str, planned: Sequence[Planned], certificate: Mapping[str, Any]
+) -> str:
+    size = sum(int(np.prod(t.shape)) for t in planned)
+    task = "For" + architecture.partition("For")[2]
+    auto = "AutoModel" + (task if task in AUTO_TASKS else "")
+    auto = "AutoModelForCausalLM" if "LMHead" in architecture else auto
+    return f"""---
+library_name: transformers
+tags: [jaxlm]
+---
+
+# {name}
+
+{architecture} with {size:,} parameters, trained or converted with jaxlm.
+
+```python
+from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = {auto}.from_pretrained("{name}")
+```
+
+Certificate of the conversion (`parity.json`): {parity.summary(certificate)}
+"""
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
