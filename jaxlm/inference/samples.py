@@ -11,6 +11,8 @@ from jaxlm.inference import decode
 from jaxlm.inference.fill_mask import encode_masked, fill_mask
 from jaxlm.inference.sampling import make_sampling
 
+FILL_MASKS = ("bert", "electra", "xlnet")  # families whose prompts have masks
+
 
 def continue_prompts(
     model: Any,
@@ -74,7 +76,7 @@ def make_sampler(run: Any, writer: Any):
         if not prompts:
             return
         params = state.params if state.ema is None else state.ema
-        if config.family == "bert":
+        if config.family in FILL_MASKS:
             texts = run.in_mesh(fill_prompts)(
                 run.model, params, run.tokenizer, prompts, max_len=config.seq_len
             )

@@ -3,10 +3,12 @@
 from jaxlm.objectives.causal import CausalLM
 from jaxlm.objectives.mlm import MaskedLM
 from jaxlm.objectives.pairs import NextSentence, SentenceOrder
+from jaxlm.objectives.rtd import ReplacedTokens
 
 OBJECTIVES = {
     "causal": CausalLM,
     "mlm": MaskedLM,
     "mlm_nsp": NextSentence,
     "mlm_sop": SentenceOrder,
+    "rtd": ReplacedTokens,
 }
