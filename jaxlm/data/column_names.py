@@ -29,6 +29,20 @@ NAMES: dict[str, tuple[str, ...]] = {
     "answer_start": ("answer_start", "answer_starts", "start"),
     "spans": ("spans", "entities"),
     "choices": ("choices", "options", "endings", "candidates"),
+    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "turns"),
+    "instruction": ("instruction", "prompt", "question", "query"),
+    "input": ("input", "context"),
+    "output": ("output", "response", "answer", "completion"),
+    "system": ("system", "system_prompt"),
+    "source": (
+        *("source", "src", "input", "document", "article", "text", "dialogue", "body", "code"),
+        *("sentence", "source_text"),
+    ),
+    "target": (
+        *("target", "tgt", "output", "summary", "highlights", "translation", "targets"),
+        *("reference", "references", "target_text"),
+    ),
+    "control": ("control", "style", "control_code"),
 }
 _ALL_NAMES = frozenset(name for names in NAMES.values() for name in names)
 _ALSO_VALUES = frozenset({"y", "positive", "negative", "correct"})  # cells of a first row of data
@@ -50,7 +64,12 @@ ROLES = {
     "relation_classification": Roles(("text",), ("label",), ("spans", "id")),
     "multiple_choice": Roles(("choices",), ("label",), ("question",)),
     "embedding": Roles(("text",), (), ("text_pair", "label", "negative")),
+    "dialogue": Roles(("messages",)),
+    "instruction": Roles(("instruction",), ("output",), ("input", "system")),
+    "seq2seq": Roles(("source",), ("target",), ("control",)),
 }
+# Other roles of a task whose files come in two forms: those are taken where no column is an input of the first.
+OTHER_FORMS = {"dialogue": "instruction"}
 
 
 def normal(name: str) -> str:

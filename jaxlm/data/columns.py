@@ -11,11 +11,19 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxlm.data.column_names import NAMES, ROLES, Roles, normal
+from jaxlm.data.column_names import NAMES, OTHER_FORMS, ROLES, Roles, normal
 from jaxlm.data.record_base import Problem, Record, log
 from jaxlm.data.role_values import CONVERTERS, LABELS, label_of_columns
 
-__all__ = ["NAMES", "ROLES", "Roles", "as_role_records", "choose_columns", "columns_of"]
+__all__ = [
+    "NAMES",
+    "ROLES",
+    "Roles",
+    "as_role_records",
+    "choose_columns",
+    "choose_roles",
+    "columns_of",
+]
 
 Columns = dict[str, str | tuple[str, ...]]
 NONE = "none"  # as a given column: the role is not in this file
@@ -61,6 +69,16 @@ def choose_columns(
     return chosen
 
 
+def choose_roles(
+    records: Sequence[Record], task: str, given: Mapping[str, str | Sequence[str]]
+) -> Roles:
+    """The roles of a task's columns: those of its other form where the file has no input of the first."""
+    roles, other = ROLES[task], OTHER_FORMS.get(task)
+    columns = columns_of(records)
+    is_there = lambda role: given.get(role) or _fitting(role, columns, {})
+    return roles if other is None or any(map(is_there, roles.inputs)) else ROLES[other]
+
+
 def as_role_records(
     records: Sequence[Record],
     columns: Mapping[str, str | tuple[str, ...]],
@@ -80,6 +98,8 @@ def as_role_records(
     answers: list of {"text": str, "start": int}, from SQuAD's lists, `datasets`' lists in an object, or
         a string: then start is `answer_start`'s, or the first place in the context, -1 without one
     choices: list[str]; of several columns without the empty ones at the end
+    messages: list of {"role", "content"}, also from {"from", "value"}
+    source: str; a list of sentences is joined by spaces. target: list[str], one or several right texts
     spans: two [start, end] pairs
     """
     if label_kind not in LABELS:

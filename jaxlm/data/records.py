@@ -1,4 +1,4 @@
-"""Labelled files for fine-tuning: CSV, JSON, Parquet, CoNLL columns, SQuAD, SemEval-2010 task 8.
+"""Labelled files for fine-tuning: CSV, JSON, Parquet, CoNLL columns, SQuAD, SemEval-2010 task 8, parallel texts.
 
     records, problems = read_records("train.csv")
     roles = ROLES["sequence_classification"]
@@ -28,6 +28,7 @@ from jaxlm.data.record_base import (
 from jaxlm.data.record_csv import read_csv, read_tsv
 from jaxlm.data.record_json import read_json, read_json_lines, read_squad
 from jaxlm.data.record_lines import RELATION_LINE, read_conll, read_conllu, read_semeval
+from jaxlm.data.record_parallel import parallel_files, read_parallel
 from jaxlm.data.record_parquet import read_parquet
 from jaxlm.files import as_path, local_copy
 
@@ -70,7 +71,8 @@ def read_records(
 ) -> Found:
     """The rows of a labelled file in their order, and the rows that cannot be read.
 
-    path: a file; for JSON whose top level is an object of lists also PATH:SPLIT or PATH:SPLIT+SPLIT.
+    path: a file; for JSON whose top level is an object of lists also PATH:SPLIT or PATH:SPLIT+SPLIT; for parallel texts
+      the files of sources and of targets, a.en+a.de.
     format: a key of FORMATS, '' for that of the ending, or, for an unknown ending, of the first lines.
     header (CSV): yes, no or auto. delimiter (CSV): one character, '' to guess it.
     split (JSON): the same as in the path.
@@ -81,12 +83,15 @@ def read_records(
     Raises FileNotFoundError; ValueError for a file that cannot be read or has no rows; ImportError for
     Parquet without pyarrow.
     """
-    path, split = _path_and_split(os.fspath(path), split)
-    path = local_copy(path, cache_dir)
-    format = format or _ENDINGS.get(path.suffix.lower()) or _sniffed_format(path)
-    if format not in FORMATS:
-        raise ValueError(f"found: format={format!r}; expected: one of {', '.join(FORMATS)}")
-    records, problems = FORMATS[format](path, ReadOptions(header, delimiter, split))
+    if pair := parallel_files(os.fspath(path)):
+        records, problems = read_parallel(*(local_copy(file, cache_dir) for file in pair))
+    else:
+        path, split = _path_and_split(os.fspath(path), split)
+        path = local_copy(path, cache_dir)
+        format = format or _ENDINGS.get(path.suffix.lower()) or _sniffed_format(path)
+        if format not in FORMATS:
+            raise ValueError(f"found: format={format!r}; expected: one of {', '.join(FORMATS)}")
+        records, problems = FORMATS[format](path, ReadOptions(header, delimiter, split))
     if not records and not problems:
         raise ValueError(f"found: {path} has no rows; expected: rows of format {format}")
     usable = []

@@ -205,6 +205,50 @@ def _answer(answer: Any) -> dict[str, Any]:
     return {"text": text, "start": start}
 
 
+# --- texts to write ---
+
+_SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+def _messages(raw: Raw) -> list[dict[str, str]]:
+    """[{"role", "content"}], also of [{"from", "value"}] (ShareGPT), and of contents in parts if all of them are text."""
+    return [_message(one) for one in _list(raw["messages"], "messages")]
+
+
+def _message(one: Any) -> dict[str, str]:
+    fields = one if isinstance(one, dict) else {}
+    role, content = (
+        fields.get("role", fields.get("from")),
+        fields.get("content", fields.get("value")),
+    )
+    if isinstance(content, list):
+        content = "".join(map(_text_part, content))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ValueError("a message needs a role and its content, a text")
+    return {"role": _SPEAKERS.get(role, role), "content": content}
+
+
+def _text_part(part: Any) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+    if not isinstance(text, str):
+        raise ValueError("a message has a part that is no text (an image, a tool's call)")
+    return text
+
+
+def _source(raw: Raw) -> str:
+    value = raw["source"]
+    if isinstance(value, list):
+        return " ".join(_string(part, "one of source").strip() for part in value)
+    return "" if value is None else _string(value, "source")
+
+
+def _target(raw: Raw) -> list[str] | None:
+    value = raw["target"]
+    if isinstance(value, list):
+        return [_string(part, "one of target") for part in value]
+    return None if _is_missing(value) else [_string(value, "target")]
+
+
 # --- choices and spans ---
 
 
@@ -245,6 +289,10 @@ CONVERTERS: dict[str, Callable[[Raw], Any]] = {
     **{
         role: _text(role) for role in ("text", "text_pair", "negative", "question", "context", "id")
     },
+    **{role: _text(role) for role in ("instruction", "input", "output", "system", "control")},
+    "messages": _messages,
+    "source": _source,
+    "target": _target,
     "words": _words,
     "labels": _word_labels,
     "predicate": _predicate,

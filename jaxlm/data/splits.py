@@ -16,7 +16,9 @@ from typing import Any
 from jaxlm.data.record_base import Record, log
 
 # One sentence with several predicates or entity pairs is one text.
-_NOT_COMPARED = frozenset({"label", "labels", "answers", "id", "negative", "predicate", "spans"})
+_NOT_COMPARED = frozenset(
+    {"label", "labels", "answers", "id", "negative", "predicate", "spans", "target", "output"}
+)
 
 
 def split_train_dev(

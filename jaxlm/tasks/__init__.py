@@ -4,10 +4,12 @@ A task is one file and one line here. What it must have is in CONTRIBUTING.md, "
 `sequence_classification`.
 """
 
+from jaxlm.tasks.dialogue import Dialogue
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.relation_classification import RelationClassification
+from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.sequence_classification import SequenceClassification
 from jaxlm.tasks.token_classification import TokenClassification
 
@@ -18,4 +20,6 @@ TASKS = {
     "relation_classification": RelationClassification,
     "multiple_choice": MultipleChoice,
     "embedding": Embedding,
+    "dialogue": Dialogue,
+    "seq2seq": Seq2Seq,
 }

@@ -23,9 +23,10 @@ from jaxlm.files import as_path
 from jaxlm.parallel import mesh as meshes
 from jaxlm.tasks import TASKS
 from jaxlm.tasks.base import make_layout
-from jaxlm.training.metrics import MetricSums, one_behind
+from jaxlm.training.metrics import MetricSums, one_behind, with_perplexity
 from jaxlm.tuning.source import Source
 from jaxlm.tuning.splits import Split, make_split, read_whole
+from jaxlm.tuning.writing import make_writer, write_texts
 
 PyTree = Any
 
@@ -55,9 +56,13 @@ class Predictor:
         return programs.in_mesh(self.mesh, jitted)
 
     def predict(
-        self, params: PyTree, split: Split, batches: EvalExamples | None = None
+        self,
+        params: PyTree,
+        split: Split,
+        batches: EvalExamples | None = None,
+        most: int | None = None,
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """(mean loss and other means, a prediction for each record)."""
+        """(mean loss and other means, a prediction for each record). most: of texts that are written, see `write`."""
         if batches is None:
             (batches,) = eval_batches({"": split}, self.config, self.mesh).values()
         sums, said = MetricSums(), {}
@@ -69,6 +74,8 @@ class Predictor:
             metrics, outputs = jax.device_get(results)
             sums.add(metrics)
             said |= batches.taken_apart(places, outputs)
+        if writes(self.task):
+            return with_perplexity(sums.means()), self.write(params, split.records, most)
         features = split.examples.features
         predictions = [
             self.task.decode(record, [features[i] for i in span], [said[i] for i in span])
@@ -76,12 +83,30 @@ class Predictor:
         ]
         return sums.means(), predictions
 
+    def write(
+        self, params: PyTree, records: Sequence[Record], most: int | None = None
+    ) -> list[dict[str, Any]]:
+        """What the model of a task that writes answers to the first `most` records (None: all), and {} to others."""
+        options = self.config.eval
+        chosen = records if most is None else records[:most]
+        written = write_texts(self.model, self.mesh, params, self.task, chosen, options)
+        return written + [{} for _ in records[len(chosen) :]]
+
     def scored(
-        self, params: PyTree, split: Split, batches: EvalExamples | None = None
+        self,
+        params: PyTree,
+        split: Split,
+        batches: EvalExamples | None = None,
+        most: int | None = None,
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """(loss and scores, predictions) of a labelled split."""
-        means, predictions = self.predict(params, split, batches)
+        """(loss and scores, predictions) of a labelled split; most: see `predict`."""
+        means, predictions = self.predict(params, split, batches, most)
         return means | self.task.scores(split.records, predictions), predictions
+
+
+def writes(task: Any) -> bool:
+    """Whether its predictions are texts, which are written token by token."""
+    return getattr(task, "writes", False)
 
 
 def eval_batches(
@@ -115,6 +140,9 @@ def local_rows(mesh: jax.sharding.Mesh, shapes: Shapes) -> dict[int, np.ndarray]
 def make_task(config: ConfigDict, source: Source, fitted: Mapping[str, Any]) -> Any:
     options = config.task.to_dict()
     kind = programs.pick(TASKS, options.pop("name"), "task")
+    if writes(kind):
+        options.pop("decoder_start", None)
+        return kind(source.tokenizer, make_writer(config, source.family, fitted), fitted, **options)
     layout = make_layout(
         source.tokenizer,
         config.seq_len,
@@ -142,6 +170,8 @@ class Finetuned:
         """A prediction for each row: a text, or the fields of a record by role (text, text_pair, words, context, …)."""
         fields = [{"text": row} if isinstance(row, str) else dict(row) for row in rows]
         records = [Record("", number + 1, row) for number, row in enumerate(fields)]
+        if writes(self.predictor.task):
+            return self.predictor.write(self.params, records)
         split = make_split("rows", self.predictor.task, records)
         return self.predictor.predict(self.params, split)[1]
 

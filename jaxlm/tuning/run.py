@@ -39,9 +39,11 @@ from jaxlm.tuning.prediction import (
     eval_batches,
     local_rows,
     make_task,
+    writes,
 )
 from jaxlm.tuning.source import Source, open_source, read_weights
 from jaxlm.tuning.splits import Split, has_label, hold_out, make_split, read_file, read_whole
+from jaxlm.tuning.writing import find_writing
 
 PyTree = Any
 log = logging.getLogger("jaxlm")
@@ -73,6 +75,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
     records, problems, columns = read_file(data.train, config)
     labelled = [record for record in records if has_label(record)]
     fitted = {**kind.infer(labelled, **options), "columns": columns}
+    if writes(kind):
+        fitted |= find_writing(config, source)
     task = make_task(config, source, fitted)
     train, num_rows = [], len(records) + len(problems)
     for record in records:
@@ -137,9 +141,10 @@ def complete(config: ConfigDict, source: Source, task: Any, num_examples: int) -
         completed.model.update(
             dropout_rate=config.dropout_rate, attention_dropout_rate=config.dropout_rate
         )
-        completed.head = ConfigDict(
-            head_fields(source, task) | {"dropout_rate": config.dropout_rate}
-        )
+        if task.head is not None:
+            completed.head = ConfigDict(
+                head_fields(source, task) | {"dropout_rate": config.dropout_rate}
+            )
         completed.num_train_steps = num_steps
         completed.eval_every_steps = completed.checkpoint_every_steps = every
         completed.optimizer.schedule.warmup_steps = round(config.warmup_ratio * num_steps)
@@ -174,11 +179,14 @@ class TaskRun(build.Run):
     def predictor(self) -> Predictor:
         return Predictor(self.config, self.mesh, self.model, self.objective)
 
-    def scored(self, params: PyTree, name: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        return self.predictor.scored(params, self.splits[name], self.eval_batches[name])
+    def scored(
+        self, params: PyTree, name: str, most: int | None = None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        return self.predictor.scored(params, self.splits[name], self.eval_batches[name], most)
 
     def evaluate(self, params: PyTree) -> dict[str, float]:
-        return self.scored(params, "dev")[0]
+        """Scores of the development split; of a task that writes with as many texts as `eval.dev_texts` says."""
+        return self.scored(params, "dev", self.config.eval.get("dev_texts"))[0]
 
 
 def make_run(
@@ -288,10 +296,11 @@ def write_task(workdir: Path, name: str, fitted: Mapping[str, Any]) -> None:
     path, content = workdir / TASK_FILE, {"name": name, **fitted}
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        if before != json.loads(json.dumps(content)):
+        now = json.loads(json.dumps(content))
+        if differing := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
             raise ValueError(
-                f"{path} holds other labels than the training file gives now ({len(before['labels'])} and "
-                f"{len(fitted['labels'])}): take another --workdir, or the file that the run began with"
+                f"{path} holds other {', '.join(differing)} than the training file gives now: take another --workdir, or "
+                "the file that the run began with"
             )
         return
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

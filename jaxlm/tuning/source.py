@@ -110,6 +110,35 @@ def open_source(init_from: str) -> Source:
     )
 
 
+def find_prefix(source: Source) -> tuple[int, ...]:
+    """The ids that stand before every text: bos of our runs; what transformers puts there of its models."""
+    files = source.hf_files
+    if files is None or tokenizer_files.puts_bos(files, source.tokenizer):
+        return (source.tokenizer.bos_id,)
+    return ()
+
+
+# What decoders of Hugging Face's encoder-decoders begin with (decoder_start_token_id of their config.json).
+DECODER_STARTS = {"t5": "pad", "bart": "eos"}
+
+
+def find_decoder_start(source: Source, given: str = "") -> int:
+    """The id that an encoder-decoder's decoder begins with: the role `given`, else that of the source's own training, else
+    that of its family, else bos.
+
+    Raises:
+      ValueError: if there is no such role.
+    """
+    trained = source.config or ConfigDict()
+    groups = [trained.get(group, {}) for group in ("objective", "task")]
+    said = next((group["decoder_start"] for group in groups if group.get("decoder_start")), "")
+    role = given or said or DECODER_STARTS.get(source.hf_family, "bos")
+    roles = source.tokenizer.roles
+    if role not in roles:
+        raise ValueError(f"decoder_start={role!r}: use one of {', '.join(roles)}")
+    return roles[role]
+
+
 def split_step(checkpoint: str) -> tuple[str, int | None]:
     """'W@7' -> ('W', 7), 'W' -> ('W', None)."""
     path, _, step = checkpoint.rpartition("@")

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from jaxlm import program as programs
 from jaxlm.data import demos
 from jaxlm.data.column_names import ROLES
-from jaxlm.data.columns import Columns, as_role_records, choose_columns
+from jaxlm.data.columns import Columns, as_role_records, choose_columns, choose_roles
 from jaxlm.data.examples import Examples
 from jaxlm.data.records import Problem, Record, format_problems, read_records
 from jaxlm.data.splits import split_train_dev
@@ -75,12 +75,14 @@ def read_file(
     )
     if not records:
         raise ValueError(f"{path} has no row that can be read:\n{format_problems(problems)}")
-    roles = programs.pick(ROLES, task, "task")
+    programs.pick(ROLES, task, "task")
     given = columns or {
         key.removesuffix("_column"): value
         for key, value in data.items()
         if key.endswith("_column") and value
     }
+    roles = choose_roles(records, task, given)
+    given = {role: column for role, column in given.items() if role in sum(roles, ())}
     chosen = choose_columns(records, roles, given, labelled=columns is None)
     kind = LABEL_KINDS.get(config.task.get("problem") or task, "class")
     named, more = as_role_records(records, chosen, kind, data.label_separator)
