@@ -4,6 +4,7 @@ from jaxlm.objectives.causal import CausalLM
 from jaxlm.objectives.mlm import MaskedLM
 from jaxlm.objectives.pairs import NextSentence, SentenceOrder
 from jaxlm.objectives.rtd import ReplacedTokens
+from jaxlm.objectives.span_corruption import SpanCorruption
 
 OBJECTIVES = {
     "causal": CausalLM,
@@ -11,4 +12,5 @@ OBJECTIVES = {
     "mlm_nsp": NextSentence,
     "mlm_sop": SentenceOrder,
     "rtd": ReplacedTokens,
+    "span_corruption": SpanCorruption,
 }

@@ -10,6 +10,7 @@ import numpy as np
 class TokenTables:
     """Ids and per-id tables of a tokenizer, without the tokenizer itself (which need not pickle).
 
+    sentinels: int32 (K,), the ids that stand for hidden spans, the first span's first; K may be 0.
     special, word_start: bool (V,). ordinary: int32 (V - specials,), every id that stands for text.
     num_bytes: int32 (V,), the UTF-8 bytes that an id stands for.
     """
@@ -20,6 +21,7 @@ class TokenTables:
     cls_id: int
     sep_id: int
     mask_id: int
+    sentinels: np.ndarray
     special: np.ndarray
     ordinary: np.ndarray
     word_start: np.ndarray
@@ -32,6 +34,7 @@ class TokenTables:
         special[sorted(tokenizer.special_ids)] = True
         return cls(
             **{f"{name}_id": int(getattr(tokenizer, f"{name}_id")) for name in _NAMED},
+            sentinels=np.asarray(tokenizer.sentinel_ids, np.int32),
             special=special,
             ordinary=np.flatnonzero(~special).astype(np.int32),
             word_start=np.asarray(tokenizer.is_word_start, bool),
@@ -52,3 +55,11 @@ def padded(values: np.ndarray, length: int, fill: float = 0) -> np.ndarray:
     out[: len(values)] = values
     out[len(values) :] = fill
     return out
+
+
+def positions_of(segment_ids: np.ndarray) -> np.ndarray:
+    """The place of each token in its segment, from 0; int32 (n,) for int (n,) in which segments are stretches."""
+    index = np.arange(len(segment_ids), dtype=np.int32)
+    first = np.zeros(len(segment_ids), np.int32)
+    first[1:] = index[1:] * (segment_ids[1:] != segment_ids[:-1])
+    return index - np.maximum.accumulate(first)

@@ -26,11 +26,12 @@ class ToyTokenizer(SimpleNamespace):
 
 def make_tokenizer():
     num_bytes = np.arange(100, dtype=np.int32) % 5 + 1
-    num_bytes[:7] = 0
+    num_bytes[:7] = num_bytes[90:] = 0
     return ToyTokenizer(
         vocab_size=100,
         **dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3, cls_id=4, sep_id=5, mask_id=6),
-        special_ids=frozenset(range(7)),
+        sentinel_ids=tuple(range(90, 100)),
+        special_ids=frozenset([*range(7), *range(90, 100)]),
         is_word_start=np.arange(100) % 2 == 1,
         num_bytes=num_bytes,
         sha256="toy",
@@ -45,7 +46,7 @@ def stores(tmp_path_factory):
     rng = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("pipeline")
     for name, count in (("books", 40), ("code", 11)):
-        documents = [rng.integers(7, 100, rng.integers(0, 60)) for _ in range(count)]
+        documents = [rng.integers(7, 90, rng.integers(0, 60)) for _ in range(count)]
         write_store(folder / name, {"train": documents}, TOKENIZER, shard_tokens=300)
     return {name: TokenStore(folder / name) for name in ("books", "code")}
 

@@ -6,21 +6,23 @@ import numpy as np
 import pytest
 
 WORDS = 50
+SENTINELS = 60
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """Ids 0 to 6 are special; 7 + 2w starts word w, 8 + 2w goes on with it; an id is 3 bytes."""
-    vocab_size = 7 + 2 * WORDS
+    """Ids 0 to 6 are special; 7 + 2w starts word w, 8 + 2w goes on with it; an id is 3 bytes; the last ones are sentinels."""
+    text = 7 + 2 * WORDS
+    vocab_size = text + SENTINELS
     is_word_start = np.zeros(vocab_size, bool)
-    is_word_start[7::2] = True
-    num_bytes = np.full(vocab_size, 3, np.int32)
-    num_bytes[:7] = 0
+    is_word_start[7:text:2] = True
+    num_bytes = np.zeros(vocab_size, np.int32)
+    num_bytes[7:text] = 3
     return SimpleNamespace(
         vocab_size=vocab_size,
         **dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3, cls_id=4, sep_id=5, mask_id=6),
-        sentinel_ids=(),
-        special_ids=frozenset(range(7)),
+        sentinel_ids=tuple(range(text, vocab_size)),
+        special_ids=frozenset([*range(7), *range(text, vocab_size)]),
         is_word_start=is_word_start,
         num_bytes=num_bytes,
     )

@@ -1,0 +1,111 @@
+"""What the objectives of encoder-decoders share: the row of a pair, and its loss over the decoder's labels."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+
+from jaxlm.objectives.losses import cross_entropy
+from jaxlm.objectives.tables import TokenTables, padded, positions_of
+
+STARTS = ("bos", "pad", "eos")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seq2Seq:
+    """An objective that gives the encoder one text and asks the decoder for another.
+
+    tokenizer: gives ids and tables; not kept.
+    decoder_start: what the decoder reads first: 'bos', 'pad' (T5) or 'eos' (BART).
+    z_loss, label_smoothing, chunk_tokens: see `cross_entropy`.
+    """
+
+    tokenizer: dataclasses.InitVar[Any]
+    decoder_start: str = "bos"
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    chunk_tokens: int = 0
+    tables: TokenTables = dataclasses.field(init=False, repr=False)
+
+    static: ClassVar[bool] = False
+
+    def __post_init__(self, tokenizer: Any) -> None:
+        problems = self.find_problems()
+        if self.decoder_start not in STARTS:
+            known = ", ".join(STARTS)
+            problems.append(f"decoder_start {self.decoder_start!r}: expected one of {known}")
+        if problems:
+            raise ValueError(f"{type(self).__name__}:\n  " + "\n  ".join(problems))
+        object.__setattr__(self, "tables", TokenTables.of(tokenizer))
+
+    def find_problems(self) -> list[str]:
+        """What is wrong with the options, each as found and expected."""
+        return []
+
+    def target_len(self, seq_len: int) -> int:
+        """Positions of a decoder's row beside `seq_len` of the encoder's."""
+        raise NotImplementedError
+
+    def num_predictions(self, seq_len: int) -> int:
+        """Positions of a row that go through the vocabulary matrix."""
+        return self.target_len(seq_len)
+
+    def row(
+        self,
+        encoder: "Text",
+        labels: "Text",
+        seq_len: int,
+    ) -> dict:
+        """The row of (tokens, segment_ids) of the encoder and of (labels, segment_ids) of the decoder.
+
+        The decoder's tokens are its labels one place later, and its start in front of each segment.
+        """
+        tables, target_len = self.tables, self.target_len(seq_len)
+        (sources, source_segments), (targets, segments) = encoder, labels
+        positions = positions_of(segments)
+        tokens = np.empty(len(targets), np.int32)
+        tokens[1:] = targets[:-1]
+        tokens[positions == 0] = getattr(tables, f"{self.decoder_start}_id")
+        return {
+            "encoder_tokens": padded(sources.astype(np.int32), seq_len, tables.pad_id),
+            "encoder_segment_ids": padded(source_segments.astype(np.int32), seq_len),
+            "encoder_positions": padded(positions_of(source_segments), seq_len),
+            "tokens": padded(tokens, target_len, tables.pad_id),
+            "segment_ids": padded(segments.astype(np.int32), target_len),
+            "positions": padded(positions, target_len),
+            "labels": padded(targets.astype(np.int32), target_len, tables.pad_id),
+            "weights": padded(np.ones(len(targets), np.float32), target_len),
+        }
+
+    def loss(self, outputs: Any, batch: dict) -> tuple[tuple, dict]:
+        """((total, weight), metrics) over the decoder's labels: loss, nll, accuracy."""
+        total, metrics = cross_entropy(
+            outputs.hidden,
+            outputs.unembed,
+            batch["labels"],
+            batch["weights"],
+            bias_V=outputs.unembed_bias,
+            softcap=outputs.softcap,
+            z_loss=self.z_loss,
+            label_smoothing=self.label_smoothing,
+            chunk_tokens=self.chunk_tokens,
+        )
+        return total, {"loss": total, **metrics}
+
+
+Text = tuple[np.ndarray, np.ndarray]  # tokens and segment_ids, each (n,)
+
+
+def without_bos(example: dict, tables: TokenTables) -> Text:
+    """The tokens and segment ids of an example without the [bos] that its documents begin with."""
+    tokens, segment_ids = example["tokens"], example["segment_ids"]
+    keep = (tokens != tables.bos_id) | (positions_of(segment_ids) > 0)
+    return tokens[keep], segment_ids[keep]
+
+
+def with_end(tokens: np.ndarray, segment_ids: np.ndarray, tables: TokenTables) -> Text:
+    """A text with [eos] at its end, which belongs to its last document (to the first, if there is no text)."""
+    if len(tokens) and tokens[-1] == tables.eos_id:
+        return tokens, segment_ids
+    last = segment_ids[-1] if len(segment_ids) else 1
+    return np.append(tokens, tokens.dtype.type(tables.eos_id)), np.append(segment_ids, last)
