@@ -184,14 +184,28 @@ def make_program(config: ConfigDict, mesh: jax.sharding.Mesh, tokenizer: Any) ->
         plateau=plateau,
         dummy=dummy,
         boxed=boxed,
-        step_tokens=config.batch_size * config.seq_len,
-        step_flops=train_step_flops(
-            model.config,
-            batch_size=config.batch_size,
-            seq_len=config.seq_len,
-            num_predictions=objective.num_predictions(config.seq_len),
-            causal=config.family == "gpt",
-        ),
+        step_tokens=config.batch_size * (config.seq_len + target_len(objective, config.seq_len)),
+        step_flops=step_flops(config, model.config, objective),
+    )
+
+
+def target_len(objective: Any, seq_len: int) -> int:
+    """Places of a row of the decoder beside an encoder's `seq_len`; 0 where there is one stream of tokens."""
+    return objective.target_len(seq_len) if hasattr(objective, "target_len") else 0
+
+
+def step_flops(
+    config: ConfigDict, options: TransformerConfig, objective: Any, *, causal_half: bool = False
+) -> float:
+    """Model FLOPs of a train step of pretraining; see `models.flops`."""
+    return train_step_flops(
+        options,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        num_predictions=objective.num_predictions(config.seq_len),
+        causal=config.family != "bert",
+        causal_half=causal_half,
+        target_len=target_len(objective, config.seq_len),
     )
 
 
@@ -240,7 +254,10 @@ def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:
     model = pick(MODELS, config.family, "family")
     if "head" in config:  # a fine-tuning run has a task's head instead of an objective's
         return model(options, head=Head(options, **config.head))
-    pairs = {"num_pair_classes": 2} if config.objective.name in ("mlm_nsp", "mlm_sop") else {}
+    if "generator" in config:  # ELECTRA's, as shares of the model
+        return model(options, **config.generator)
+    objective = config.get("objective", {}).get("name")  # a task that writes has neither
+    pairs = {"num_pair_classes": 2} if objective in ("mlm_nsp", "mlm_sop") else {}
     return model(options, **pairs)
 
 
@@ -293,9 +310,11 @@ def make_optimizer(config: ConfigDict, boxed: PyTree) -> tuple[Any, Any]:
     return optimizers.make_optimizer(options.pop("name"), axes=axes, **options), plateau
 
 
+# Enough of a batch for `abstract_params`; decoders and encoders alone do not read the second.
 ONE_TOKEN = {
-    "tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)
-}  # enough of a batch for `abstract_params`
+    "tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32),
+    "encoder_tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32),
+}
 
 
 def abstract_params(model: nn.Module, batch: Mapping[str, jax.Array]) -> PyTree:

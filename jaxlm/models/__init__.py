@@ -2,10 +2,22 @@
 
 from jaxlm.models.bert import BERT
 from jaxlm.models.config import TransformerConfig
+from jaxlm.models.electra import ELECTRA
+from jaxlm.models.encoder_decoder import EncoderDecoder
 from jaxlm.models.gpt import GPT
 from jaxlm.models.heads import HEADS, Head
 from jaxlm.models.layers import Outputs
 
-MODELS = {"gpt": GPT, "bert": BERT}
+MODELS = {"gpt": GPT, "bert": BERT, "encoder_decoder": EncoderDecoder, "electra": ELECTRA}
 
-__all__ = ["BERT", "GPT", "HEADS", "MODELS", "Head", "Outputs", "TransformerConfig"]
+__all__ = [
+    "BERT",
+    "ELECTRA",
+    "GPT",
+    "HEADS",
+    "MODELS",
+    "EncoderDecoder",
+    "Head",
+    "Outputs",
+    "TransformerConfig",
+]

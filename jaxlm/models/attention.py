@@ -39,6 +39,7 @@ def attend_xla(
     value_BSKH: jax.Array,
     mask_BTS: jax.Array,
     key: jax.Array | None = None,
+    bias_NTS: jax.Array | None = None,
     *,
     softcap: float = 0.0,
     dropout_rate: float = 0.0,
@@ -46,6 +47,7 @@ def attend_xla(
     """softmax(q k / sqrt(H)) v with a float32 softmax (arXiv:1706.03762, eq. 1; grouped as in arXiv:2305.13245).
 
     Head n reads kv head n // G. mask: True = attend. key: for dropout of the probabilities, or None.
+    bias: float32, the same for all rows, added to the (capped) scores; None adds nothing.
     Returns (B, T, N, H) in the dtype of the value. Differentiable in reverse mode only.
     """
     batch, length, heads, head_dim = query_BTNH.shape
@@ -55,45 +57,53 @@ def attend_xla(
     # Heads go before positions first: as einsums of the given layouts this took 1.3 times as long on XLA:CPU.
     query_BKGTH = query_BTKGH.transpose(0, 2, 3, 1, 4)
     key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
-    bias_B11TS = jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
-    kept_BKGTS = None
+    mask_B11TS = jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
+    bias_1KGTS = kept_BKGTS = None
+    if bias_NTS is not None:
+        bias_1KGTS = bias_NTS.reshape(1, *query_BKGTH.shape[1:4], key_BKSH.shape[2])
     if key is not None and dropout_rate:
         shape = (*query_BKGTH.shape[:4], key_BKSH.shape[2])
         kept_BKGTS = dropout(jnp.ones(shape, jnp.float32), dropout_rate, key)
-    out_BKGTH = _attend(softcap, query_BKGTH, key_BKSH, value_BKSH, bias_B11TS, kept_BKGTS)
+    inputs = query_BKGTH, key_BKSH, value_BKSH, mask_B11TS, kept_BKGTS, bias_1KGTS
+    out_BKGTH = _attend(softcap, *inputs)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(softcap, query_BKGTH, key_BKSH, value_BKSH, bias, kept_BKGTS):
-    """softmax(softcap(q k) + bias) v; `kept` multiplies the probabilities (dropout) and may be None.
+def _attend(softcap, query_BKGTH, key_BKSH, value_BKSH, mask_B11TS, kept_BKGTS, bias_1KGTS):
+    """softmax(softcap(q k) + bias + mask) v; `kept` multiplies the probabilities (dropout). It and bias may be None.
+
+    All but mask (0 or MASKED) and kept have gradients.
 
     Its gradient is written out for two savings that XLA does not find: the softmax's row sums come from the output,
     H terms each instead of S (arXiv:2205.14135, appendix B.4), and no product wants scores transposed. For those sums
     the output is kept in float32.
     """
-    return _attend_forward(softcap, query_BKGTH, key_BKSH, value_BKSH, bias, kept_BKGTS)[0]
+    inputs = query_BKGTH, key_BKSH, value_BKSH, mask_B11TS, kept_BKGTS, bias_1KGTS
+    return _attend_forward(softcap, *inputs)[0]
 
 
-def _attend_forward(softcap, query_BKGTH, key_BKSH, value_BKSH, bias, kept_BKGTS):
+def _attend_forward(softcap, query_BKGTH, key_BKSH, value_BKSH, mask_B11TS, kept_BKGTS, bias_1KGTS):
     scores_BKGTS = apply_softcap(_to_float32("BKGTH,BKSH->BKGTS", query_BKGTH, key_BKSH), softcap)
-    probs_BKGTS = jax.nn.softmax(scores_BKGTS + bias, axis=-1)
+    biased_BKGTS = scores_BKGTS if bias_1KGTS is None else scores_BKGTS + bias_1KGTS
+    probs_BKGTS = jax.nn.softmax(biased_BKGTS + mask_B11TS, axis=-1)
     used_BKGTS = _keep(probs_BKGTS, kept_BKGTS).astype(value_BKSH.dtype)
     out_BKGTH = _to_float32("BKGTS,BKSH->BKGTH", used_BKGTS, value_BKSH)
     capped_BKGTS = scores_BKGTS if softcap else None
-    inputs = (query_BKGTH, key_BKSH, value_BKSH, kept_BKGTS)
+    inputs = (query_BKGTH, key_BKSH, value_BKSH, kept_BKGTS, bias_1KGTS)
     return out_BKGTH.astype(value_BKSH.dtype), (inputs, probs_BKGTS, capped_BKGTS, out_BKGTH)
 
 
 def _attend_backward(softcap, residuals, grad_BKGTH):
     inputs, probs_BKGTS, capped_BKGTS, out_BKGTH = residuals
-    query_BKGTH, key_BKSH, value_BKSH, kept_BKGTS = inputs
+    query_BKGTH, key_BKSH, value_BKSH, kept_BKGTS, bias_1KGTS = inputs
     dtype = query_BKGTH.dtype
     used_BKGTS = _keep(probs_BKGTS, kept_BKGTS).astype(dtype)
     value_grad_BKHS = jnp.einsum("BKGTH,BKGTS->BKHS", grad_BKGTH, used_BKGTS)
     probs_grad_BKGTS = _keep(_to_float32("BKGTH,BKSH->BKGTS", grad_BKGTH, value_BKSH), kept_BKGTS)
     row_sums_BKGT = (grad_BKGTH.astype(jnp.float32) * out_BKGTH).sum(-1)
     scores_grad_BKGTS = probs_BKGTS * (probs_grad_BKGTS - row_sums_BKGT[..., None])
+    bias_grad_1KGTS = None if bias_1KGTS is None else scores_grad_BKGTS.sum(0, keepdims=True)
     if softcap:
         scores_grad_BKGTS *= 1 - (capped_BKGTS / softcap) ** 2
     scores_grad_BKGTS = scores_grad_BKGTS.astype(dtype)
@@ -105,6 +115,7 @@ def _attend_backward(softcap, residuals, grad_BKGTH):
         value_grad_BKHS.swapaxes(2, 3),
         None,
         None,
+        bias_grad_1KGTS,
     )
 
 
@@ -123,9 +134,10 @@ def _keep(x: jax.Array, kept: jax.Array | None) -> jax.Array:
 class View:
     """What a layer's attention sees, and where it takes the places to be.
 
-    mask_BTS: True = attend; for the reference. None for a fused kernel, which makes it block by block from the other
-    three: segment_ids_BT, and, known when compiling, `causal` and `window` (0: no limit).
+    mask_BTS: True = attend; for the reference. None for a fused kernel, which makes it block by block from
+    others: segment_ids_BT, and, known when compiling, `causal` and `window` (0: no limit).
     rotary: (cos, sin) of `layers.rotary_table`, or None where it does not rotate.
+    bias_NTS: float32, added to the scores (`relative.RelativeBias`), or None; for the reference.
     """
 
     mask_BTS: jax.Array | None = None
@@ -133,6 +145,7 @@ class View:
     segment_ids_BT: jax.Array | None = None
     causal: bool = flax.struct.field(pytree_node=False, default=False)
     window: int = flax.struct.field(pytree_node=False, default=0)
+    bias_NTS: jax.Array | None = None
 
 
 def choose(index: jax.Array | None, options: list[Any]) -> Any:
@@ -143,7 +156,7 @@ def choose(index: jax.Array | None, options: list[Any]) -> Any:
 
 
 class Attention(nn.Module):
-    """Multi-head attention within a sequence, by the options of `config`."""
+    """Multi-head attention, within a sequence or from one to another, by the options of `config`."""
 
     config: TransformerConfig
     deterministic: bool = True
@@ -152,6 +165,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
+        source_BSD: jax.Array | None,
         views: tuple[View, ...],
         index: jax.Array | None = None,
         cache: KVCache | None = None,
@@ -159,30 +173,41 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns (B, T, D), and the cache, if there is one, with what this layer adds to it.
 
+        source: what keys and values are made of: x itself, another sequence, or None where the cache has them all.
         index: which of the views is this layer's; None where there is only one.
         """
-        c = self.config
+        c, new = self.config, None
         query = self.project("query", x_BTD, c.num_heads, "heads")
-        key = self.project("key", x_BTD, c.num_kv_heads, "kv")
-        value = self.project("value", x_BTD, c.num_kv_heads, "kv")
-        if c.qk_norm:
-            query, key = self.normalise("query_norm", query), self.normalise("key_norm", key)
+        if source_BSD is not None:
+            new = [self.project(x, source_BSD, c.num_kv_heads, "kv") for x in ("key", "value")]
         rotary = choose(index, [view.rotary for view in views])
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+        query = self.place("query", query, rotary)
         if c.query_scale:  # kernels divide by sqrt(H)
             query = query * jnp.asarray(c.query_scale * math.sqrt(c.head_dim), query.dtype)
         query = constrain(checkpoint_name(query, "query"), ("batch", "length", "act_heads", None))
-        key = constrain(checkpoint_name(key, "key"), ("batch", "length", "act_kv", None))
-        value = constrain(checkpoint_name(value, "value"), ("batch", "length", "act_kv", None))
-        # Every query meets the keys and values of its whole row, so devices that share a row gather them here.
-        key = constrain(key, ("batch", "kv_length", "act_kv", None))
-        value = constrain(value, ("batch", "kv_length", "act_kv", None))
+        if new is not None:
+            key, value = self.gather(self.place("key", new[0], rotary), new[1])
+            cache = None if cache is None else write_layer(cache, layer, key, value)
         if cache is not None:
-            cache = write_layer(cache, layer, key, value)
             key, value = read_layer(cache, layer)
         out = self.attend(query, key, value, views, index)
         return self.merge(constrain(out, ("batch", "length", "act_heads", None))), cache
+
+    def place(
+        self, name: str, x_BTNH: jax.Array, rotary: tuple[jax.Array, jax.Array] | None
+    ) -> jax.Array:
+        """Queries or keys, normed and rotated where the config says so."""
+        x = self.normalise(f"{name}_norm", x_BTNH) if self.config.qk_norm else x_BTNH
+        return x if rotary is None else rotate(x, rotary)
+
+    def gather(self, key_BSKH: jax.Array, value_BSKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Every query meets the keys and values of its whole row, so devices that share a row gather them here."""
+
+        def whole(name, x):
+            x = constrain(checkpoint_name(x, name), ("batch", "length", "act_kv", None))
+            return constrain(x, ("batch", "kv_length", "act_kv", None))
+
+        return whole("key", key_BSKH), whole("value", value_BSKH)
 
     def project(self, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
         c = self.config
@@ -223,7 +248,7 @@ class Attention(nn.Module):
         attend = functools.partial(attend_xla, softcap=c.attention_softcap, dropout_rate=rate)
         if c.remat == "attention":
             attend = jax.checkpoint(attend, prevent_cse=is_unrolled(c))
-        out = attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS, rng)
+        out = attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS, rng, views[0].bias_NTS)
         return checkpoint_name(out, "attended")
 
     def attend_fused(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlm.models.config import TransformerConfig
-from jaxlm.models.gpt import make_unembed
+from jaxlm.models.gpt import make_unembed, scale_logits
 from jaxlm.models.heads import Head, MLMHead, gather_positions, pool_first
 from jaxlm.models.layers import Outputs, constrain
 from jaxlm.models.transformer import Dense, Embed, apply_layers, batch_positions
@@ -48,7 +48,7 @@ class BERT(nn.Module):
             constrain(x_BMD, ("batch", None, "act_embed"))
         )
         return Outputs(
-            hidden=hidden,
+            hidden=scale_logits(c, hidden),
             unembed=make_unembed(self, c, table_VD),
             unembed_bias=vocab_bias,
             pair_logits=self.classify_pairs(x_BTD, batch) if self.num_pair_classes else None,

@@ -27,39 +27,44 @@ class KVCache:
 
     key, value: (L, B, K, S, H) in the compute dtype, of the kv heads only; keys already normed and rotated.
     segment_ids: (B, S) int32; 0 is padding or not yet filled. end: () int32.
+    memory: of an encoder-decoder, the keys and values that its decoder makes of what the encoder has read, made once
+    and full from then on; their slots are the encoder's places.
     """
 
     key: jax.Array
     value: jax.Array
     segment_ids: jax.Array
     end: jax.Array
+    memory: KVCache | None = None
 
     @property
     def size(self) -> int:
         return self.segment_ids.shape[1]
 
 
-def make_cache(config: TransformerConfig, rows: int, size: int) -> KVCache:
-    """An empty cache of `size` slots."""
-    c = config
+def make_cache(config: TransformerConfig, rows: int, size: int, source_len: int = 0) -> KVCache:
+    """An empty cache of `size` slots. source_len: of an encoder-decoder, the places that its encoder reads."""
+    c = config.decoder
     shape = (c.num_layers, rows, c.num_kv_heads, size, c.head_dim)
     empty = constrain(jnp.zeros(shape, c.dtype), AXES)
-    return KVCache(empty, empty, jnp.zeros((rows, size), jnp.int32), jnp.int32(0))
+    memory = make_cache(c, rows, source_len) if source_len else None
+    return KVCache(empty, empty, jnp.zeros((rows, size), jnp.int32), jnp.int32(0), memory)
 
 
 def grow(cache: KVCache, size: int) -> KVCache:
-    """The same with room for `size` tokens, as many as it has or more."""
+    """The same with room for `size` tokens, as many as it has or more; a `memory` grows no more."""
     more = size - cache.size
     widen = lambda x: constrain(jnp.pad(x, [(0, 0)] * 3 + [(0, more), (0, 0)]), AXES)
     segment_ids = jnp.pad(cache.segment_ids, [(0, 0), (0, more)])
-    return KVCache(widen(cache.key), widen(cache.value), segment_ids, cache.end)
+    return cache.replace(key=widen(cache.key), value=widen(cache.value), segment_ids=segment_ids)
 
 
 def take_rows(cache: KVCache, ids_B: jax.Array) -> KVCache:
     """Row i of the result is row ids_B[i]: what beams need that continue others."""
     take = lambda x: constrain(jnp.take(x, ids_B, axis=1), AXES)
     segment_ids = jnp.take(cache.segment_ids, ids_B, axis=0)
-    return KVCache(take(cache.key), take(cache.value), segment_ids, cache.end)
+    memory = None if cache.memory is None else take_rows(cache.memory, ids_B)
+    return KVCache(take(cache.key), take(cache.value), segment_ids, cache.end, memory)
 
 
 def next_positions(cache: KVCache, segment_ids_BT: jax.Array) -> jax.Array:

@@ -9,8 +9,17 @@ from jaxlm.models.layers import ACTIVATIONS, GATED
 
 NORMS = ("layer_norm", "rms_norm")
 NORM_POSITIONS = ("pre", "post", "sandwich")
-POSITIONS = ("learned", "sinusoidal", "rotary", "none")
+POSITIONS = ("learned", "sinusoidal", "rotary", "relative", "none")
 PROJECTIONS = ("query", "key", "value", "out", "up", "gate", "down")  # that adapters can have
+NOT_NEGATIVE = (
+    "position_offset",
+    "embed_factor_dim",
+    "rope_local_theta",
+    "query_scale",
+    "embed_init_std",
+    "logit_scale",
+    "num_decoder_layers",
+)
 REMATS = ("none", "attention", "dots", "full")
 
 
@@ -22,10 +31,14 @@ class TransformerConfig:
     places behind (in an encoder also ahead), then one that sees everything, and so on; () is (0,).
     rope_local_theta: rope_theta of the layers with a window, which then know no rope_scaling; 0 means the same as all.
     rope_scaling: see `layers.rotary_frequencies`. position_offset: rows of the position table before position 0.
+    relative_buckets, relative_max_distance: of the biases of position='relative' (`relative`).
     norm_bias applies to layer norms only. norm_scale_offset: norms multiply by this plus their `scale`.
     first_norm False: the first layer's attention reads its input as it is (ModernBERT, whose embeddings are normed).
     query_scale: what q k is multiplied by; 0 means 1 / sqrt(head_dim).
     scale_embeddings: token embeddings are multiplied by the root of their width (arXiv:1706.03762, section 3.4).
+    embed_norm: a norm after the embeddings (BART; BERT has one whatever this says). embed_init_std: of the token
+    table; 0 means init_std. logit_scale: what logits are multiplied by; 0 means 1.
+    num_decoder_layers: of an encoder-decoder, whose encoder has num_layers; 0 means as many.
     embed_factor_dim: width of the embedding tables, which a matrix then brings to emb_dim (arXiv:1909.11942,
     section 3.1); 0 means emb_dim and no matrix. share_layers: one layer's parameters serve all (ibid.).
     num_experts: of the MLP of each layer, 0 for one that serves all tokens; each is mlp_dim wide, and a token uses
@@ -53,6 +66,8 @@ class TransformerConfig:
     first_norm: bool = True
     position: str = "learned"
     position_offset: int = 0
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
     rope_theta: float = 10000.0
     rope_scaling: tuple[float, ...] = ()
     rope_local_theta: float = 0.0
@@ -65,8 +80,12 @@ class TransformerConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = True
     scale_embeddings: bool = False
+    embed_norm: bool = False
+    embed_init_std: float = 0.0
+    logit_scale: float = 0.0
     embed_factor_dim: int = 0
     share_layers: bool = False
+    num_decoder_layers: int = 0
     num_experts: int = 0
     experts_per_token: int = 2
     normalise_router: bool = True
@@ -103,6 +122,16 @@ class TransformerConfig:
     def table_dim(self) -> int:
         """Width of the embedding tables, and of what is multiplied with the output table."""
         return self.embed_factor_dim or self.emb_dim
+
+    @property
+    def decoder(self) -> TransformerConfig:
+        """Of an encoder-decoder's decoder alone; of any other model, itself."""
+        layers = self.num_decoder_layers
+        if layers in (0, self.num_layers):
+            return self
+        return dataclasses.replace(
+            self, num_layers=layers, num_decoder_layers=0, unroll=min(self.unroll, layers)
+        )
 
     @property
     def layer_windows(self) -> tuple[int, ...]:
@@ -153,7 +182,7 @@ def find_problems(config: TransformerConfig) -> list[str]:
         )
     if any(window < 0 for window in config.attention_windows):
         problems.append(f"attention_windows={config.attention_windows}: 0 (no limit) or more")
-    for field in ("position_offset", "embed_factor_dim", "rope_local_theta", "query_scale"):
+    for field in NOT_NEGATIVE:
         if getattr(config, field) < 0:
             problems.append(f"{field}={getattr(config, field)}: must be at least 0")
     if not config.first_norm and config.norm_position == "post":
@@ -165,7 +194,25 @@ def find_problems(config: TransformerConfig) -> list[str]:
             problems.append(f"{field}={getattr(config, field)}: must be in [0, 1)")
     if not 0 <= config.unroll <= config.num_layers:
         problems.append(f"unroll={config.unroll}: 0 (all) to num_layers={config.num_layers}")
+    problems += find_relative_problems(config)
     return problems + find_expert_problems(config) + find_adapter_problems(config)
+
+
+def find_relative_problems(config: TransformerConfig) -> list[str]:
+    """What is wrong with the buckets of relative positions, where there are some."""
+    buckets, furthest = config.relative_buckets, config.relative_max_distance
+    problems: list[str] = []
+    if config.position != "relative":
+        return problems
+    if buckets < 4 or buckets % 4:
+        problems.append(
+            f"relative_buckets={buckets}: a multiple of 4, for near and far ones ahead and behind"
+        )
+    if furthest <= buckets // 2:
+        problems.append(
+            f"relative_max_distance={furthest}: more than relative_buckets / 2, the distances with a bucket each"
+        )
+    return problems
 
 
 def find_expert_problems(config: TransformerConfig) -> list[str]:

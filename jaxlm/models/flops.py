@@ -4,7 +4,7 @@ XLA's own count cannot serve: it counts the body of a loop once, and a kernel no
 attention scores among them, at 2 FLOPs for each multiply-add; elementwise work is about 1% and left out, and so is
 recomputation (remat). The backward pass has two matmuls for each one of the forward pass. Attention windows save
 nothing here: the reference attention computes all scores and masks them. Of experts those count that a token uses, whether
-dropped or not, and the router. Heads of tasks and adapters are not counted, and
+dropped or not, and the router. An encoder-decoder's cross attention counts its keys and values at the encoder's places. Heads of tasks and adapters are not counted, and
 parameters that do not train count like all others.
 """
 
@@ -29,6 +29,14 @@ def layer_flops(config: TransformerConfig, seq_len: int, *, causal_half: bool = 
     return projections + attention + mlp
 
 
+def cross_flops(config: TransformerConfig, target_len: int, source_len: int) -> float:
+    """Forward FLOPs of one layer's cross attention for a row of the decoder."""
+    c = config
+    queries = target_len * 2 * 2 * c.emb_dim * c.num_heads * c.head_dim  # and the output
+    keys = source_len * 2 * 2 * c.emb_dim * c.num_kv_heads * c.head_dim  # and the values
+    return queries + keys + target_len * source_len * 2 * 2 * c.num_heads * c.head_dim
+
+
 def forward_flops(
     config: TransformerConfig,
     batch_size: int,
@@ -37,13 +45,18 @@ def forward_flops(
     causal: bool,
     *,
     causal_half: bool = False,
+    target_len: int = 0,
 ) -> float:
     """Forward FLOPs of a batch: all layers at `seq_len` places a row, the head at `num_predictions` of them.
 
     causal=False is an encoder: its head has one more matmul, of D x table_dim, before the vocabulary's.
+    target_len: of an encoder-decoder, the decoder's places a row, where the head is; seq_len is then the encoder's.
     """
-    c = config
-    layers = seq_len * c.num_layers * layer_flops(c, seq_len, causal_half=causal and causal_half)
+    c, half = config, causal and causal_half
+    layers = seq_len * c.num_layers * layer_flops(c, seq_len, causal_half=half and not target_len)
+    if target_len:
+        decoder = target_len * layer_flops(c, target_len, causal_half=half)
+        layers += c.decoder.num_layers * (decoder + cross_flops(c, target_len, seq_len))
     projection = seq_len * 2 * c.embed_factor_dim * c.emb_dim
     head = 2 * c.table_dim * c.vocab_size + (0 if causal else 2 * c.emb_dim * c.table_dim)
     return float(batch_size * (projection + layers + num_predictions * head))
@@ -57,8 +70,8 @@ def train_step_flops(
     causal: bool,
     *,
     causal_half: bool = False,
+    target_len: int = 0,
 ) -> float:
     """Model FLOPs of one train step, forward and backward; see `forward_flops`. The optimizer is not counted."""
-    return 3.0 * forward_flops(
-        config, batch_size, seq_len, num_predictions, causal, causal_half=causal_half
-    )
+    sizes = batch_size, seq_len, num_predictions, causal
+    return 3.0 * forward_flops(config, *sizes, causal_half=causal_half, target_len=target_len)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlm.models.cache import KVCache
@@ -41,7 +42,7 @@ class GPT(nn.Module):
                 "width; set it to 0, or the family to 'bert'"
             )
         segment_ids, positions = batch_positions(batch, cache)
-        embed = Embed(c, deterministic=deterministic, name="embed")
+        embed = Embed(c, c.embed_norm, deterministic, name="embed")
         x_BTD, table_VD = embed(batch["tokens"], positions, batch.get("token_types"))
         hidden, cache, auxiliary = apply_layers(
             c, x_BTD, segment_ids, positions, causal=True, deterministic=deterministic, cache=cache
@@ -50,12 +51,18 @@ class GPT(nn.Module):
             logits = self.head(hidden, batch, deterministic)
             return Outputs(hidden, None, head_logits=logits, auxiliary=auxiliary)
         return Outputs(
-            hidden=hidden,
+            hidden=scale_logits(c, hidden),
             unembed=make_unembed(self, c, table_VD),
             cache=cache,
             auxiliary=auxiliary,
             softcap=c.final_softcap,
         )
+
+
+def scale_logits(config: TransformerConfig, hidden: jax.Array) -> jax.Array:
+    """Hidden states whose products with the output table are logit_scale times as large."""
+    scale = config.logit_scale
+    return hidden * jnp.asarray(scale, hidden.dtype) if scale else hidden
 
 
 def make_unembed(module: nn.Module, config: TransformerConfig, table_VD: jax.Array) -> jax.Array:

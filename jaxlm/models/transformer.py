@@ -3,6 +3,8 @@
 pre       x = x + attention(norm(x));  x = x + mlp(norm(x));  and a norm after the last layer
 sandwich  x = x + norm(attention(norm(x)));  x = x + norm(mlp(norm(x)));  and a norm after the last layer
 post      x = norm(x + attention(x));  x = norm(x + mlp(x))
+
+In an encoder-decoder's decoder, cross attention stands between the two in the same way.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -39,6 +42,7 @@ from jaxlm.models.layers import (
     window_mask,
 )
 from jaxlm.models.moe import MoE, RouterSums, auxiliary
+from jaxlm.models.relative import RelativeBias
 
 __all__ = ["MLP", "Block", "Dense", "Embed", "TransformerConfig", "apply_layers", "batch_positions"]
 
@@ -78,6 +82,8 @@ class Embed(nn.Module):
     Tables are `table_dim` wide; if that is not the width of the model, `projection` brings the sum there.
     Returns x (B, T, D) in the compute dtype and the token table (V, table_dim) in the parameters' dtype.
     A token outside the vocabulary gives NaN: a loud error instead of a wrong row.
+    With a `table` (V, table_dim), another module's, there is none of its own. projected=False leaves x as wide as the
+    tables, for models that share them (ELECTRA).
     """
 
     config: TransformerConfig
@@ -86,10 +92,16 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, token_types_BT: jax.Array | None
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        token_types_BT: jax.Array | None,
+        table_VD: jax.Array | None = None,
+        projected: bool = True,
     ) -> tuple[jax.Array, jax.Array]:
         c = self.config
-        table_VD = self.table("embedding", c.vocab_size, "vocab")
+        if table_VD is None:
+            table_VD = make_token_table(self, c)
         # Looked up in tables that are whole along the width, or XLA would rematerialise what it finds in full.
         x = look_up(whole_rows(table_VD, "vocab"), tokens_BT).astype(jnp.float32)
         if c.scale_embeddings:  # rounded as the released Gemmas round it
@@ -108,14 +120,26 @@ class Embed(nn.Module):
         if self.use_norm:
             x = make_norm(c, "norm")(x)
         x = dropout(x, c.dropout_rate, dropout_key(self, c.dropout_rate, self.deterministic))
-        if c.embed_factor_dim:
+        if c.embed_factor_dim and projected:
             x = constrain(Dense(c, c.emb_dim, name="projection")(x), ACTIVATION)
         return x, table_VD
 
     def table(self, name: str, size: int, axis: str | None) -> jax.Array:
-        c = self.config
-        init = nn.initializers.normal(c.init_std)
-        return make_param(self, name, init, (size, c.table_dim), (axis, "embed"), c.param_dtype)
+        return make_table(self, self.config, name, size, axis, self.config.init_std)
+
+
+def make_table(
+    module: nn.Module, config: TransformerConfig, name: str, size: int, axis: str | None, std: float
+) -> jax.Array:
+    init, shape = nn.initializers.normal(std), (size, config.table_dim)
+    return make_param(module, name, init, shape, (axis, "embed"), config.param_dtype)
+
+
+def make_token_table(module: nn.Module, config: TransformerConfig) -> jax.Array:
+    """The parameter `embedding` (V, table_dim) of `module`."""
+    c = config
+    std = c.embed_init_std or c.init_std
+    return make_table(module, c, "embedding", c.vocab_size, "vocab", std)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -181,6 +205,7 @@ def make_view(
     positions_BT: jax.Array,
     causal: bool,
     cache: KVCache | None = None,
+    bias_NTS: jax.Array | None = None,
 ) -> View:
     """The view of the layers whose attention window is `window` (0: no limit). With a cache the reference attends."""
     c, rotary = config, None
@@ -200,7 +225,7 @@ def make_view(
         rotary = rotary_table(positions_BT, c.head_dim, theta, scaling)
     if is_fused:
         return View(rotary=rotary, segment_ids_BT=segment_ids_BT, causal=causal, window=window)
-    return View(mask_BTS, rotary, segment_ids_BT if c.num_experts else None)
+    return View(mask_BTS, rotary, segment_ids_BT if c.num_experts else None, bias_NTS=bias_NTS)
 
 
 def layer_differences(config: TransformerConfig) -> dict[str, jax.Array]:
@@ -224,13 +249,29 @@ def distinct_windows(config: TransformerConfig) -> list[int]:
 Carry = tuple[jax.Array, KVCache | None]  # what goes from layer to layer
 
 
+@flax.struct.dataclass
+class Source:
+    """What a decoder reads of its encoder: its output, or None where the cache has the keys and values made of it."""
+
+    hidden_BSD: jax.Array | None
+    view: View
+
+
+def make_source(
+    hidden_BSD: jax.Array | None, segment_ids_BS: jax.Array, segment_ids_BT: jax.Array
+) -> Source:
+    """Each place of the decoder sees the encoder's places of its own segment; by the reference, whatever the kernel."""
+    mask_BTS = segment_ids_BT[:, :, None] == segment_ids_BS[:, None, :]
+    return Source(hidden_BSD, View(constrain(mask_BTS, ("batch", "length", "kv_length"))))
+
+
 class Block(nn.Module):
-    """One layer: attention and MLP, each with its norms and its residual.
+    """One layer: attention, cross attention where there is a source, and MLP, each with its norms and its residual.
 
     Returns what a scan wants: the carry, and for each layer what its router did, or None without experts.
 
     carry: x (B, T, D), and the cache of all layers or None. views: one for each distinct attention window.
-    differences: see `layer_differences`, here of this layer.
+    differences: see `layer_differences`, here of this layer. source: an encoder-decoder's, for its decoder.
     """
 
     config: TransformerConfig
@@ -242,17 +283,28 @@ class Block(nn.Module):
         carry: Carry,
         views: tuple[View, ...],
         differences: Mapping[str, jax.Array],
+        source: Source | None = None,
     ) -> tuple[Carry, RouterSums | None]:
         c, (x, cache) = self.config, carry
         attention = Attention(c, self.deterministic, name="attention")
+        layer, routed = differences.get("layer"), None
 
         def attend(x):
             nonlocal cache
-            y, cache = attention(x, views, differences.get("view"), cache, differences.get("layer"))
+            y, cache = attention(x, x, views, differences.get("view"), cache, layer)
+            return y
+
+        def attend_source(x):
+            nonlocal cache
+            cross = Attention(c, self.deterministic, name="cross_attention")
+            memory = None if cache is None else cache.memory
+            y, memory = cross(x, source.hidden_BSD, (source.view,), None, memory, layer)
+            cache = None if cache is None else cache.replace(memory=memory)
             return y
 
         x = self.add("attention", attend, x, differences.get("is_unnormed"))
-        routed = None
+        if source is not None:
+            x = self.add("cross_attention", attend_source, x)
 
         def feed_forward(x):
             nonlocal routed
@@ -310,23 +362,37 @@ def apply_layers(
     causal: bool,
     deterministic: bool,
     cache: KVCache | None = None,
+    source: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, KVCache | None, Auxiliary | None]:
     """Runs all layers (parameters `layers`, stacked on axis 0), then, unless in post-norm models, `final_norm`.
 
+    source: an encoder's output (B, S, D) and its segment ids (B, S), for cross attention. A cache with a `memory` is filled
+    from it, and serves in its place from then on.
     Returns x, the cache, and what the routers add to the loss; None where there is none.
 
     Call it inside a module's compact method. Masks and rotary angles are made once, outside the loop.
     With a cache the T tokens also see those in it, and are in the cache that is returned. It is the loop's carry, which
     is updated in place; as a stacked input and output all of it would be copied for each token.
     """
-    c = config
+    c, bias_NTS, seen = config, None, None
     if cache is not None:
         cache = add_segments(cache, segment_ids_BT)
+        if cache.memory is not None:
+            if source is not None:
+                cache = cache.replace(memory=add_segments(cache.memory, source[1]))
+            seen = make_source(source and source[0], cache.memory.segment_ids, segment_ids_BT)
+    elif source is not None:
+        seen = make_source(*source, segment_ids_BT)
+    if c.position == "relative":
+        length = segment_ids_BT.shape[1]
+        keys, first = (length, 0) if cache is None else (cache.size, cache.end)
+        bias_NTS = RelativeBias(c, causal, name="relative_bias")(length, keys, first)
     views = tuple(
-        make_view(c, window, segment_ids_BT, positions_BT, causal, cache)
+        make_view(c, window, segment_ids_BT, positions_BT, causal, cache, bias_NTS)
         for window in distinct_windows(c)
     )
-    loop = dict(in_axes=(nn.broadcast, 0), length=c.num_layers, unroll=c.unroll or c.num_layers)
+    axes = (nn.broadcast, 0, nn.broadcast)
+    loop = dict(in_axes=axes, length=c.num_layers, unroll=c.unroll or c.num_layers)
     differences = layer_differences(c)
     if cache is not None:
         differences["layer"] = jnp.arange(c.num_layers)
@@ -346,10 +412,10 @@ def apply_layers(
             split_rngs={"params": False, "dropout": True},
             **loop,
         )
-        (x, cache), routed = repeat(layers, (x_BTD, cache), views, differences)
+        (x, cache), routed = repeat(layers, (x_BTD, cache), views, differences, seen)
     else:
         layers = stack(**loop)(c, deterministic, name="layers")
-        (x, cache), routed = layers((x_BTD, cache), views, differences)
+        (x, cache), routed = layers((x_BTD, cache), views, differences, seen)
     if cache is not None:
         cache = cache.replace(end=cache.end + x.shape[1])
     x = x if c.norm_position == "post" else make_norm(c, "final_norm")(x)

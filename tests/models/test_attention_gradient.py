@@ -56,8 +56,8 @@ def without_row_sums(softcap, residuals, grad):
 
 
 def without_dropout(softcap, residuals, grad):
-    (query, key, value, _), *rest = residuals
-    return attention._attend_backward(softcap, ((query, key, value, None), *rest), grad)
+    (query, key, value, _, bias), *rest = residuals
+    return attention._attend_backward(softcap, ((query, key, value, None, bias), *rest), grad)
 
 
 def without_softcap(softcap, residuals, grad):

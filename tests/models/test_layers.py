@@ -297,7 +297,7 @@ def test_under_bfloat16_softmax_norms_angles_and_sums_stay_float32(remat):
 
 
 def test_the_float32_check_fails_for_a_softmax_in_bfloat16(monkeypatch):
-    def wrong(query, key, value, mask, rng, **_):
+    def wrong(query, key, value, *_, **__):
         kv = jnp.repeat(key, 2, axis=2), jnp.repeat(value, 2, axis=2)
         scores = jnp.einsum("BTNH,BSNH->BNTS", query, kv[0])
         return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(scores), kv[1])

@@ -7,7 +7,7 @@
     triton   GPU       causal, full                   segment ids                        nothing
 
 All compute softmax(softcap(q k / sqrt(H))) v as `attention.attend_xla`, the reference, does; it alone can drop
-probabilities out and read a KV cache. The names that end in _interpret run the same kernels anywhere, slowly: for tests.
+probabilities out, add biases to the scores, read another sequence (cross attention) and a KV cache. The names that end in _interpret run the same kernels anywhere, slowly: for tests.
 """
 
 from __future__ import annotations
@@ -60,4 +60,6 @@ def find_limits(config: TransformerConfig, context: int = 1) -> list[str]:
             f"attention_dropout_rate={config.attention_dropout_rate}: only the reference drops probabilities out; "
             "set it to 0"
         )
+    if config.position == "relative":
+        limits.append("position='relative': only the reference adds biases to the scores")
     return limits
