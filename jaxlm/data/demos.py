@@ -4,11 +4,12 @@
     tokens      the kind of each token of a statement      token classification      words, labels
     docstring   where a function says what it does         question answering        id, question, context, answers
     search      a function and its docstring               embedding                 text, text_pair
+    summary     the first line of a function's docstring   summarisation             source, target
 
     for record in demo_records("package", "train"): …
     write_demo("package", Path("demo"))     # train.jsonl, dev.jsonl, test.jsonl
 
-No file of the library is in two splits, all four demos split the files the same way, and no text is in two records.
+No file of the library is in two splits, all demos split the files the same way, and no text is in two records.
 The library is that of the running Python: numbers of one version do not compare with those of another. It is also what
 the quickstart pretrains on, so that checkpoint has read the files of every split, without these labels.
 """
@@ -33,7 +34,7 @@ LIMITS = {"train": 4000, "dev": 400, "test": 400}  # records: minutes on a CPU
 HELD_OUT = 0.15  # share of a package's functions that is in the files of dev, and of test
 NUM_PACKAGES = 20
 MIN_FILES = 3  # with functions, of a package: one for each split
-FUNCTION_CHARS = 600  # of package and search: about 200 tokens
+FUNCTION_CHARS = 600  # of package, search and summary: about 200 tokens
 CONTEXT_CHARS = 1500
 LINE_WORDS = (4, 60)
 Maker = Callable[[str, str], Iterable[Record]]  # (file, its text) -> records
@@ -188,7 +189,8 @@ def _choose(
 
 def _strings(record: Record) -> set[str]:
     """What must not be in two records."""
-    strings = {record.fields.get(key, "") for key in ("text", "text_pair", "context")}
+    strings = {record.fields.get(key, "") for key in ("text", "text_pair", "context", "source")}
+    strings |= set(record.fields.get("target", ()))
     return (strings | {" ".join(record.fields.get("words", ()))}) - {""}
 
 
@@ -249,11 +251,21 @@ def search_records(file: str, text: str) -> Iterator[Record]:
             yield Record(file, function.line, {"text": code, "text_pair": paragraph})
 
 
+def summary_records(file: str, text: str) -> Iterator[Record]:
+    """Functions without their docstrings, to the docstring's first line."""
+    for function in read_functions(text):
+        line = function.docstring.strip().partition("\n")[0].strip()
+        code = cut_lines(function.body, FUNCTION_CHARS)
+        if len(line.split()) >= 3 and code.count("\n") >= 1:
+            yield Record(file, function.line, {"source": code, "target": [line]})
+
+
 DEMOS: dict[str, Callable[..., Iterable[Record]]] = {
     "package": package_records,
     "tokens": token_records,
     "docstring": docstring_records,
     "search": search_records,
+    "summary": summary_records,
 }
 
 
@@ -294,4 +306,5 @@ FORMATS: dict[str, tuple[str, Callable[[Sequence[Record]], str]]] = {
     "tokens": (".conll", dump_conll),
     "docstring": (".json", dump_squad),
     "search": (".jsonl", dump_jsonl),
+    "summary": (".jsonl", dump_jsonl),
 }

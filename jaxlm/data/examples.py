@@ -10,6 +10,12 @@ A batch has `batch_size` examples, however they are laid into rows:
              example_ids  7 4 9                               7 / 4 / 9
 
 What a feature holds is said in `Feature`; a feature with several segments (the choices of a question) has as many slots.
+One of an encoder-decoder has a second stream, encoder_tokens, in rows of a length of their own; an example's row and segment
+are the same in both:
+
+    encoder_tokens       s s s s u u w w w .        tokens       a a b c c .
+    encoder_segment_ids  1 1 1 1 2 2 3 3 3 0        segment_ids  1 1 2 3 3 0
+
 Rows come in a fixed few shapes, so that a fixed few programs are compiled.
 """
 
@@ -27,21 +33,25 @@ from jaxlm.data.packing import permute
 
 Batch = dict[str, np.ndarray]
 
-# tokens (n,) int32; segments (n,) 1..m, if m > 1; per token also token_types, labels, weights (n,); per slot
+# tokens (n,) int32; segments (n,) 1..m, if m > 1; per token also token_types, labels, weights (n,); of an encoder-decoder
+# also encoder_tokens (s,); per slot
 # example_labels, example_weights and other example_* (m, ...), of which those that end in _positions are places in the
 # feature. Every feature of a task has the same keys.
 Feature = dict[str, np.ndarray]
 
 LENGTHS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+ENCODER_KEYS = ("encoder_tokens", "encoder_segment_ids", "encoder_positions")
 _ORDER, _REDRAW = range(2)  # first words of the seed sequences after the seed
 
 
 class Place(NamedTuple):
-    """Where a feature lies in a batch: its row, the place of its first token and the number of its first slot."""
+    """Where a feature lies in a batch: its row, the place of its first token and the number of its first slot; and the place
+    of the first token that an encoder reads."""
 
     row: int
     start: int
     slot: int
+    encoder_start: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +59,20 @@ class Shapes:
     """The shapes that batches may have: the smallest that holds one is taken.
 
     packed: several features in a row. lengths: of rows (packed: only one). rows: how many, ascending; the last is
-    enough for any batch. slots: of a row.
+    enough for any batch. slots: of a row. encoder_lengths: as lengths, of the encoder's rows; (0,) without an encoder.
     """
 
     packed: bool
     lengths: tuple[int, ...]
     rows: tuple[int, ...]
     slots: int
+    encoder_lengths: tuple[int, ...] = (0,)
 
 
 class Examples:
     """Features in a fixed order, with their sizes.
 
-    lengths, slots: int (n,), tokens and segments of each.
+    lengths, slots, encoder_lengths: int (n,), tokens, segments and the encoder's tokens (or 0) of each.
     """
 
     def __init__(self, features: Sequence[Feature]):
@@ -70,9 +81,14 @@ class Examples:
         self.features = features
         self.lengths = np.array([len(f["tokens"]) for f in features])
         self.slots = np.array([num_slots(f) for f in features])
+        self.encoder_lengths = np.array([len(f.get("encoder_tokens", ())) for f in features])
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def sizes(self, ids: Sequence[int]) -> np.ndarray:
+        """(n, 3): tokens, slots and the encoder's tokens of these examples, as `pack` takes them."""
+        return np.stack([self.lengths, self.slots, self.encoder_lengths], axis=1)[ids]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -147,7 +163,7 @@ class EvalExamples:
     ):
         self.examples, self.shapes, self.batch_size = examples, shapes, batch_size
         self.local_rows = local_rows
-        by_length = np.argsort(examples.lengths, kind="stable")
+        by_length = np.lexsort((examples.lengths, examples.encoder_lengths))
         self.order = np.arange(len(examples)) if shapes.packed else by_length
 
     def __len__(self) -> int:
@@ -169,7 +185,7 @@ class EvalExamples:
         places: as `laid_out` gives them with the batch. Returns {number: {slot_*: (m, …), token_*: (n, …)}}.
         """
         result = {}
-        for number, (row, start, slot) in places.items():
+        for number, (row, start, slot, _) in places.items():
             slots = slice(slot, slot + self.examples.slots[number])
             tokens = slice(start, start + self.examples.lengths[number])
             result[number] = {
@@ -204,37 +220,33 @@ def lay_out(
 
     features: of the examples `ids`, where they are others than the plain ones; rows are planned for the plain ones.
     """
-    lengths, slots = examples.lengths[ids], examples.slots[ids]
-    length = _smallest(shapes.lengths, int(lengths.max()), "row length")
-    places = (
-        pack(lengths, slots, length, shapes.slots)
-        if shapes.packed
-        else [Place(row, 0, 0) for row in range(len(ids))]
-    )
+    sizes = examples.sizes(ids)
+    longest, _, encoder_longest = sizes.max(axis=0).tolist()
+    length = _smallest(shapes.lengths, longest, "row length")
+    encoder_length = _smallest(shapes.encoder_lengths, encoder_longest, "encoder row length")
+    row_sizes = (length, shapes.slots, encoder_length)
+    if shapes.packed:
+        places = pack(sizes, row_sizes)
+    else:
+        places = [Place(row, 0, 0) for row in range(len(ids))]
     rows = _smallest(shapes.rows, 1 + max(place.row for place in places), "number of rows")
     kept = np.arange(rows) if local_rows is None else local_rows[rows]
     features = features or [examples.features[i] for i in ids]
-    batch = fill(features, ids, places, (rows, length, shapes.slots))
+    batch = fill(features, ids, places, rows, row_sizes)
     return {key: value[kept] for key, value in batch.items()}, dict(zip(ids, places, strict=True))
 
 
-def pack(lengths: np.ndarray, slots: np.ndarray, row_length: int, row_slots: int) -> list[Place]:
-    """Each feature into the first row with room for it, the longest first (first fit decreasing)."""
-    used: list[list[int]] = []  # of each row: tokens, slots
-    places: list[Place] = [Place(0, 0, 0)] * len(lengths)
-    for index in np.argsort(-lengths, kind="stable"):
-        length, count = int(lengths[index]), int(slots[index])
-        fits = (
-            row
-            for row, (tokens, taken) in enumerate(used)
-            if tokens + length <= row_length and taken + count <= row_slots
-        )
-        row = next(fits, len(used))
-        if row == len(used):
-            used.append([0, 0])
-        places[index] = Place(row, *used[row])
-        used[row][0] += length
-        used[row][1] += count
+def pack(sizes: np.ndarray, row_sizes: Sequence[int]) -> list[Place]:
+    """Each feature into the first row with room for it, the longest first (first fit decreasing).
+
+    sizes: (n, 3), tokens, slots and the encoder's tokens of each feature. row_sizes: those of a row.
+    """
+    used = np.zeros((len(sizes), len(row_sizes)), int)  # of each row
+    places: list[Place] = [Place(0, 0, 0)] * len(sizes)
+    for index in np.argsort(-sizes.sum(axis=1) + sizes[:, 1], kind="stable"):
+        row = int(np.argmax((used + sizes[index] <= row_sizes).all(axis=1)))
+        places[index] = Place(row, *used[row].tolist())
+        used[row] += sizes[index]
     return places
 
 
@@ -242,21 +254,28 @@ def fill(
     features: Sequence[Feature],
     ids: Sequence[int],
     places: Sequence[Place],
-    shape: tuple[int, int, int],
+    rows: int,
+    row_sizes: tuple[int, int, int],
 ) -> Batch:
-    """The arrays of a batch of (rows, tokens, slots); what no feature fills is 0, and -1 in example_ids."""
-    rows, length, slots = shape
+    """The arrays of a batch of rows of (tokens, slots, encoder's tokens); what no feature fills is 0, and -1 in
+    example_ids."""
+    length, slots, encoder_length = row_sizes
     batch: Batch = {
         "segment_ids": np.zeros((rows, length), np.int32),
         "positions": np.zeros((rows, length), np.int32),
         "example_ids": np.full((rows, slots), -1, np.int32),
         "example_weights": np.zeros((rows, slots), np.float32),
     }
+    if encoder_length:
+        for key in ENCODER_KEYS:
+            batch[key] = np.zeros((rows, encoder_length), np.int32)
     for key, value in features[0].items():
         if key != "segments" and key not in batch:
             size = (rows, slots) if key.startswith("example_") else (rows, length)
             batch[key] = np.zeros((*size, *value.shape[1:]), _dtype(value))
-    for number, feature, (row, start, slot) in zip(ids, features, places, strict=True):
+    for number, feature, (row, start, slot, encoder_start) in zip(
+        ids, features, places, strict=True
+    ):
         n, m = len(feature["tokens"]), num_slots(feature)
         segments = feature.get("segments", np.ones(n, np.int32))
         here, these = (row, slice(start, start + n)), (row, slice(slot, slot + m))
@@ -265,7 +284,12 @@ def fill(
         batch["example_ids"][these] = number
         batch["example_weights"][these] = 1
         for key, value in feature.items():
-            if key.startswith("example_"):
+            if key == "encoder_tokens":
+                read = (row, slice(encoder_start, encoder_start + len(value)))
+                of_segment = np.full(len(value), slot + 1), np.arange(len(value))
+                for name, part in zip(ENCODER_KEYS, (value, *of_segment), strict=True):
+                    batch[name][read] = part
+            elif key.startswith("example_"):
                 batch[key][these] = value + start if key.endswith("_positions") else value
             elif key != "segments":
                 batch[key][here] = value
@@ -297,6 +321,7 @@ def plan_shapes(
     *,
     packed: bool,
     seq_len: int,
+    encoder_len: int = 0,
     row_multiple: int = 1,
     num_batches: int = 200,
 ) -> Shapes:
@@ -306,9 +331,9 @@ def plan_shapes(
     `num_batches` batches need, that which nine tenths need, that which all need, or enough for any batch.
     Padded, a row is one example, and a batch as long as the bucket of its longest.
 
-    seq_len: the longest that a feature can be. row_multiple: devices that share the rows.
+    seq_len, encoder_len: the longest that a feature's streams can be. row_multiple: devices that share the rows.
     """
-    plan = _plan([examples], batch_size, packed, seq_len, row_multiple)
+    plan = _plan([examples], batch_size, packed, seq_len, encoder_len, row_multiple)
     if not packed:
         return plan
     batches = min(num_batches, -(-len(examples) // batch_size))
@@ -324,10 +349,11 @@ def plan_eval_shapes(
     *,
     packed: bool,
     seq_len: int,
+    encoder_len: int = 0,
     row_multiple: int = 1,
 ) -> Shapes:
     """The shapes for evaluating these splits. Packed, that is one: their batches are known in advance."""
-    plan = _plan(splits, batch_size, packed, seq_len, row_multiple)
+    plan = _plan(splits, batch_size, packed, seq_len, encoder_len, row_multiple)
     if not packed:
         return plan
     needed = {
@@ -339,20 +365,46 @@ def plan_eval_shapes(
 
 
 def _plan(
-    splits: Sequence[Examples], batch_size: int, packed: bool, seq_len: int, row_multiple: int
+    splits: Sequence[Examples],
+    batch_size: int,
+    packed: bool,
+    seq_len: int,
+    encoder_len: int,
+    row_multiple: int,
 ) -> Shapes:
-    """Shapes with the rows that any batch needs."""
-    lengths, slots = (np.concatenate([getattr(s, n) for s in splits]) for n in ("lengths", "slots"))
-    buckets = sorted({min(size, seq_len) for size in LENGTHS} | {seq_len})
-    rows, most = _multiples({batch_size}, row_multiple), int(slots.max())
-    length = _smallest(buckets, int(lengths.max()), "example of length")
+    """Shapes with the rows that any batch needs; packed, both streams of a row are filled about equally."""
+    sizes = np.concatenate([s.sizes(range(len(s))) for s in splits])
+    longest, most, encoder_longest = sizes.max(axis=0).tolist()
+    tokens, slots, encoder_tokens = sizes.sum(axis=0).tolist()
+    buckets, encoder_buckets = _buckets(seq_len), _buckets(encoder_len)
+    rows = _multiples({batch_size}, row_multiple)
+    length = _smallest(buckets, longest, "example of length")
+    encoder_length = _smallest(encoder_buckets, encoder_longest, "source of length")
     if not packed:
-        return Shapes(False, tuple(b for b in buckets if b <= length), rows, most)
-    return Shapes(True, (length,), rows, max(most, round(2 * length * slots.sum() / lengths.sum())))
+        upto = lambda sizes, largest: tuple(size for size in sizes if size <= largest)
+        return Shapes(
+            False, upto(buckets, length), rows, most, upto(encoder_buckets, encoder_length)
+        )
+    if encoder_tokens:
+        share = tokens / encoder_tokens
+        length = _next(length, encoder_length * share)
+        encoder_length = _next(encoder_length, length / share)
+    row_slots = max(most, round(2 * length * slots / tokens))
+    return Shapes(True, (length,), rows, row_slots, (encoder_length,))
+
+
+def _buckets(longest: int) -> list[int]:
+    return sorted({min(size, longest) for size in LENGTHS} | {longest})
+
+
+def _next(length: int, wanted: float) -> int:
+    """The row length, or the largest bucket that is at most what is wanted if that is longer."""
+    return max(length, *(size for size in LENGTHS if size <= wanted), 0)
 
 
 def rows_needed(examples: Examples, ids: Sequence[int], shapes: Shapes) -> int:
-    places = pack(examples.lengths[ids], examples.slots[ids], shapes.lengths[0], shapes.slots)
+    row_sizes = (shapes.lengths[0], shapes.slots, shapes.encoder_lengths[0])
+    places = pack(examples.sizes(ids), row_sizes)
     return 1 + max(place.row for place in places)
 
 

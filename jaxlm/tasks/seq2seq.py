@@ -62,12 +62,11 @@ class Seq2Seq(WritingTask):
     def features(self, record: Any) -> tuple[list[Feature], bool]:
         source, source_cut = self._encode_source(record)
         targets = self.tokenizer.encode_batch(self.reference(record) or [""])
-        end = [self.tokenizer.eos_id]
-        made = []
-        for target in targets:
-            target = np.concatenate([target[: self.target_len - 1], end]).astype(np.int32)
-            made.append(self._feature(source, target))
-        return made, source_cut or any(len(target) >= self.target_len for target in targets)
+        before = self.writer.prefix if self.writer.has_encoder else ()  # BART's <s>, T5 has none
+        room, end = self.target_len - len(before) - 1, [self.tokenizer.eos_id]
+        laid = [np.concatenate([before, target[:room], end]).astype(np.int32) for target in targets]
+        made = [self._feature(source, target) for target in laid]
+        return made, source_cut or any(len(target) > room for target in targets)
 
     def _feature(self, source: np.ndarray, target: np.ndarray) -> Feature:
         """See the drawing; source as a prompt has it."""

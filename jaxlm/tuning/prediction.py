@@ -118,11 +118,18 @@ def eval_batches(
         [split.examples for split in splits.values()],
         size,
         packed=config.packed,
-        seq_len=config.seq_len,
         row_multiple=meshes.batch_devices(mesh),
+        **row_lengths(config),
     )
     rows = local_rows(mesh, shapes)
     return {name: EvalExamples(s.examples, shapes, size, rows) for name, s in splits.items()}
+
+
+def row_lengths(config: ConfigDict) -> dict[str, int]:
+    """The longest that a row's streams may be: of an encoder-decoder that writes, seq_len is the encoder's."""
+    if config.family == "encoder_decoder" and "target_len" in config.task:
+        return {"seq_len": config.task.target_len, "encoder_len": config.seq_len}
+    return {"seq_len": config.seq_len}
 
 
 def local_rows(mesh: jax.sharding.Mesh, shapes: Shapes) -> dict[int, np.ndarray]:
@@ -131,7 +138,10 @@ def local_rows(mesh: jax.sharding.Mesh, shapes: Shapes) -> dict[int, np.ndarray]
     Raises:
       ValueError: if devices cannot share a row's length.
     """
-    lengths = [("a row's length (up to seq_len)", "length", length) for length in shapes.lengths]
+    lengths = [
+        ("a row's length (up to seq_len)", "length", length)
+        for length in (*shapes.lengths, *shapes.encoder_lengths)
+    ]
     if problems := meshes.misfits(mesh, lengths):
         raise ValueError("the mesh does not fit the rows:\n  " + "\n  ".join(problems))
     return {rows: meshes.local_rows(mesh, rows) for rows in shapes.rows}

@@ -39,6 +39,7 @@ from jaxlm.tuning.prediction import (
     eval_batches,
     local_rows,
     make_task,
+    row_lengths,
     writes,
 )
 from jaxlm.tuning.source import Source, open_source, read_weights
@@ -207,8 +208,8 @@ def make_run(
         config.batch_size,
         config.seed,
         packed=config.packed,
-        seq_len=config.seq_len,
         row_multiple=ways * config.accumulation_steps,
+        **row_lengths(config),
     )
     train_batches = TrainExamples(
         train,
@@ -271,7 +272,8 @@ def augmented(config: ConfigDict, task: Any, split: Split) -> AugmentedFeatures 
 
 def dummy_batch(examples: Examples) -> dict[str, jax.Array]:
     """One row with the first example: what parameters are initialised with."""
-    shapes = plan_shapes(examples, 1, 0, packed=False, seq_len=int(examples.lengths.max()))
+    longest, encoder_longest = int(examples.lengths.max()), int(examples.encoder_lengths.max())
+    shapes = plan_shapes(examples, 1, 0, packed=False, seq_len=longest, encoder_len=encoder_longest)
     batch, _ = lay_out(examples, [0], shapes)
     return {key: jnp.asarray(value) for key, value in batch.items()}
 

@@ -111,11 +111,11 @@ def open_source(init_from: str) -> Source:
 
 
 def find_prefix(source: Source) -> tuple[int, ...]:
-    """The ids that stand before every text: bos of our runs; what transformers puts there of its models."""
+    """The ids that stand before every text: bos of our decoders; what transformers puts there of its models."""
     files = source.hf_files
-    if files is None or tokenizer_files.puts_bos(files, source.tokenizer):
-        return (source.tokenizer.bos_id,)
-    return ()
+    if files is None:
+        return () if source.family == "encoder_decoder" else (source.tokenizer.bos_id,)
+    return (source.tokenizer.bos_id,) if tokenizer_files.puts_bos(files, source.tokenizer) else ()
 
 
 # What decoders of Hugging Face's encoder-decoders begin with (decoder_start_token_id of their config.json).

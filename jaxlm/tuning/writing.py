@@ -89,7 +89,8 @@ def write_texts(
     prompts = [task.prompt(record) for record in records]
     if not prompts:
         return []
-    decoder = decode.make_decoder(model, task.tokenizer.vocab_size)
+    start = {"start_id": task.writer.start_id} if task.writer.has_encoder else {}
+    decoder = decode.make_decoder(model, task.tokenizer.vocab_size, **start)
     params = programs.in_mesh(mesh, decoder.prepare)(params)
     common = dict(
         max_new_tokens=task.target_len,

@@ -73,11 +73,8 @@ def test_every_example_of_a_batch_is_in_it_once_and_whole(packed, segments):
 
 
 def test_a_layout_that_lets_examples_overlap_would_be_caught(monkeypatch):
-    def overlap(lengths, slots, row_length, row_slots):
-        return [
-            place._replace(start=max(0, place.start - 1))
-            for place in pack(lengths, slots, row_length, row_slots)
-        ]
+    def overlap(sizes, row_sizes):
+        return [place._replace(start=max(0, place.start - 1)) for place in pack(sizes, row_sizes)]
 
     pack, examples = module.pack, make_examples()
     batches = make_batches(examples, True)
@@ -93,6 +90,67 @@ def test_packed_rows_hold_what_the_drawing_shows():
     assert batch["segment_ids"].tolist() == [[1, 1, 1, 1, 2, 2, 2, 3, 3, 0]]
     assert batch["positions"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0]]
     assert batch["example_ids"].tolist() == [[1, 0, 2, -1]]
+
+
+def make_pairs(sizes):
+    """Examples of an encoder-decoder, of (the encoder's tokens, the decoder's) each; tokens tell the examples apart."""
+    full = lambda number, n, sign: np.full(n, sign * (number + 1), np.int32)
+    return Examples(
+        [
+            {"tokens": full(i, t, 1), "labels": full(i, t, 1), "encoder_tokens": full(i, s, -1)}
+            for i, (s, t) in enumerate(sizes)
+        ]
+    )
+
+
+def check_streams(batch, ids, examples):
+    """Both streams of an example are in one row, whole, in segments of one number, counted from 0."""
+    found = []
+    for row, numbers in enumerate(batch["example_ids"]):
+        for slot, number in enumerate(numbers):
+            if number < 0:
+                continue
+            for key, segments, positions in (
+                ("tokens", "segment_ids", "positions"),
+                ("encoder_tokens", "encoder_segment_ids", "encoder_positions"),
+            ):
+                here = batch[segments][row] == slot + 1
+                whole = examples.features[number][key]
+                np.testing.assert_array_equal(batch[key][row, here], whole)
+                np.testing.assert_array_equal(batch[positions][row, here], np.arange(len(whole)))
+            found.append(int(number))
+    assert sorted(found) == sorted(ids)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_both_streams_of_an_example_share_a_row_and_a_segment(packed, monkeypatch):
+    rng = np.random.default_rng(0)
+    examples = make_pairs(zip(rng.integers(3, 30, 40), rng.integers(1, 9, 40), strict=True))
+    shapes = plan_shapes(examples, 8, 0, packed=packed, seq_len=16, encoder_len=32)
+    batches = TrainExamples(examples, shapes, 8, 0)
+    for k in range(6):
+        check_streams(batches[k], batches.ids(k), examples)
+    shapes = module.plan_eval_shapes([examples], 8, packed=packed, seq_len=16, encoder_len=32)
+    held_out = EvalExamples(examples, shapes, 8)
+    batch, places = held_out.laid_out(4)
+    check_streams(batch, list(places), examples)
+    fill = module.fill
+    other = lambda f, ids, places, *sizes: fill(
+        f, ids, [p._replace(encoder_start=0) for p in places], *sizes
+    )
+    monkeypatch.setattr(module, "fill", other)
+    if packed:  # sources on top of one another would show
+        with pytest.raises(AssertionError):
+            check_streams(batches[0], batches.ids(0), examples)
+
+
+def test_packed_streams_are_as_the_drawing_shows():
+    examples = make_pairs([(4, 2), (2, 1), (3, 2)])
+    batch, _ = module.lay_out(examples, [0, 1, 2], Shapes(True, (6,), (1,), 3, (10,)))
+    assert batch["encoder_tokens"].tolist() == [[-1, -1, -1, -1, -3, -3, -3, -2, -2, 0]]
+    assert batch["encoder_segment_ids"].tolist() == [[1, 1, 1, 1, 2, 2, 2, 3, 3, 0]]
+    assert batch["tokens"].tolist() == [[1, 1, 3, 3, 2, 0]]
+    assert batch["segment_ids"].tolist() == [[1, 1, 2, 2, 3, 0]]
 
 
 def test_packed_and_padded_batches_hold_the_same_examples():
