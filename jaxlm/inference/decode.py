@@ -4,6 +4,8 @@
     for continuation in generate(decoder, params, prompts, max_new_tokens=100, max_len=1024, sampling=make_sampling()):
         print(tokenizer.decode(continuation.tokens))
 
+Of an encoder-decoder a prompt is what its encoder reads, once; what follows is what its decoder writes from `start_id` on.
+
 Lengths are rounded up to powers of two, so that a fixed few programs serve all of them; nothing else compiles.
 """
 
@@ -20,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.inference.batches import round_up
+from jaxlm.inference.batches import LEAST, next_power, round_up
 from jaxlm.inference.logits import unembed
 from jaxlm.inference.sampling import Sampling, draw
 from jaxlm.models.cache import KVCache, grow, make_cache
+from jaxlm.models.encoder_decoder import EncoderDecoder
 from jaxlm.models.gpt import GPT
 from jaxlm.parallel.processes import fetch
 
@@ -68,21 +71,46 @@ class Decoder:
 
         XLA:CPU has no views: of stacked ones it copies each layer's out before every use.
         """
-        if not self.is_unrolled or isinstance(params["layers"], tuple):
+        if not self.is_unrolled or isinstance(self._stack(params)["layers"], tuple):
             return params
-        return unstack_layers(params)
+        return self._with_stack(params, unstack_layers(self._stack(params)))
+
+    def _stack(self, params):
+        """The part of the parameters that holds the layers which every step runs."""
+        return params
+
+    def _with_stack(self, params, stack):
+        return stack
+
+    def lay(
+        self, prompts: Sequence[np.ndarray], max_new_tokens: int, max_len: int
+    ) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
+        """(tokens, segment_ids) of `prefill`, the size of its cache, and how many tokens may follow each prompt (B,)."""
+        lengths = np.array([len(prompt) for prompt in prompts])
+        limit_B = np.minimum(max_new_tokens, max_len - lengths).astype(np.int32)
+        tokens_BP, segment_ids_BP = pad_left(prompts, round_up(int(lengths.max()), max_len))
+        size = round_up(tokens_BP.shape[1] + int(limit_B.max()), 2 * max_len)
+        return tokens_BP, segment_ids_BP, size, limit_B
+
+    def find_seen(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
+        """Which ids a repetition penalty takes for repeated before anything is written, bool (B, V)."""
+        seen_BV = np.zeros((len(prompts), self.num_ids), bool)
+        for seen, prompt in zip(seen_BV, prompts, strict=True):
+            seen[prompt] = True
+        return seen_BV
 
     def _prefill(self, params, tokens_BP, segment_ids_BP, size):
         cache = make_cache(self.model.config, *tokens_BP.shape)
-        logits_BV, cache = self._read(params, cache, tokens_BP, segment_ids_BP)
+        batch = {"tokens": tokens_BP, "segment_ids": segment_ids_BP}
+        logits_BV, cache = self._read(params, cache, batch)
         return logits_BV, grow(cache, size)
 
     def _step(self, params, cache, tokens_B):
-        return self._read(params, cache, tokens_B[:, None], jnp.ones_like(tokens_B)[:, None])
+        batch = {"tokens": tokens_B[:, None], "segment_ids": jnp.ones_like(tokens_B)[:, None]}
+        return self._read(params, cache, batch)
 
-    def _read(self, params, cache, tokens_BT, segment_ids_BT):
-        batch = {"tokens": tokens_BT, "segment_ids": segment_ids_BT}
-        variables = {"params": stack_layers(params)}
+    def _read(self, params, cache, batch):
+        variables = {"params": self._with_stack(params, stack_layers(self._stack(params)))}
         outputs = self.model.apply(variables, batch, cache=cache)
         return unembed(outputs, outputs.hidden[:, -1:], self.num_ids)[:, 0], outputs.cache
 
@@ -99,6 +127,43 @@ class Decoder:
             return made + 1, add_tokens(state.replace(cache=cache), logits_BV, sampling, eos_id)
 
         return jax.lax.while_loop(wants_more, add, (jnp.int32(0), state))[1]
+
+
+class SourceDecoder(Decoder):
+    """Of an encoder-decoder: `prefill` reads prompts, padded on the right, with the encoder, and start_id with the decoder."""
+
+    def __init__(self, model: Any, num_ids: int, start_id: int):
+        super().__init__(model, num_ids)
+        self.start_id = start_id
+
+    def _stack(self, params):
+        return params["decoder"]
+
+    def _with_stack(self, params, stack):
+        return {**params, "decoder": stack}
+
+    def lay(self, prompts, max_new_tokens, max_len):
+        """As Decoder's. A prompt takes no room from what follows; learned positions are as many as the model has."""
+        config, length = self.model.config, round_up(max(map(len, prompts)), max_len)
+        most = config.max_len if config.position == "learned" else max_new_tokens
+        limit_B = np.full(len(prompts), min(max_new_tokens, most), np.int32)
+        size = max(LEAST, next_power(int(limit_B[0])))
+        return *pad_right(prompts, length), size, limit_B
+
+    def find_seen(self, prompts):
+        """The decoder reads nothing of the prompt itself."""
+        return super().find_seen([np.array([self.start_id])] * len(prompts))
+
+    def _prefill(self, params, tokens_BP, segment_ids_BP, size):
+        rows, source_len = tokens_BP.shape
+        cache = make_cache(self.model.config, rows, size, source_len)
+        batch = {
+            "encoder_tokens": tokens_BP,
+            "encoder_segment_ids": segment_ids_BP,
+            "tokens": jnp.full((rows, 1), self.start_id, jnp.int32),
+            "segment_ids": jnp.ones((rows, 1), jnp.int32),
+        }
+        return self._read(params, cache, batch)
 
 
 def unrolled(model: Any) -> Any:
@@ -121,19 +186,25 @@ def stack_layers(params: Params) -> Params:
 
 
 @functools.lru_cache(maxsize=16)
-def make_decoder(model: Any, num_ids: int | None = None) -> Decoder:
+def make_decoder(model: Any, num_ids: int | None = None, *, start_id: int = 0) -> Decoder:
     """The decoder of a Linen model; the same one each time.
 
     num_ids: the tokenizer's; ids past it, of a padded vocabulary, are never drawn. None = all.
+    start_id: what the decoder of an encoder-decoder reads first.
 
     Raises:
-      ValueError: if the model is no decoder, or predicts classes instead of tokens.
+      ValueError: if the model writes no text, or predicts classes instead of tokens.
     """
-    if not isinstance(model, GPT):
-        raise ValueError(f"{type(model).__name__} does not continue text: it takes a decoder (GPT)")
+    if not isinstance(model, GPT | EncoderDecoder):
+        raise ValueError(
+            f"{type(model).__name__} writes no text: take a decoder (GPT) or an encoder-decoder"
+        )
     if model.head is not None:
         raise ValueError(f"this model has a head for {model.head}: text takes one without a head")
-    return Decoder(model, num_ids or model.config.vocab_size)
+    num_ids = num_ids or model.config.vocab_size
+    if isinstance(model, EncoderDecoder):
+        return SourceDecoder(model, num_ids, start_id)
+    return Decoder(model, num_ids)
 
 
 @flax.struct.dataclass
@@ -272,7 +343,7 @@ def stream(
     params = decoder.prepare(params)
     logits_BV, cache, limit_B = read_prompts(decoder, params, prompts, max_new_tokens, max_len)
     samples_B = np.asarray(number_samples(prompts) if samples is None else samples, np.int32)
-    seen_BV = find_seen(prompts, decoder.num_ids) if sampling.needs_seen else None
+    seen_BV = decoder.find_seen(prompts) if sampling.needs_seen else None
     eos = np.int32(eos_id)
 
     draws = samples_B, np.uint32(seed), seen_BV, sampling
@@ -334,20 +405,28 @@ def read_prompts(
       ValueError: as `stream` does.
     """
     check_prompts(decoder, prompts, max_new_tokens, max_len)
-    lengths = np.array([len(prompt) for prompt in prompts])
-    limit_B = np.minimum(max_new_tokens, max_len - lengths).astype(np.int32)
-    tokens_BP, segment_ids_BP = pad_left(prompts, round_up(int(lengths.max()), max_len))
-    size = round_up(tokens_BP.shape[1] + int(limit_B.max()), 2 * max_len)
+    tokens_BP, segment_ids_BP, size, limit_B = decoder.lay(prompts, max_new_tokens, max_len)
     return *decoder.prefill(params, tokens_BP, segment_ids_BP, size=size), limit_B
 
 
 def pad_left(prompts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, segment_ids), each (B, length): the last n of a row of n tokens are real."""
+    return pad(prompts, length, lambda count: slice(length - count, length))
+
+
+def pad_right(prompts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same, but the first n are."""
+    return pad(prompts, length, slice)
+
+
+def pad(
+    prompts: Sequence[np.ndarray], length: int, place: Callable[[int], slice]
+) -> tuple[np.ndarray, np.ndarray]:
     tokens_BP = np.zeros((len(prompts), length), np.int32)
     segment_ids_BP = np.zeros_like(tokens_BP)
     for tokens, segment_ids, prompt in zip(tokens_BP, segment_ids_BP, prompts, strict=True):
-        tokens[length - len(prompt) :] = prompt
-        segment_ids[length - len(prompt) :] = 1
+        tokens[place(len(prompt))] = prompt
+        segment_ids[place(len(prompt))] = 1
     return tokens_BP, segment_ids_BP
 
 
@@ -360,14 +439,6 @@ def number_samples(prompts: Sequence[np.ndarray]) -> list[int]:
         numbers.append(counts[key])
         counts[key] += 1
     return numbers
-
-
-def find_seen(prompts: Sequence[np.ndarray], num_ids: int) -> np.ndarray:
-    """Which ids are in each prompt, bool (B, V)."""
-    seen_BV = np.zeros((len(prompts), num_ids), bool)
-    for seen, prompt in zip(seen_BV, prompts, strict=True):
-        seen[prompt] = True
-    return seen_BV
 
 
 def check_prompts(

@@ -6,7 +6,8 @@
     task_heads      the classes with the head of a task, by family
     arrays          the arrays of an Orbax item, read and written slice by slice
     source          a Hugging Face folder, whatever its files are, as tensors by name
-    convert         from_hf, to_hf, and parameters on the fly
+    convert         from_hf, and parameters on the fly
+    export          to_hf
     tokenizer_files the tokenizer's files on both sides
     parity          the certificate that every conversion writes
     hub             ids of the hub to folders
@@ -19,13 +20,14 @@ To add a family, write a `Family` (see `mapping`) in a module of its own and add
    `extra_fields`. What we cannot do goes into `expected`, or `extra_from` raises ValueError.
 2. `rows`: one `Row(ours, theirs, transform, group)` for each tensor of theirs. The same rows convert both ways, because
    a transform is an invertible pair: SAME, FLAT, linear(), conv1d(), fused(). Rows of a head carry its group.
-3. `architectures`: the classes of transformers and which groups each has. `prefix`, `ties`, `repeats`, `ignored`,
-   `renames`: how files spell and repeat names.
+3. `architectures`: the classes of transformers and which groups each has. `prefix`, `ties`, `repeats`, `copies`,
+   `ignored`, `zeros`, `renames`: how files spell and repeat names.
 4. Classes with the head of a task: a line of `task_heads.TASKS`.
 5. A case in `tests/interop/tiny_hf.py` or `tests/oracles/tiny_families.py`: the laws (every tensor equal after both ways, logits within 1e-4) run it.
 """
 
 from jaxlm.interop.albert import ALBERT
+from jaxlm.interop.bart import BART
 from jaxlm.interop.bert import BERT
 from jaxlm.interop.distilbert import DISTILBERT
 from jaxlm.interop.electra import ELECTRA
@@ -37,6 +39,7 @@ from jaxlm.interop.mixtral import MIXTRAL
 from jaxlm.interop.modernbert import MODERNBERT
 from jaxlm.interop.qwen3_moe import QWEN3_MOE
 from jaxlm.interop.roberta import ROBERTA
+from jaxlm.interop.t5 import T5
 
 # By `model_type`. An export without a named family takes the first that can express the model.
 FAMILIES: dict[str, Family] = {
@@ -44,6 +47,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(GPT2, LLAMA, QWEN3, QWEN2, MISTRAL, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE),
         *(BERT, ROBERTA, DISTILBERT, ELECTRA, ALBERT, MODERNBERT),
+        *(T5, BART),
     )
 }
 

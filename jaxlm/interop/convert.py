@@ -99,7 +99,8 @@ def make_model(
 
 def parameter_shapes(model: nn.Module) -> dict[str, Shape]:
     """The shapes of a model's parameters by path; nothing is allocated."""
-    batch = {"tokens": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    batch = {"tokens": token, "encoder_tokens": token}  # the second for encoder-decoders
     boxed = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
     return {path: tuple(x.shape) for path, x in flatten(nn.meta.unbox(boxed)).items()}
 
@@ -133,7 +134,7 @@ def read_source(source: str, *, allow_pickle: bool = False, least_vocab_size: in
     pieces = bind(family, shapes, theirs)
     absent, problems = match(family, pieces, opened.shapes(), tied=config.tie_embeddings)
     if not problems:
-        problems = find_untrue_repeats(opened, config.tie_embeddings)
+        problems = find_untrue_repeats(opened, config.tie_embeddings) + find_untrue_zeros(opened)
     if problems:
         raise BadModel(
             repair_list(f"{folder} is not the model that its config.json says", problems)
@@ -160,6 +161,15 @@ def find_untrue_repeats(source: Source, tied: bool) -> list[str]:
             )
             problems.append(f"{name}: should repeat {original} and does not{hint}")
     return problems
+
+
+def find_untrue_zeros(source: Source) -> list[str]:
+    """A line for each buffer that should hold nothing but zeros and does not."""
+    return [
+        f"{name}: holds other values than 0, for which this model has no place"
+        for name in source.family.zeros
+        if name in source.tensors and np.any(source.tensors[name].read())
+    ]
 
 
 def stored_dtype(incoming: Incoming) -> np.dtype:
@@ -283,6 +293,7 @@ def load_params(spec: str, config: TransformerConfig, wanted: PyTree) -> Weights
         for path in sorted(shapes.keys() - covered)
         if not path.startswith(HEAD_PATHS)
     ]
+    problems += find_untrue_zeros(source)
     own = {path: shape for path, shape in shapes.items() if path in covered}
     mismatched = other_heads(source, bind(family, own, options["vocab_size"]))
     own = {path: shape for path, shape in own.items() if path not in mismatched}
@@ -371,7 +382,7 @@ def head_names(model_type: str) -> set[str]:
 def find_differences(options: Mapping[str, Any], config: TransformerConfig) -> list[str]:
     """A line for each option by which the run's model would compute something else from the same parameters."""
     reference = TransformerConfig(**options)
-    free = set(FREE) | ({"max_len"} if config.position == "rotary" else set())
+    free = set(FREE) | ({"max_len"} if config.position != "learned" else set())
     lines = [
         f"model.{field.name}={getattr(config, field.name)!r}: the source has "
         f"{getattr(reference, field.name)!r}"
@@ -471,6 +482,8 @@ def make_config(
         if incoming.num_pair_classes:
             is_order = any(p.group == "sop" for p in incoming.pieces)
             config.objective.name = "mlm_sop" if is_order else "mlm_nsp"
+        if "decoder_start" in config.objective:
+            config.objective.decoder_start = find_decoder_start(incoming.source, tokenizer)
         if tokenizer:
             config.tokenizer.update(
                 kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, path=str(target / "tokenizer")
@@ -479,6 +492,24 @@ def make_config(
         config.seq_len = min(config.seq_len, config.model.max_len)
         config.init_from = str(target)
     return config
+
+
+def find_decoder_start(source: Source, tokenizer: Any) -> str:
+    """The role of the token that an encoder-decoder's decoder begins with.
+
+    Raises:
+      BadModel: if config.json names none, or another one than a tokenizer can name.
+    """
+    start, roles = source.config.get("decoder_start_token_id"), ("pad", "eos", "bos")
+    if tokenizer is None:
+        ids = {source.config.get(f"{role}_token_id"): role for role in reversed(roles)}
+    else:
+        ids = {tokenizer.roles[role]: role for role in reversed(roles)}
+    if start is None or start not in ids:
+        raise BadModel(
+            f"decoder_start_token_id={start!r}: expected the id of {', '.join(roles)} ({ids})"
+        )
+    return ids[start]
 
 
 def model_config(config: ConfigDict) -> TransformerConfig:

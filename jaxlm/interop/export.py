@@ -29,6 +29,7 @@ MAX_SHARD_BYTES = 5 << 30
 # What classes of transformers with an Auto class of that name end with.
 AUTO_TASKS = ("ForCausalLM", "ForMaskedLM", "ForQuestionAnswering")
 AUTO_TASKS += ("ForSequenceClassification", "ForTokenClassification")
+WRITERS = ("gpt", "encoder_decoder")  # keys of MODELS whose models write text
 
 
 def to_hf(
@@ -85,22 +86,22 @@ def to_hf(
             **config_to_hf(chosen, exported),
             **about_head,
             "torch_dtype": kept.name,
-            **came_from.get("token_ids", special_ids(tokenizer, vocab_size)),
+            **(came_from.get("token_ids") or token_ids(config, step_dir, tokenizer, vocab_size)),
         }
         _write_json(folder / "config.json", hf_config)
         drop = "" if architecture.prefixed else chosen.prefix
         planned = list(plan(chosen, pieces, arrays, kept, drop, tied=options.tie_embeddings))
         write_folder(folder, planned, max_shard_bytes)
         if tokenizer:
-            causal = config.family == "gpt"
+            ends = tokenizer_files.find_ends(chosen)
             tokenizer_files.write_tokenizer(
-                tokenizer, saved, folder, causal=causal, max_len=options.max_len
+                tokenizer, saved, folder, ends=ends, max_len=options.max_len
             )
-        if chosen.model == "gpt" and not (folder / "generation_config.json").exists():
+        if chosen.model not in WRITERS:
+            (folder / "generation_config.json").unlink(missing_ok=True)
+        elif not (folder / "generation_config.json").exists():
             ids = {k: v for k, v in hf_config.items() if k.endswith("_token_id")}
             _write_json(folder / "generation_config.json", ids)
-        elif chosen.model != "gpt":
-            (folder / "generation_config.json").unlink(missing_ok=True)
         certificate = parity.certify(
             open_source(folder),
             arrays,
@@ -169,16 +170,42 @@ def exported_vocab_size(config: ConfigDict, tokenizer: Any, came_from: Mapping[s
 
 def trained_roles(config: ConfigDict) -> tuple[str, ...]:
     """The special tokens without which the exported model could not be asked what it was trained for."""
+    if config.family == "encoder_decoder":
+        start = config.get("objective", {}).get("decoder_start")
+        return ("eos", start) if start else ("eos",)
     if "objective" in config:
         return () if config.objective.name == "causal" else ("mask",)
     return ("bos", "eos") if config.family == "gpt" else ("cls", "sep")
 
 
-def special_ids(tokenizer: Any, vocab_size: int) -> dict[str, int]:
+def token_ids(
+    config: ConfigDict, step_dir: Path, tokenizer: Any, vocab_size: int
+) -> dict[str, int]:
+    """Keys of config.json: the special tokens that the exported vocabulary has.
+
+    Raises:
+      BadModel: if an encoder-decoder begins with a token that it has not.
+    """
     if tokenizer is None:
         return {}
     ids = {f"{role}_token_id": tokenizer.roles[role] for role in ("bos", "eos", "pad")}
-    return {name: i for name, i in ids.items() if i < vocab_size}
+    ids = {name: i for name, i in ids.items() if i < vocab_size}
+    if config.family == "encoder_decoder":
+        start = find_start(config, step_dir.parent.parent / "task.json", tokenizer)
+        if start >= vocab_size:
+            raise BadModel(
+                f"the decoder begins with the id {start}, which was appended to the tokenizer's vocabulary of "
+                f"{vocab_size}, and its files have no place for it: train with another decoder_start"
+            )
+        ids["decoder_start_token_id"] = start
+    return ids
+
+
+def find_start(config: ConfigDict, task_file: Path, tokenizer: Any) -> int:
+    """The id that an encoder-decoder's decoder begins with: as a fine-tuned run's task says, else its objective."""
+    if task_file.is_file():
+        return json.loads(task_file.read_text(encoding="utf-8"))["start_id"]
+    return tokenizer.roles[config.objective.decoder_start]
 
 
 def plan(
@@ -210,6 +237,7 @@ def model_card(
     task = "For" + architecture.partition("For")[2]
     auto = "AutoModel" + (task if task in AUTO_TASKS else "")
     auto = "AutoModelForCausalLM" if "LMHead" in architecture else auto
+    auto = "AutoModelForSeq2SeqLM" if "ConditionalGeneration" in architecture else auto
     return f"""---
 library_name: transformers
 tags: [jaxlm]

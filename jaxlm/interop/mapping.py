@@ -123,6 +123,8 @@ class Row(NamedTuple):
     group: '' for what every model of the family has, else the head that it belongs to: a source without any tensor of
       a group is taken, and the group is initialised (see `convert`).
     first_layer: theirs lacks the layers before it, whose slices of ours nothing reads.
+    beside, without: a path that a model must have, or must not have, for this row to hold: T5's names of a matrix depend
+      on whether there is a gate.
 
     A row of layers without {layer} is a layer that all share.
     """
@@ -132,6 +134,8 @@ class Row(NamedTuple):
     transform: Transform = SAME
     group: str = ""
     first_layer: int = 0
+    beside: str = ""
+    without: str = ""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -217,6 +221,7 @@ FREE = frozenset(
         "unroll",
         "attention_kernel",
         "init_std",
+        "embed_init_std",
         "zero_init_out",
         "dropout_rate",
         "attention_dropout_rate",
@@ -337,7 +342,10 @@ def config_to_hf(family: Family, config: TransformerConfig) -> dict[str, Any]:
 
 
 def meaning(config: TransformerConfig, name: str) -> Any:
-    """An option's value; (4096,) and (4096, 4096) are the same windows for two layers."""
+    """An option's value; (4096,) and (4096, 4096) are the same windows for two layers, 0 decoder layers as many as the
+    encoder's."""
+    if name == "num_decoder_layers":
+        return config.decoder.num_layers
     return getattr(config, "layer_windows" if name == "attention_windows" else name)
 
 
@@ -406,7 +414,7 @@ def bind(family: Family, shapes: Mapping[str, Shape], vocab_size: int) -> list[P
     pieces, covered = [], set()
     for row in family.rows:
         present = [path for path in row.paths if path in shapes]
-        if not present:
+        if not present or (row.beside and row.beside not in shapes) or row.without in shapes:
             continue
         if len(present) != len(row.paths):
             missing = sorted(set(row.paths) - set(present))

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,17 @@ from flax.traverse_util import unflatten_dict
 from jaxlm.interop.arrays import Array, read_theirs
 from jaxlm.interop.mapping import Piece
 from jaxlm.interop.source import Source
-from jaxlm.models import Head
+from jaxlm.models import Head, TransformerConfig
+from jaxlm.models.encoder_decoder import EncoderDecoder, Stack
 from jaxlm.models.transformer import make_norm
 
 TOLERANCE = 1e-4  # of |difference|, relative to the largest value where that is over 1
+# By the key of MODELS, the class of transformers that predicts tokens.
+AUTO_LM = {
+    "gpt": "AutoModelForCausalLM",
+    "bert": "AutoModelForMaskedLM",
+    "encoder_decoder": "AutoModelForSeq2SeqLM",
+}
 AGAINST = ("auto", "transformers", "round_trip")
 TEXTS = (
     "Nobody starts from nothing: a published model comes in, and one's own goes out.",
@@ -157,6 +164,11 @@ def make_batch(
     return {"tokens": tokens, "segment_ids": real.astype(np.int32)}
 
 
+def with_source(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The batch of an encoder-decoder: its decoder reads the rows, its encoder those above them."""
+    return {**batch, **{f"encoder_{key}": np.roll(rows, 1, axis=0) for key, rows in batch.items()}}
+
+
 def compare_outputs(
     source: Source,
     arrays: Mapping[str, Array],
@@ -170,6 +182,8 @@ def compare_outputs(
     pad_id, vocab_size = source.config.get("pad_token_id"), source.config["vocab_size"]
     pad_id = pad_id if type(pad_id) is int and 0 <= pad_id < vocab_size else 0
     batch = make_batch(tokenizer, vocab_size, config.max_len, pad_id)
+    if isinstance(model, EncoderDecoder):
+        batch = with_source(batch)
     real = batch["segment_ids"] > 0
     auto, compared = output_of(source, model, pieces)
     theirs, states = run_theirs(source.folder, auto, batch, pad_id)
@@ -187,14 +201,14 @@ def compare_outputs(
 
 def output_of(source: Source, model: nn.Module, pieces: Sequence[Piece]) -> tuple[str, str]:
     """(class of transformers, what is compared): a task's logits, the vocabulary's, or the last hidden states."""
-    groups = {piece.group for piece in pieces}
     if source.task:
         return source.task, "head"
-    if source.family.model == "gpt" and (model.config.tie_embeddings or "lm" in groups):
-        return "AutoModelForCausalLM", "logit"
-    if source.family.model != "gpt" and "mlm" in groups:
-        return "AutoModelForMaskedLM", "logit"
-    return "AutoModel", "hidden"
+    if source.family.model == "bert":
+        has_head = any(piece.group == "mlm" for piece in pieces)
+    else:
+        has_head = model.config.tie_embeddings or any("unembed" in p.paths for p in pieces)
+    auto = AUTO_LM.get(source.family.model, "AutoModelForMaskedLM")
+    return (auto, "logit") if has_head else ("AutoModel", "hidden")
 
 
 def compare(ours_XV: np.ndarray, theirs_XV: np.ndarray) -> dict[str, Any]:
@@ -240,7 +254,8 @@ def run_logits(model: nn.Module, params: Params, batch: Mapping[str, np.ndarray]
 
 def run_states(model: nn.Module, params: Params, batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """Our last hidden states (B, T, D), of an encoder before its masked-token head."""
-    model = type(model)(model.config, head=Head(model.config, 0))
+    if not isinstance(model, EncoderDecoder):
+        model = type(model)(model.config, head=Head(model.config, 0))
     apply = jax.jit(lambda p, b: model.apply({"params": p}, b).hidden)
     return np.asarray(apply(params, batch))
 
@@ -253,8 +268,9 @@ def run_head(model: nn.Module, params: Params, batch: Mapping[str, np.ndarray]) 
 
 def run_theirs(
     folder: Path, auto: str, batch: Mapping[str, np.ndarray], pad_id: int
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(logits or last hidden states, hidden states of every layer with the embeddings first) of transformers' model.
+) -> tuple[np.ndarray, dict[str, list[np.ndarray]]]:
+    """(logits or last hidden states, by stack the hidden states of every layer with the embeddings first) of transformers'
+    model.
 
     Raises:
       Failed: if transformers misses tensors in the folder, or finds some that it does not know.
@@ -276,44 +292,86 @@ def run_theirs(
     if missing:
         raise Failed(f"transformers misses tensors in {folder}: {', '.join(sorted(missing)[:50])}")
     model.config.pad_token_id = pad_id  # classifiers of several rows ask for one
+    names = {"tokens": "input_ids", "segment_ids": "attention_mask"}
+    if "encoder_tokens" in batch:
+        names = {f"encoder_{ours}": theirs for ours, theirs in names.items()}
+        names |= {"tokens": "decoder_input_ids", "segment_ids": "decoder_attention_mask"}
+    inputs = {theirs: torch.from_numpy(batch[ours]).long() for ours, theirs in names.items()}
     with torch.no_grad():
-        out = model.eval()(
-            input_ids=torch.from_numpy(batch["tokens"]).long(),
-            attention_mask=torch.from_numpy(batch["segment_ids"]).long(),
-            output_hidden_states=True,
-        )
+        out = model.eval()(**inputs, output_hidden_states=True)
     if "start_logits" in out:
         last = torch.stack([out.start_logits, out.end_logits], -1)
     else:
         last = out.logits if "logits" in out else out.last_hidden_state
     if type(model).__name__.endswith("ForPreTraining"):  # ELECTRA's: one logit a token
         last = last[..., None]
-    return last.numpy(), [state.numpy() for state in out.hidden_states]
+    keys = [key for key in out if key.endswith("hidden_states")]
+    states = {key.removesuffix("hidden_states"): [s.numpy() for s in out[key]] for key in keys}
+    return last.numpy(), states
 
 
 def first_diverging_layer(
     model: nn.Module,
     params: Params,
     batch: Mapping[str, np.ndarray],
-    states: Sequence[np.ndarray],
+    states: Mapping[str, Sequence[np.ndarray]],
 ) -> int | str | None:
-    """The number of the first layer (from 1) after which the hidden states differ, or 'head' if none does.
+    """The first layer (from 1) after which the hidden states differ, or 'head' if none does.
 
-    Ours after k layers is the model cut to k layers. A cut model ends with the final norm where it has one, so theirs
-    goes through that norm, too.
+    A number; of an encoder-decoder as in 'encoder 2', then those of the decoder, which here reads their encoder's states.
+    states: as `run_theirs` gives them.
     """
-    real, config = batch["segment_ids"] > 0, model.config
+    if isinstance(model, EncoderDecoder):
+        return _diverging_stack(model, params, batch, states)
+    run = lambda cut, stack: run_states(type(model)(cut), stack, batch)
+    return _diverging(model.config, params, run, batch["segment_ids"], states[""]) or "head"
+
+
+def _diverging_stack(
+    model: nn.Module,
+    params: Params,
+    batch: Mapping[str, np.ndarray],
+    states: Mapping[str, Sequence[np.ndarray]],
+) -> str:
+    table_VD, prefix = params["embed"]["embedding"], "encoder_"
+    inputs = {k.removeprefix(prefix): x for k, x in batch.items() if k.startswith(prefix)}
+    source = jnp.asarray(states[prefix][-1]), inputs["segment_ids"]
+    for name, config, rows, read in (
+        ("encoder", model.config, inputs, None),
+        ("decoder", model.config.decoder, batch, source),
+    ):
+
+        def run(cut, stack, name=name, rows=rows, read=read):
+            apply = Stack(cut, causal=name == "decoder").apply
+            return np.asarray(jax.jit(apply)({"params": stack}, rows, table_VD, None, read)[0])
+
+        theirs = states[f"{name}_"]
+        if layer := _diverging(config, params[name], run, rows["segment_ids"], theirs):
+            return f"{name} {layer}"
+    return "head"
+
+
+def _diverging(
+    config: TransformerConfig,
+    params: Params,
+    run: Callable[[TransformerConfig, Params], np.ndarray],
+    segment_ids: np.ndarray,
+    states: Sequence[np.ndarray],
+) -> int | None:
+    """Ours after k layers is the model (run by its config and parameters) cut to k layers. A cut model ends with the final
+    norm where it has one, so theirs goes through that norm, too."""
+    real = segment_ids > 0
     for k in range(1, config.num_layers + 1):
         cut = dataclasses.replace(
             config, num_layers=k, unroll=1, attention_windows=config.layer_windows[:k]
         )
         shared = config.share_layers
         layers = params["layers"] if shared else jax.tree.map(lambda x: x[:k], params["layers"])
-        ours = run_states(type(model)(cut), {**params, "layers": layers}, batch)
+        ours = run(cut, {**params, "layers": layers})
         theirs = states[k]
         if config.norm_position != "post" and k < config.num_layers:
             norm = make_norm(config, "final_norm")
             theirs = np.asarray(norm.apply({"params": params["final_norm"]}, theirs))
         if not compare(ours[real], theirs[real])["passed"]:
             return k
-    return "head"
+    return None

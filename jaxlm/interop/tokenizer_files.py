@@ -18,7 +18,7 @@ import sentencepiece
 import tokenizers as hf
 
 from jaxlm.interop import hub
-from jaxlm.interop.mapping import BadModel
+from jaxlm.interop.mapping import BadModel, Family
 from jaxlm.interop.safetensors_io import inside, read_json
 from jaxlm.tokenizers import load_tokenizer
 from jaxlm.tokenizers.kinds import JSONTokenizer, _byte_level_table
@@ -37,6 +37,13 @@ FILES = (
     "sentencepiece.bpe.model",
     "generation_config.json",
 )
+# What stands around one text and around a pair, by model_type, else by model.
+TEXT_ENDS = {
+    "gpt": ("bos $A", "bos $A $B"),
+    "bert": ("cls $A sep", "cls $A sep $B:1 sep:1"),
+    "encoder_decoder": ("$A eos", "$A eos $B eos"),
+    "bart": ("bos $A eos", "bos $A eos eos $B eos"),
+}
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "  def f(x):\n\treturn x**2  # naïve café, 1234567\n\n",
@@ -128,9 +135,11 @@ def keep_files(folder: Path, tokenizer_dir: Path) -> None:
 
 
 def write_tokenizer(
-    tokenizer: Any, saved: Path, target: Path, *, causal: bool, max_len: int
+    tokenizer: Any, saved: Path, target: Path, *, ends: tuple[str, str], max_len: int
 ) -> None:
     """Writes the files that AutoTokenizer loads. saved: the folder that `tokenizer` was loaded from.
+
+    ends: what stands around one text and around a pair, as in ('bos $A eos', 'bos $A eos $B eos').
 
     Raises:
       BadModel: if what was written gives other ids than `tokenizer` does.
@@ -149,7 +158,7 @@ def write_tokenizer(
     names = {role: tokenizer.token(i) for role, i in tokenizer.roles.items()}
     size = num_model_ids(tokenizer)
     own = {role: name for role, name in names.items() if tokenizer.roles[role] < size}
-    (target / "tokenizer.json").write_bytes(_with_template(blob, tokenizer, own, causal=causal))
+    (target / "tokenizer.json").write_bytes(_with_template(blob, tokenizer, own, ends))
     if tokenizer.kind == "sentencepiece":
         (target / "tokenizer.model").write_bytes(tokenizer.blob)
     special = {f"{role}_token": token for role, token in own.items()}
@@ -166,6 +175,11 @@ def write_tokenizer(
     check_same_ids(tokenizer, target)
 
 
+def find_ends(family: Family) -> tuple[str, str]:
+    """What `write_tokenizer` puts around the texts of a family."""
+    return TEXT_ENDS.get(family.model_type) or TEXT_ENDS.get(family.model, TEXT_ENDS["bert"])
+
+
 def num_model_ids(tokenizer: Any) -> int:
     """How many ids the exported files have; a loaded vocabulary's reserved ids after them are ours alone."""
     if tokenizer.kind == "tokenizer_json":
@@ -176,14 +190,15 @@ def num_model_ids(tokenizer: Any) -> int:
     return tokenizer.vocab_size
 
 
-def _with_template(blob: bytes, tokenizer: Any, own: dict[str, str], *, causal: bool) -> bytes:
+def _with_template(
+    blob: bytes, tokenizer: Any, own: dict[str, str], ends: tuple[str, str]
+) -> bytes:
     """Adds to a tokenizer.json without a post-processor the special tokens that our models see around a text."""
     model = hf.Tokenizer.from_str(blob.decode("utf-8"))
     if json.loads(blob).get("post_processor") is not None:
         return blob
-    single, pair, used = ("bos $A", "bos $A $B", ("bos",))
-    if not causal:
-        single, pair, used = ("cls $A sep", "cls $A sep $B:1 sep:1", ("cls", "sep"))
+    single, pair = ends
+    used = [role for role in tokenizer.roles if re.search(rf"\b{role}\b", single)]
     if any(role not in own for role in used):
         return blob
 
