@@ -7,8 +7,15 @@ from jaxlm.models.encoder_decoder import EncoderDecoder
 from jaxlm.models.gpt import GPT
 from jaxlm.models.heads import HEADS, Head
 from jaxlm.models.layers import Outputs
+from jaxlm.models.xlnet import XLNet
 
-MODELS = {"gpt": GPT, "bert": BERT, "encoder_decoder": EncoderDecoder, "electra": ELECTRA}
+MODELS = {
+    "gpt": GPT,
+    "bert": BERT,
+    "encoder_decoder": EncoderDecoder,
+    "electra": ELECTRA,
+    "xlnet": XLNet,
+}
 
 __all__ = [
     "BERT",
@@ -20,4 +27,5 @@ __all__ = [
     "Head",
     "Outputs",
     "TransformerConfig",
+    "XLNet",
 ]

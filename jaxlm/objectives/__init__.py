@@ -3,6 +3,7 @@
 from jaxlm.objectives.causal import CausalLM
 from jaxlm.objectives.mlm import MaskedLM
 from jaxlm.objectives.pairs import NextSentence, SentenceOrder
+from jaxlm.objectives.permutation import PermutationLM
 from jaxlm.objectives.rtd import ReplacedTokens
 from jaxlm.objectives.span_corruption import SpanCorruption
 
@@ -12,5 +13,6 @@ OBJECTIVES = {
     "mlm_nsp": NextSentence,
     "mlm_sop": SentenceOrder,
     "rtd": ReplacedTokens,
+    "permutation": PermutationLM,
     "span_corruption": SpanCorruption,
 }

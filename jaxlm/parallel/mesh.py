@@ -50,7 +50,7 @@ RULES: tuple[tuple[str, Any], ...] = (
 # Arrays of a batch that have an entry for each token of a row. Where predictions are gathered, labels and weights
 # have one for each slot instead.
 TOKEN_KEYS = frozenset({"tokens", "segment_ids", "positions", "token_types", "labels", "weights"})
-TOKEN_KEYS |= {"is_prefix", "encoder_tokens", "encoder_segment_ids", "encoder_positions"}
+TOKEN_KEYS |= {"is_prefix", "encoder_tokens", "encoder_segment_ids", "encoder_positions", "order"}
 SLOT_KEYS = frozenset({"labels", "weights"})
 
 
