@@ -63,6 +63,7 @@ class Outputs:
     unembed_bias: (V,) or None.
     pair_logits: (B, E, C) float32 or None: the next-sentence or sentence-order head.
     head_logits: (B, E, C) or (B, T, C) float32 or None: a task head's (`heads.Head`).
+    head_labels: (B, T) int32 or None: what head_logits should say, where the model itself decides that (ELECTRA).
     cache: a decoder's `cache.KVCache` with the tokens of this call in it, if it was given one.
     auxiliary: of routers (`moe.auxiliary`), or None.
     softcap: logits become softcap * tanh(logits / softcap); 0 means none.
@@ -73,6 +74,7 @@ class Outputs:
     unembed_bias: jax.Array | None = None
     pair_logits: jax.Array | None = None
     head_logits: jax.Array | None = None
+    head_labels: jax.Array | None = None
     cache: Any = None
     auxiliary: Auxiliary | None = None
     softcap: float = flax.struct.field(pytree_node=False, default=0.0)
