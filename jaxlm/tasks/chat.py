@@ -90,7 +90,9 @@ class ChatTemplate:
         Raises:
           ValueError: as `render` does, and if the template writes a dialogue another way once it goes on.
         """
-        text = self._render(messages)
+        return self._cut(messages, self._render(messages))
+
+    def _cut(self, messages: Sequence[Message], text: str) -> list[Part]:
         if self._marks_answers:
             spans = [m.span() for m in re.finditer(f"{BEGIN}[^{END}]*{END}", text)]
         else:
@@ -104,13 +106,16 @@ class ChatTemplate:
 
     def encode(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
         """(ids, is_answer), int32 and bool (n,), of a dialogue; raises as `parts` does."""
-        encoded = [(self._encode(part.text), part.is_answer) for part in self.parts(messages)]
-        ids = np.concatenate([ids for ids, _ in encoded])
-        return ids, np.repeat([said for _, said in encoded], [len(ids) for ids, _ in encoded])
+        parts = self.parts(messages)
+        encoded = [self._encode(part.text) for part in parts]
+        return np.concatenate(encoded), np.repeat(
+            [p.is_answer for p in parts], [*map(len, encoded)]
+        )
 
     def encode_prompt(self, messages: Sequence[Message]) -> np.ndarray:
-        """int32 (n,): the dialogue up to where the assistant's next message begins; raises as `render` does."""
-        return self._encode(self._render(messages, add_generation_prompt=True))
+        """int32 (n,): the dialogue up to where the assistant's next message begins; raises as `parts` does."""
+        parts = self._cut(messages, self._render(messages, add_generation_prompt=True))
+        return np.concatenate([self._encode(part.text) for part in parts])
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         import jinja2

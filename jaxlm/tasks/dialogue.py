@@ -87,7 +87,9 @@ class Dialogue(WritingTask):
         ids, is_answer = self.template.encode(self.messages(record))
         kept = fit(is_answer, self.writer.seq_len + 1, self.target_len)
         was_cut = kept.start > 0 or bool(is_answer[kept.stop :].any())
-        return [next_tokens(ids[kept], is_answer[kept])], was_cut
+        # Of an answer whose beginning was cut off nothing is learned: what it answers is gone.
+        is_learned = is_answer[kept] & (np.cumsum(~is_answer[kept]) > 0)
+        return [next_tokens(ids[kept], is_learned)], was_cut
 
     def prompt(self, record: Any) -> np.ndarray:
         """The ids (n,) before the last answer, with room for another."""

@@ -26,7 +26,7 @@ from jaxlm.tasks.text_scores import TEXT_SCORES
 from jaxlm.tasks.writing import Writer, WritingTask, next_tokens
 
 BASELINES = ("", "lead")
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9])")
+_SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s+[\"'(\[]*[A-Z0-9])")
 
 
 class Seq2Seq(WritingTask):
@@ -120,4 +120,6 @@ def first_sentence(text: str) -> str:
     >>> first_sentence("We use e.g. two. They work.")
     'We use e.g. two.'
     """
-    return _SENTENCE_END.split(text.strip(), maxsplit=1)[0]
+    text = text.strip()
+    end = _SENTENCE_END.search(text)
+    return text[: end.end()] if end else text

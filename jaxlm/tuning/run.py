@@ -25,7 +25,7 @@ from jaxlm.data.examples import Examples, TrainExamples, lay_out, plan_shapes
 from jaxlm.data.records import Problem, check_problems
 from jaxlm.files import download, new_folder, write_text
 from jaxlm.interop import convert, tokenizer_files
-from jaxlm.models import HEADS
+from jaxlm.models import HEADS, TransformerConfig
 from jaxlm.models.flops import train_step_flops
 from jaxlm.parallel import mesh as meshes
 from jaxlm.parallel import processes
@@ -114,8 +114,12 @@ def complete(config: ConfigDict, source: Source, task: Any, num_examples: int) -
     """The user's config with what the source and the data decide: family, model, head, steps and intervals."""
     problems = []
     model, tuning = source.model, config.tuning
-    if model["position"] == "learned" and config.seq_len > model["max_len"]:
-        problems.append(f"seq_len {config.seq_len}: the model has {model['max_len']} positions")
+    longest = {"seq_len": config.seq_len}
+    if writes(task):
+        longest["task.target_len"] = task.target_len
+    for name, length in longest.items():
+        if model["position"] == "learned" and length > model["max_len"]:
+            problems.append(f"{name} {length}: the model has {model['max_len']} positions")
     if config.accumulation_steps > 1 and not getattr(task, "splits_batch", True):
         problems.append(
             f"accumulation_steps {config.accumulation_steps}: the loss of {config.task.name} compares the examples of "
@@ -236,7 +240,6 @@ def make_run(
         layer_decay=config.tuning.layer_decay,
         frozen_layers=config.tuning.frozen_layers,
     )
-    mean_length = float(train.lengths.mean())
     held_out = {name: split for name, split in prepared.splits.items() if name != "train"}
     return TaskRun(
         config=config,
@@ -252,12 +255,27 @@ def make_run(
         dummy=dummy,
         boxed=boxed,
         data_fingerprint={name: s.examples.fingerprint for name, s in prepared.splits.items()},
-        step_tokens=config.batch_size * mean_length,
-        step_flops=train_step_flops(
-            model.config, config.batch_size, round(mean_length), 0, causal=config.family == "gpt"
-        ),
+        step_tokens=config.batch_size * float((train.lengths + train.encoder_lengths).mean()),
+        step_flops=step_flops(config, model.config, task, train),
         is_trained=is_trained,
         splits=prepared.splits,
+    )
+
+
+def step_flops(
+    config: ConfigDict, options: TransformerConfig, task: Any, examples: Examples
+) -> float:
+    """Model FLOPs of a step over examples of mean length."""
+    length, encoder_length = (
+        round(float(n.mean())) for n in (examples.lengths, examples.encoder_lengths)
+    )
+    return train_step_flops(
+        options,
+        config.batch_size,
+        encoder_length or length,
+        num_predictions=length if writes(task) else 0,
+        causal=config.family == "gpt" or writes(task),
+        target_len=length if encoder_length else 0,
     )
 
 
