@@ -24,7 +24,11 @@ from jaxlm.tuning import best_step
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a Hugging Face folder does not say (optimizer, data, …) comes from these.
-TEMPLATES = {"gpt": "configs/gpt.py:gpt2", "bert": "configs/bert.py:base"}
+TEMPLATES = {
+    "gpt": "configs/gpt.py:gpt2",
+    "bert": "configs/bert.py:base",
+    "xlnet": "configs/xlnet.py:base",
+}
 # A run that goes on from a published model on one machine, and an evaluation on little text.
 CONTINUED = {
     "batch_size": 16,

@@ -40,6 +40,7 @@ from jaxlm.interop.modernbert import MODERNBERT
 from jaxlm.interop.qwen3_moe import QWEN3_MOE
 from jaxlm.interop.roberta import ROBERTA
 from jaxlm.interop.t5 import T5
+from jaxlm.interop.xlnet import XLNET
 
 # By `model_type`. An export without a named family takes the first that can express the model.
 FAMILIES: dict[str, Family] = {
@@ -47,7 +48,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(GPT2, LLAMA, QWEN3, QWEN2, MISTRAL, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE),
         *(BERT, ROBERTA, DISTILBERT, ELECTRA, ALBERT, MODERNBERT),
-        *(T5, BART),
+        *(T5, BART, XLNET),
     )
 }
 

@@ -33,6 +33,7 @@ AUTO_LM = {
     "gpt": "AutoModelForCausalLM",
     "bert": "AutoModelForMaskedLM",
     "encoder_decoder": "AutoModelForSeq2SeqLM",
+    "xlnet": "AutoModelForCausalLM",
 }
 AGAINST = ("auto", "transformers", "round_trip")
 TEXTS = (
@@ -203,7 +204,7 @@ def output_of(source: Source, model: nn.Module, pieces: Sequence[Piece]) -> tupl
     """(class of transformers, what is compared): a task's logits, the vocabulary's, or the last hidden states."""
     if source.task:
         return source.task, "head"
-    if source.family.model == "bert":
+    if source.family.model in ("bert", "xlnet"):
         has_head = any(piece.group == "mlm" for piece in pieces)
     else:
         has_head = model.config.tie_embeddings or any("unembed" in p.paths for p in pieces)

@@ -128,6 +128,23 @@ TASKS: dict[str, dict[str, Task]] = {
         "ModernBertForTokenClassification": modernbert("token_classification", ({}, "")),
         "ModernBertForQuestionAnswering": modernbert("question_answering", ({}, ""), num_classes=2),
     },
+    "xlnet": {
+        "XLNetForSequenceClassification": Task(
+            "sequence_classification",
+            (
+                *dense_rows("dense", "sequence_summary.summary"),
+                *dense_rows("out", "logits_proj"),
+            ),
+            (
+                (
+                    dict(summary_type="last", summary_use_proj=True, summary_activation="tanh"),
+                    dict(pooling="last", transform="tanh"),
+                ),
+            ),
+        ),
+        "XLNetForTokenClassification": tokens("classifier"),
+        "XLNetForQuestionAnsweringSimple": spans(),
+    },
     "gpt2": decoder("GPT2", tokens_at="classifier"),
     "llama": decoder("Llama", spans_prefix="transformer."),
     "mistral": decoder("Mistral"),

@@ -17,10 +17,11 @@ from tests.tiny import ROOT
 TEMPLATES = {
     "gpt": build.read_config(str(ROOT / "configs/gpt.py:gpt2")),
     "bert": build.read_config(str(ROOT / "configs/bert.py:base")),
+    "xlnet": build.read_config(str(ROOT / "configs/xlnet.py:base")),
 }
 # One of each kind of table and head; the oracle lane takes them all.
 NAMES = ["roberta", "electra_discriminator", "modernbert", "gemma3", "albert"]
-NAMES += ["modernbert_sequence", "llama_spans"]
+NAMES += ["modernbert_sequence", "llama_spans", "xlnet"]
 
 
 def both_ways(folder, name, *, against="round_trip", weights=None):

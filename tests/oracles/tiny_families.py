@@ -37,6 +37,7 @@ DISTILBERT |= dict(pad_token_id=PAD, activation="gelu")
 MODERNBERT = dict(SIZES, **IDS, num_hidden_layers=5, local_attention=6, cls_token_id=2)
 MODERNBERT |= dict(sep_token_id=3, global_attn_every_n_layers=3)
 GPT2 = dict(vocab_size=V, n_embd=32, n_layer=3, n_head=4, n_positions=40, n_inner=44, **IDS)
+XLNET = dict(vocab_size=V, d_model=32, n_layer=3, n_head=4, d_inner=44, pad_token_id=PAD)
 THREE = dict(id2label={"0": "a", "1": "b", "2": "c"}, label2id={"a": 0, "b": 1, "c": 2})
 
 
@@ -83,6 +84,7 @@ TINY = {
         ),
     ),
     "albert": Tiny("albert", "AlbertForMaskedLM", dict(ELECTRA, hidden_act="gelu_new")),
+    "xlnet": Tiny("xlnet", "XLNetLMHeadModel", XLNET),
     "bert_sequence": Tiny("bert", "BertForSequenceClassification", BERT | THREE),
     "bert_tokens": Tiny("bert", "BertForTokenClassification", BERT | THREE),
     "bert_spans": Tiny("bert", "BertForQuestionAnswering", BERT),
@@ -106,6 +108,8 @@ TINY = {
     "mistral_tokens": Tiny(
         "mistral", "MistralForTokenClassification", dict(DECODER | THREE, sliding_window=5)
     ),
+    "xlnet_tokens": Tiny("xlnet", "XLNetForTokenClassification", XLNET | THREE),
+    "xlnet_spans": Tiny("xlnet", "XLNetForQuestionAnsweringSimple", XLNET),
     "gemma3_sequence": Tiny("gemma3_text", "Gemma3TextForSequenceClassification", GEMMA | THREE),
 }
 
@@ -223,6 +227,7 @@ WRONG: dict[str, list[dict[str, Any]]] = {
         dict(qk_norm=True, norm_scale_offset=0.5),
     ],
     "albert": [dict(num_layers=2), dict(activation="gelu", norm_eps=1e-3)],
+    "xlnet": [dict(norm_eps=1e-2), dict(activation="relu")],
     "bert_sequence": [dict(pooling="last"), dict(transform="relu")],
     "modernbert_sequence": [dict(pooling="first"), dict(use_norm=True, transform="relu")],
     "gpt2_sequence": [dict(pooling="first"), dict(pooling="mean")],

@@ -1,0 +1,30 @@
+"""XLNet's query stream gives transformers' logits, in any order."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.oracles import tiny_families as families
+from tests.oracles import two_streams
+from tests.oracles.recorded import get_logits
+
+pytestmark = pytest.mark.oracles
+pytest.importorskip("torch", reason="torch is missing: bash tools/check.sh --oracles")
+pytest.importorskip("transformers", reason="transformers is missing: bash tools/check.sh --oracles")
+
+
+@pytest.mark.parametrize("use_types", [False, True])
+def test_the_query_stream_has_hugging_faces_logits(use_types):
+    batch, twin = two_streams.make_batch(use_types), families.Twin("xlnet")
+    weights, theirs = two_streams.run_theirs(batch)
+    ours = get_logits(twin.model, twin(weights), batch)
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_the_recorded_logits_are_still_what_transformers_gives():
+    _, theirs = two_streams.run_theirs(two_streams.make_batch())
+    recorded = np.array(json.loads(two_streams.PATH.read_text()))
+    theirs = theirs.reshape(-1, theirs.shape[-1])[:, : recorded.shape[1]]
+    np.testing.assert_allclose(theirs, recorded, atol=1e-5, rtol=1e-4)
