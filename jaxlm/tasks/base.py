@@ -37,8 +37,10 @@ class Layout:
         encoder        [CLS] a a a [SEP] b b [SEP]     token types 0 0 0 0 0 1 1 1, read at [CLS] (arXiv:1810.04805)
         RoBERTa        <s> a a a </s> </s> b b </s>    token types 0, read at <s> (arXiv:1907.11692)
         decoder        <bos> a a a <eos> b b <eos>     read at the last <eos> (Radford et al. 2018, section 3.3)
+        XLNet          a a a [SEP] b b [SEP] [CLS]     token types 0 0 0 0 1 1 1 2, read at [CLS] (arXiv:1906.08237)
 
-    before, between, after: ids. pair_types: whether the second text has the token type 1.
+    before, between, after: ids. pair_types: whether the second text has the token type 1. last_type: of the last token,
+    where it has one of its own.
     """
 
     before: tuple[int, ...]
@@ -47,6 +49,7 @@ class Layout:
     pair_types: bool
     reads_last: bool
     seq_len: int
+    last_type: int | None = None
 
     def room(self, num_texts: int) -> int:
         """How many tokens the texts may have together."""
@@ -66,6 +69,8 @@ class Layout:
             parts += [np.asarray(text[:length], np.int32), np.array(follows, np.int32)]
             types += [number if self.pair_types else 0] * (length + len(follows))
         tokens = np.concatenate(parts)
+        if self.last_type is not None:
+            types[-1] = self.last_type
         return Laid(
             tokens,
             np.array(types, np.int32),
@@ -76,9 +81,14 @@ class Layout:
         )
 
 
-def make_layout(tokenizer: Any, seq_len: int, *, causal: bool, num_token_types: int) -> Layout:
-    """The layout of a model: a decoder (`causal`), RoBERTa (its cls is its bos, no second token type), else BERT's."""
+def make_layout(
+    tokenizer: Any, seq_len: int, *, causal: bool, num_token_types: int, cls_last: bool = False
+) -> Layout:
+    """The layout of a model: a decoder (`causal`), XLNet (`cls_last`), RoBERTa (its cls is its bos, no second token type),
+    else BERT's."""
     t = tokenizer
+    if cls_last:
+        return Layout((), (t.sep_id,), (t.sep_id, t.cls_id), True, True, seq_len, last_type=2)
     if causal:
         return Layout((t.bos_id,), (t.eos_id,), (t.eos_id,), False, True, seq_len)
     is_roberta = t.cls_id == t.bos_id and num_token_types < 2

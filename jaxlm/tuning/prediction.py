@@ -158,6 +158,7 @@ def make_task(config: ConfigDict, source: Source, fitted: Mapping[str, Any]) -> 
         config.seq_len,
         causal=source.family == "gpt",
         num_token_types=source.model["num_token_types"],
+        cls_last=source.family == "xlnet",
     )
     return kind(source.tokenizer, layout, fitted, **options)
 
