@@ -30,6 +30,19 @@ def _to_hf(config: TransformerConfig) -> dict[str, Any]:
     return {"embedding_size": config.table_dim}
 
 
+# An ELECTRA run's discriminator as a model with a task's head: fields of models.Head, and its key in models.HEADS.
+HEAD, HEAD_KIND = dict(num_classes=1, transform="gelu"), "replaced_token_detection"
+
+
+def discriminator(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters by path without a generator's, the discriminator's head being the model's; others as they are."""
+    return {
+        f"head/{path.removeprefix('rtd_head/')}" if path.startswith("rtd_head/") else path: array
+        for path, array in arrays.items()
+        if not path.startswith("generator/")
+    }
+
+
 ELECTRA = dataclasses.replace(
     BERT,
     model_type="electra",

@@ -23,7 +23,7 @@ from jaxlm.interop.mapping import BadModel, Family, Piece, bind, config_to_hf
 from jaxlm.interop.safetensors_io import Planned, write_folder
 from jaxlm.interop.source import open_source
 from jaxlm.interop.task_heads import head_to_hf, with_head
-from jaxlm.models import TransformerConfig, lora
+from jaxlm.models import BODIES, TransformerConfig, lora
 
 MAX_SHARD_BYTES = 5 << 30
 # What classes of transformers with an Auto class of that name end with.
@@ -64,7 +64,8 @@ def to_hf(
         found = find_head(step_dir.parent.parent, config, came_from)
         head, kind = found.fields if head is None else head, kind or found.kind
         wanted = family or came_from.get("model_type", "")
-        chosen = choose_family(wanted, config.family, options, head, kind)
+        body = BODIES.get(config.family, config.family)
+        chosen = choose_family(wanted, body, options, head, kind)
         about_head: dict[str, Any] = {}
         if head:
             task, about_head = head_to_hf(chosen, head, kind)
@@ -168,13 +169,21 @@ def exported_vocab_size(config: ConfigDict, tokenizer: Any, came_from: Mapping[s
     return size
 
 
+# objective -> special tokens that its exported model is asked with; others need the mask.
+TRAINED_ROLES: dict[str, tuple[str, ...]] = {
+    "causal": (),
+    "rtd": ("cls", "sep"),
+    "permutation": ("cls", "sep"),
+}
+
+
 def trained_roles(config: ConfigDict) -> tuple[str, ...]:
     """The special tokens without which the exported model could not be asked what it was trained for."""
     if config.family == "encoder_decoder":
         start = config.get("objective", {}).get("decoder_start")
         return ("eos", start) if start else ("eos",)
     if "objective" in config:
-        return () if config.objective.name == "causal" else ("mask",)
+        return TRAINED_ROLES.get(config.objective.name, ("mask",))
     return ("bos", "eos") if config.family == "gpt" else ("cls", "sep")
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxlm.interop import electra
 from jaxlm.interop.arrays import Array, open_item
 from jaxlm.interop.mapping import BadModel, Shape
 from jaxlm.interop.safetensors_io import repair_list
@@ -53,12 +54,15 @@ class Merged:
 def open_parameters(step_dir: Path, item: str) -> dict[str, Any]:
     """The model's parameters by path: those of `item`, those that did not train, and no adapters, which are merged.
 
+    Of an ELECTRA run it is the discriminator (`electra.discriminator`).
+
     Raises:
       BadModel: if there are adapters, and the manifest's config does not say their rank and alpha.
     """
     arrays = open_item(step_dir / item)
     if (step_dir / "frozen").is_dir():
         arrays |= open_item(step_dir / "frozen")
+    arrays = electra.discriminator(arrays)
     merged: dict[str, Any] = {p: array for p, array in arrays.items() if not lora.is_adapter(p)}
     if len(merged) < len(arrays):
         scale = _read_scale(step_dir)
@@ -99,6 +103,8 @@ def find_head(workdir: Path, config: ConfigDict, came_from: Mapping[str, Any]) -
     Raises:
       BadModel: if task.json does not name as many classes as the head has.
     """
+    if config.family == "electra":
+        return FoundHead(dict(electra.HEAD), electra.HEAD_KIND, {})
     if "head" not in config:
         tasks, was = TASKS.get(came_from.get("model_type", ""), {}), came_from.get("architecture")
         kind = tasks[was].kind if was in tasks else ""

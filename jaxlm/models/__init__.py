@@ -17,8 +17,12 @@ MODELS = {
     "xlnet": XLNet,
 }
 
+# What models of a family are once they are pretrained, where that is another family: of ELECTRA's the discriminator stays.
+BODIES = {"electra": "bert"}
+
 __all__ = [
     "BERT",
+    "BODIES",
     "ELECTRA",
     "GPT",
     "HEADS",
