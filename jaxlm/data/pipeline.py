@@ -34,7 +34,8 @@ class TrainBatches:
     stores: name -> TokenStore. The names are part of the randomness, their order is not.
     weights: name -> share of the rows; or step -> such a dict, from that step on (one for step 0).
     objective: gives window(seq_len), corrupt(rng, example, seq_len), and `static`: True draws an
-      example's noise from its index, alike in every epoch, False from the draw's number.
+      example's noise from its index, alike in every epoch, False from the draw's number. If it has
+      `of_draw(draw, step)`, that gives the objective which makes the row of a draw.
     batch_size: rows of the global batch. rows: the global rows of this process; None = all.
     num_steps: `len`; it changes no batch.
     """
@@ -78,7 +79,10 @@ class TrainBatches:
         index = permute(index, source.num_examples, _order_key(self.seed, source.tag, epoch))
         noise = (_STATIC, source.tag, index) if self.objective.static else (_CORRUPTION, draw)
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, *noise]))
-        return self.objective.corrupt(rng, source.example(index, rng), self.seq_len)
+        objective = self.objective
+        if hasattr(objective, "of_draw"):  # a mixture has one for each row
+            objective = objective.of_draw(draw, draw // self.batch_size)
+        return objective.corrupt(rng, source.example(index, rng), self.seq_len)
 
 
 class EvalBatches:

@@ -18,7 +18,8 @@ from jaxlm.models.transformer import Embed, apply_layers, batch_positions
 class GPT(nn.Module):
     """Each position sees itself and what comes before it in its own segment.
 
-    batch: tokens (B, T), and optionally segment_ids and positions (B, T).
+    batch: tokens (B, T), and optionally segment_ids and positions (B, T), and is_prefix (B, T), bool: the places of a
+      segment's prefix see one another, too (prefix LM).
     Returns Outputs with hidden (B, T, D): hidden[:, t] predicts the token after t. With a `head` of a task there is no
     unembed, and head_logits are the head's.
     With a `cache` (`cache.make_cache`) each position also sees its segment in there; tokens are padded on the left, by
@@ -45,7 +46,14 @@ class GPT(nn.Module):
         embed = Embed(c, c.embed_norm, deterministic, name="embed")
         x_BTD, table_VD = embed(batch["tokens"], positions, batch.get("token_types"))
         hidden, cache, auxiliary = apply_layers(
-            c, x_BTD, segment_ids, positions, causal=True, deterministic=deterministic, cache=cache
+            c,
+            x_BTD,
+            segment_ids,
+            positions,
+            causal=True,
+            deterministic=deterministic,
+            cache=cache,
+            is_prefix_BT=batch.get("is_prefix"),
         )
         if self.head is not None:
             logits = self.head(hidden, batch, deterministic)

@@ -270,22 +270,28 @@ def rotate(x_BTNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-def attention_mask(segment_ids_BT: jax.Array, *, causal: bool) -> jax.Array:
+def attention_mask(
+    segment_ids_BT: jax.Array, *, causal: bool, is_prefix_BT: jax.Array | None = None
+) -> jax.Array:
     """Boolean (B, T, S), True = attend: within the same segment only, and with `causal` never to a later place.
 
-        segments   1 1 2 2 0        causal   1 . . . .
-                                             1 1 . . .
-                                             . . 1 . .
-                                             . . 1 1 .
-                                             . . . . 1
+        segments   1 1 2 2 0        causal   1 . . . .        is_prefix 1 1 1 0 0   1 1 . . .
+                                             1 1 . . .        (causal)              1 1 . . .
+                                             . . 1 . .                              . . 1 . .
+                                             . . 1 1 .                              . . 1 1 .
+                                             . . . . 1                              . . . . 1
 
+    is_prefix_BT: bool, places that also see the later ones among them (arXiv:1910.10683, figure 3, right).
     Padding (segment 0) sees padding only, so no row is empty and nothing real depends on it.
     """
     same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     if not causal:
         return same
     length = segment_ids_BT.shape[1]
-    return same & jnp.tril(jnp.ones((length, length), bool))[None]
+    earlier = jnp.tril(jnp.ones((length, length), bool))[None]
+    if is_prefix_BT is not None:
+        earlier = earlier | (is_prefix_BT[:, :, None] & is_prefix_BT[:, None, :])
+    return same & earlier
 
 
 def window_mask(length: int, window: int) -> jax.Array:

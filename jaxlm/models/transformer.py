@@ -206,15 +206,19 @@ def make_view(
     causal: bool,
     cache: KVCache | None = None,
     bias_NTS: jax.Array | None = None,
+    is_prefix_BT: jax.Array | None = None,
 ) -> View:
-    """The view of the layers whose attention window is `window` (0: no limit). With a cache the reference attends."""
+    """The view of the layers whose attention window is `window` (0: no limit).
+
+    With a cache the reference attends, and with a prefix, which no fused kernel knows.
+    """
     c, rotary = config, None
     theta, scaling = c.rope_theta, c.rope_scaling
-    is_fused = c.attention_kernel != REFERENCE and cache is None
+    is_fused = c.attention_kernel != REFERENCE and cache is None and is_prefix_BT is None
     if cache is not None:
         mask_BTS = slot_mask(cache, segment_ids_BT, window)
     elif not is_fused:
-        mask_BTS = attention_mask(segment_ids_BT, causal=causal)
+        mask_BTS = attention_mask(segment_ids_BT, causal=causal, is_prefix_BT=is_prefix_BT)
         if window:
             mask_BTS = mask_BTS & window_mask(segment_ids_BT.shape[1], window)[None]
     if not is_fused:
@@ -363,11 +367,12 @@ def apply_layers(
     deterministic: bool,
     cache: KVCache | None = None,
     source: tuple[jax.Array, jax.Array] | None = None,
+    is_prefix_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None, Auxiliary | None]:
     """Runs all layers (parameters `layers`, stacked on axis 0), then, unless in post-norm models, `final_norm`.
 
     source: an encoder's output (B, S, D) and its segment ids (B, S), for cross attention. A cache with a `memory` is filled
-    from it, and serves in its place from then on.
+    from it, and serves in its place from then on. is_prefix_BT: see `attention_mask`; without a cache only.
     Returns x, the cache, and what the routers add to the loss; None where there is none.
 
     Call it inside a module's compact method. Masks and rotary angles are made once, outside the loop.
@@ -388,7 +393,7 @@ def apply_layers(
         keys, first = (length, 0) if cache is None else (cache.size, cache.end)
         bias_NTS = RelativeBias(c, causal, name="relative_bias")(length, keys, first)
     views = tuple(
-        make_view(c, window, segment_ids_BT, positions_BT, causal, cache, bias_NTS)
+        make_view(c, window, segment_ids_BT, positions_BT, causal, cache, bias_NTS, is_prefix_BT)
         for window in distinct_windows(c)
     )
     axes = (nn.broadcast, 0, nn.broadcast)

@@ -33,6 +33,8 @@ def cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     chunk_tokens: int = 0,
+    groups_B: jax.Array | None = None,
+    num_groups: int = 0,
 ) -> tuple[Pair, dict[str, Pair]]:
     """Weighted cross-entropy of softmax(softcap(hidden . unembed + bias)), in chunks.
 
@@ -59,10 +61,12 @@ def cross_entropy(
       weights_X: float; positions with weight 0 count for nothing.
       softcap: logits become softcap * tanh(logits / softcap); 0 = off.
       chunk_tokens: positions per chunk over all devices; 0 picks LOGITS_PER_DEVICE worth of them.
+      groups_B: int ids below `num_groups`, one for each row of labels (B, T).
 
     Returns:
       ((total, weight), metrics): scalar float32 sums. metrics are such pairs too and carry no
-      gradient: `nll` in nats, without smoothing or z-loss, and `accuracy` (tied maxima share it).
+      gradient: `nll` in nats, without smoothing or z-loss, and `accuracy` (tied maxima share it);
+      with groups `loss_by_group`, each (num_groups,): the total and weight of the rows of each.
     """
     weight = weights_X.astype(jnp.float32).sum()
     hidden_XD, labels_X, weights_X = (
@@ -71,9 +75,15 @@ def cross_entropy(
     length = _chunk_length(labels_X.shape, unembed_VD.shape[0], chunk_tokens)
     shards = _batch_shards(labels_X.shape[0]), labels_X.shape[1]
     options = _Options(softcap, z_loss, label_smoothing, length, shards)
-    total, nll, correct = _sums(options, hidden_XD, unembed_VD, bias_V, labels_X, weights_X)
-    nll, correct, count = jax.lax.stop_gradient((nll, correct, weight))
-    return (total, weight), {"nll": (nll, count), "accuracy": (correct, count)}
+    sums = _sums(options, hidden_XD, unembed_VD, bias_V, labels_X, weights_X)
+    total = sums[0]
+    nll, correct, loss_X, count = jax.lax.stop_gradient((*sums[1:], weight))
+    metrics = {"nll": (nll, count), "accuracy": (correct, count)}
+    if groups_B is not None:
+        is_in_GB = (groups_B[None] == jnp.arange(num_groups)[:, None]).astype(jnp.float32)
+        by_row = ((loss_X * weights_X).sum((1, 2)), weights_X.sum((1, 2)))
+        metrics["loss_by_group"] = tuple(is_in_GB @ x_B for x_B in jax.lax.stop_gradient(by_row))
+    return (total, weight), metrics
 
 
 def plain_cross_entropy(
@@ -147,7 +157,10 @@ def _row(x_V: jax.Array, ndim: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(options, hidden_XD, unembed_VD, bias_V, labels_X, weights_X):
-    """(total, nll, correct), summed over X; without a gradient this is one matmul per chunk."""
+    """(total, nll, correct) summed over X, and the loss (X) of each position, which has no gradient.
+
+    Without a gradient this is one matmul per chunk.
+    """
     compute_VD = _whole_rows(unembed_VD, hidden_XD.dtype)
 
     def chunk(hidden_XD, labels_X, weights_X):
@@ -155,7 +168,7 @@ def _sums(options, hidden_XD, unembed_VD, bias_V, labels_X, weights_X):
         return (), _losses(options, logits_XV, labels_X)[0]
 
     _, parts = _over_chunks(chunk, options.length, hidden_XD, labels_X, weights_X)
-    return tuple((part_X * weights_X).sum() for part_X in parts)
+    return (*((part_X * weights_X).sum() for part_X in parts), parts[0])
 
 
 def _sums_and_gradients(options, hidden_XD, unembed_VD, bias_V, labels_X, weights_X):
@@ -180,7 +193,7 @@ def _sums_and_gradients(options, hidden_XD, unembed_VD, bias_V, labels_X, weight
     grad_VD = nn.with_logical_constraint(grad_VD, ("vocab", "embed"))
     # Summed over devices here: XLA would rather add the embedding's gradient first and hold this one, whole, until then.
     grad_VD = jax.lax.optimization_barrier(grad_VD)
-    sums = tuple((part_X * weights_X).sum() for part_X in parts)
+    sums = (*((part_X * weights_X).sum() for part_X in parts), parts[0])
     return sums, (grad_XD, grad_VD, grad_V, parts[0])
 
 

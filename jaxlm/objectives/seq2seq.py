@@ -17,11 +17,13 @@ class Seq2Seq:
 
     tokenizer: gives ids and tables; not kept.
     decoder_start: what the decoder reads first: 'bos', 'pad' (T5) or 'eos' (BART).
+    mode: 0, or n = the n-th sentinel from the end begins each document of the encoder's row (UL2's mode tokens).
     z_loss, label_smoothing, chunk_tokens: see `cross_entropy`.
     """
 
     tokenizer: dataclasses.InitVar[Any]
     decoder_start: str = "bos"
+    mode: int = 0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     chunk_tokens: int = 0
@@ -50,6 +52,17 @@ class Seq2Seq:
         """Positions of a row that go through the vocabulary matrix."""
         return self.target_len(seq_len)
 
+    def source(self, example: dict) -> "Text":
+        """What is corrupted: an example's documents without their [bos]; with a mode, all of them with one, in its place."""
+        tokens, segment_ids = example["tokens"], example["segment_ids"]
+        is_bos = (tokens == self.tables.bos_id) & (positions_of(segment_ids) == 0)
+        if not self.mode:
+            return tokens[~is_bos], segment_ids[~is_bos]
+        if is_bos[:1].all():
+            return tokens, segment_ids
+        bos = tokens.dtype.type(self.tables.bos_id)
+        return np.append(bos, tokens), np.append(segment_ids[:1], segment_ids)
+
     def row(
         self,
         encoder: "Text",
@@ -62,6 +75,9 @@ class Seq2Seq:
         """
         tables, target_len = self.tables, self.target_len(seq_len)
         (sources, source_segments), (targets, segments) = encoder, labels
+        source_positions = positions_of(source_segments)
+        if self.mode:
+            sources = np.where(source_positions == 0, tables.sentinels[-self.mode], sources)
         positions = positions_of(segments)
         tokens = np.empty(len(targets), np.int32)
         tokens[1:] = targets[:-1]
@@ -69,7 +85,7 @@ class Seq2Seq:
         return {
             "encoder_tokens": padded(sources.astype(np.int32), seq_len, tables.pad_id),
             "encoder_segment_ids": padded(source_segments.astype(np.int32), seq_len),
-            "encoder_positions": padded(positions_of(source_segments), seq_len),
+            "encoder_positions": padded(source_positions, seq_len),
             "tokens": padded(tokens, target_len, tables.pad_id),
             "segment_ids": padded(segments.astype(np.int32), target_len),
             "positions": padded(positions, target_len),
@@ -94,13 +110,6 @@ class Seq2Seq:
 
 
 Text = tuple[np.ndarray, np.ndarray]  # tokens and segment_ids, each (n,)
-
-
-def without_bos(example: dict, tables: TokenTables) -> Text:
-    """The tokens and segment ids of an example without the [bos] that its documents begin with."""
-    tokens, segment_ids = example["tokens"], example["segment_ids"]
-    keep = (tokens != tables.bos_id) | (positions_of(segment_ids) > 0)
-    return tokens[keep], segment_ids[keep]
 
 
 def with_end(tokens: np.ndarray, segment_ids: np.ndarray, tables: TokenTables) -> Text:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.objectives.seq2seq import Seq2Seq, with_end, without_bos
+from jaxlm.objectives.seq2seq import Seq2Seq, with_end
 from jaxlm.objectives.spans import Runs, Spans, cut, draw_gaps, place, share
 from jaxlm.objectives.window import Window
 
@@ -47,12 +47,13 @@ class SpanCorruption(Seq2Seq):
     def window(self, seq_len: int) -> Window:
         """As many raw tokens as fill the encoder's row. Raises ValueError where the tokenizer lacks sentinels."""
         lengths, known = self.lengths(seq_len), len(self.tables.sentinels)
-        if lengths.spans > known:
+        if (wanted := lengths.spans + self.mode) > known:
             raise ValueError(
-                f"found {known} sentinels; expected {lengths.spans}, one for each span of a row of {seq_len}; "
+                f"found {known} sentinels; expected {wanted}, one for each span of a row of {seq_len}; "
                 "change tokenizer.num_sentinels, or take fewer or longer spans"
             )
-        return Window(length=lengths.raw, stride=lengths.raw)
+        length = lengths.raw - bool(self.mode)
+        return Window(length=length, stride=length)
 
     def target_len(self, seq_len: int) -> int:
         """All hidden tokens, a sentinel for each span, and [eos]."""
@@ -64,7 +65,7 @@ class SpanCorruption(Seq2Seq):
 
     def corrupt(self, rng: np.random.Generator, example: dict, seq_len: int) -> dict:
         """The row of an example of at most `window(seq_len).length` tokens; see the picture."""
-        tokens, segment_ids = without_bos(example, self.tables)
+        tokens, segment_ids = self.source(example)
         while True:
             runs = Runs.of(tokens, segment_ids, self.tables)
             spans = draw_spans(rng, runs, count(len(tokens), self.noise_density, self.mean_span))
@@ -109,9 +110,9 @@ def count(raw: int, noise_density: float, mean_span: float) -> Lengths:
 
 
 @functools.lru_cache
-def fit(noise_density: float, mean_span: float, seq_len: int, extra: int = 1) -> Lengths:
-    """The most raw tokens whose visible ones, one for each span and `extra` ones are at most `seq_len`."""
-    visible = lambda lengths: lengths.raw - lengths.hidden + lengths.spans + extra
+def fit(noise_density: float, mean_span: float, seq_len: int) -> Lengths:
+    """The most raw tokens whose visible ones, one for each span and [eos] are at most `seq_len`."""
+    visible = lambda lengths: lengths.raw - lengths.hidden + lengths.spans + 1
     best = count(1, noise_density, mean_span)
     while visible(more := count(best.raw + 1, noise_density, mean_span)) <= seq_len:
         best = more

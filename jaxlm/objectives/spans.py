@@ -36,6 +36,12 @@ class Runs(NamedTuple):
         keep = number[np.minimum(start, len(tokens) - 1)] * (start < len(tokens)) > 0
         return cls(start[keep], (end - start)[keep])
 
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """(place in the row, number of the run) of every token of the text, int64 (sum of sizes,)."""
+        run = np.repeat(np.arange(len(self.start)), self.size)
+        before = self.start - (self.size.cumsum() - self.size)
+        return np.arange(len(run)) + before[run], run
+
 
 def share(
     rng: np.random.Generator, total: int, weights: np.ndarray, most: np.ndarray

@@ -14,6 +14,8 @@ from jaxlm.data.token_store import TokenStore, finish_store, write_store
 from jaxlm.objectives import OBJECTIVES, CausalLM, MaskedLM
 
 SEQ_LEN = 16
+PARTS = {"a": {"name": "span_corruption"}, "b": {"name": "ul2"}, "c": {"name": "denoising"}}
+OPTIONS = {"mixture": {"objectives": PARTS, "shares": ("0:a=1,b=2,c=1", "30:a=1,c=4")}}
 
 
 class ToyTokenizer(SimpleNamespace):
@@ -83,8 +85,9 @@ def check_pure(make):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_batch_is_a_pure_function_of_its_number(stores, name):
-    check_pure(lambda rows: make_batches(stores, name, rows=rows))
-    objective = OBJECTIVES[name](tokenizer=TOKENIZER)
+    options = OPTIONS.get(name, {})
+    check_pure(lambda rows: make_batches(stores, name, rows=rows, num_steps=36, **options))
+    objective = OBJECTIVES[name](tokenizer=TOKENIZER, **options)
     check_pure(lambda rows: EvalBatches(stores["books"], objective, SEQ_LEN, 6, 1, 0, rows))
 
 

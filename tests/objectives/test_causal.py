@@ -89,13 +89,18 @@ def one_document(size):
         "positions": np.arange(size, dtype=np.int32),
         "sentence_starts": np.arange(size) % 5 == 1,
     }
-    return {**part, "other": part}
+    return part
 
 
 def test_every_objective_is_built_from_a_tokenizer_and_says_its_sizes(tokenizer):
+    parts = {"a": {"name": "causal"}, "b": {"name": "fim"}}
     for name, make in OBJECTIVES.items():
-        objective = make(tokenizer=tokenizer)
+        objective = make(
+            tokenizer=tokenizer, **({"objectives": parts} if name == "mixture" else {})
+        )
         window = objective.window(64)
         assert 0 < window.stride <= window.length
-        row = objective.corrupt(np.random.default_rng(0), one_document(window.length), 64)
+        example = one_document(window.length)
+        example |= {"other": example} if window.pair else {}
+        row = objective.corrupt(np.random.default_rng(0), example, 64)
         assert objective.num_predictions(64) == len(row["labels"]), name
