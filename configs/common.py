@@ -47,6 +47,21 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "wsd": dict(warmup_steps=0, final_ratio=0.0, cooldown_fraction=0.2, cooldown_shape="linear"),
 }
 
+# What each objective of an encoder-decoder reads besides what all of them do (`seq2seq_objective`).
+SEQ2SEQ: dict[str, dict[str, Any]] = {
+    "span_corruption": dict(noise_density=0.15, mean_span=3.0),
+    "denoising": dict(
+        permute_sentences=1.0,
+        rotate=0.0,
+        infill_rate=0.3,
+        mean_span=3.0,
+        delete_rate=0.0,
+        mask_rate=0.0,
+    ),
+    "ul2": dict(),
+    "seq2seq_prefix_lm": dict(),
+}
+
 
 def parse_arg(arg: str, variants: Iterable[str], **choices: Any) -> dict[str, Any]:
     """Reads 'variant,key=value,…' into a dict with `variant` and every key of `choices`.
@@ -129,6 +144,12 @@ def choose_optimizer(recipe: dict[str, Any], optimizer: str, schedule: str) -> C
         recipe = {key: value for key, value in recipe.items() if key not in own}
         recipe.update(name=optimizer, learning_rate=recipe["learning_rate"] * ratio)
     return make_optimizer(**recipe | ({"schedule": schedule} if schedule else {}))
+
+
+def seq2seq_objective(name: str, decoder_start: str, **fields: Any) -> ConfigDict:
+    """The objective's group of an encoder-decoder. decoder_start: what the decoder reads first: bos, pad or eos."""
+    common = dict(decoder_start=decoder_start, z_loss=0.0, label_smoothing=0.0, chunk_tokens=0)
+    return ConfigDict(dict(name=name, **SEQ2SEQ[name], **common | fields))
 
 
 def base() -> ConfigDict:
