@@ -43,6 +43,7 @@ def finetune(
     accept_config(config, workdir, allow_config_change)
     with processes.main_first("run"):
         run = tuning.make_run(prepared, workdir)
+    tuning.add_reference(run, prepared.source)
     best = {name: config.checkpoint[name] for name in ("best_metric", "best_mode")}
     store = checkpointing.Checkpoints(workdir, **config.checkpoint)
     state, window = start_or_resume(run, store, lambda: tuning.initial_state(run, prepared.source))

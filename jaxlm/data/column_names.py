@@ -34,6 +34,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "input": ("input", "context"),
     "output": ("output", "response", "answer", "completion"),
     "system": ("system", "system_prompt"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
     "source": (
         *("source", "src", "input", "document", "article", "text", "dialogue", "body", "code"),
         *("sentence", "source_text"),
@@ -66,10 +68,12 @@ ROLES = {
     "embedding": Roles(("text",), (), ("text_pair", "label", "negative")),
     "dialogue": Roles(("messages",)),
     "instruction": Roles(("instruction",), ("output",), ("input", "system")),
+    "preference": Roles(("instruction", "chosen", "rejected"), (), ("input", "system")),
+    "preference_messages": Roles(("chosen", "rejected")),
     "seq2seq": Roles(("source",), ("target",), ("control",)),
 }
-# Other roles of a task whose files come in two forms: those are taken where no column is an input of the first.
-OTHER_FORMS = {"dialogue": "instruction"}
+# Other roles of a task whose files come in two forms: those are taken where the file lacks an input of the first.
+OTHER_FORMS = {"dialogue": "instruction", "preference": "preference_messages"}
 
 
 def normal(name: str) -> str:

@@ -72,11 +72,11 @@ def choose_columns(
 def choose_roles(
     records: Sequence[Record], task: str, given: Mapping[str, str | Sequence[str]]
 ) -> Roles:
-    """The roles of a task's columns: those of its other form where the file has no input of the first."""
+    """The roles of a task's columns: those of its other form where the file lacks an input of the first."""
     roles, other = ROLES[task], OTHER_FORMS.get(task)
     columns = columns_of(records)
     is_there = lambda role: given.get(role) or _fitting(role, columns, {})
-    return roles if other is None or any(map(is_there, roles.inputs)) else ROLES[other]
+    return roles if other is None or all(map(is_there, roles.inputs)) else ROLES[other]
 
 
 def as_role_records(
@@ -99,6 +99,7 @@ def as_role_records(
         a string: then start is `answer_start`'s, or the first place in the context, -1 without one
     choices: list[str]; of several columns without the empty ones at the end
     messages: list of {"role", "content"}, also from {"from", "value"}
+    chosen, rejected: str, or such a list
     source: str; a list of sentences is joined by spaces. target: list[str], one or several right texts
     spans: two [start, end] pairs
     """

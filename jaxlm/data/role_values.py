@@ -235,6 +235,13 @@ def _text_part(part: Any) -> str:
     return text
 
 
+def _answered(role: str) -> Callable[[Raw], Any]:
+    """An answer, or the whole dialogue with it."""
+    return lambda raw: (
+        [_message(one) for one in raw[role]] if isinstance(raw[role], list) else _text(role)(raw)
+    )
+
+
 def _source(raw: Raw) -> str:
     value = raw["source"]
     if isinstance(value, list):
@@ -290,6 +297,7 @@ CONVERTERS: dict[str, Callable[[Raw], Any]] = {
         role: _text(role) for role in ("text", "text_pair", "negative", "question", "context", "id")
     },
     **{role: _text(role) for role in ("instruction", "input", "output", "system", "control")},
+    **{role: _answered(role) for role in ("chosen", "rejected")},
     "messages": _messages,
     "source": _source,
     "target": _target,

@@ -18,6 +18,7 @@ from jaxlm.data.record_base import Record, log
 # One sentence with several predicates or entity pairs is one text.
 _NOT_COMPARED = frozenset(
     {"label", "labels", "answers", "id", "negative", "predicate", "spans", "target", "output"}
+    | {"rejected"}
 )
 
 

@@ -7,6 +7,7 @@ A task is one file and one line here. What it must have is in CONTRIBUTING.md, "
 from jaxlm.tasks.dialogue import Dialogue
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.multiple_choice import MultipleChoice
+from jaxlm.tasks.preference import Preference
 from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.relation_classification import RelationClassification
 from jaxlm.tasks.seq2seq import Seq2Seq
@@ -21,5 +22,6 @@ TASKS = {
     "multiple_choice": MultipleChoice,
     "embedding": Embedding,
     "dialogue": Dialogue,
+    "preference": Preference,
     "seq2seq": Seq2Seq,
 }

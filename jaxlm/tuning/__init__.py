@@ -16,7 +16,14 @@ from jaxlm.tuning.prediction import (
     is_finetuned,
     load_finetuned,
 )
-from jaxlm.tuning.run import TaskRun, initial_state, make_run, prepare, write_task
+from jaxlm.tuning.run import (
+    TaskRun,
+    add_reference,
+    initial_state,
+    make_run,
+    prepare,
+    write_task,
+)
 from jaxlm.tuning.source import Repair, Source, open_source, read_weights, refuse_strangers
 from jaxlm.tuning.splits import Split
 
@@ -27,6 +34,7 @@ __all__ = [
     "Source",
     "Split",
     "TaskRun",
+    "add_reference",
     "best_step",
     "initial_state",
     "is_finetuned",

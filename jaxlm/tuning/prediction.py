@@ -63,6 +63,19 @@ class Predictor:
         most: int | None = None,
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """(mean loss and other means, a prediction for each record). most: of texts that are written, see `write`."""
+        means, said = self.outputs(params, split, batches)
+        if writes(self.task):
+            return with_perplexity(means), self.write(params, split.records, most)
+        features = split.examples.features
+        return means, [
+            self.task.decode(record, [features[i] for i in span], [said[i] for i in span])
+            for record, span in zip(split.records, split.spans, strict=True)
+        ]
+
+    def outputs(
+        self, params: PyTree, split: Split, batches: EvalExamples | None = None
+    ) -> tuple[dict[str, float], dict[int, dict[str, np.ndarray]]]:
+        """(mean loss and other means, what the model says about each feature, by its number)."""
         if batches is None:
             (batches,) = eval_batches({"": split}, self.config, self.mesh).values()
         sums, said = MetricSums(), {}
@@ -74,14 +87,7 @@ class Predictor:
             metrics, outputs = jax.device_get(results)
             sums.add(metrics)
             said |= batches.taken_apart(places, outputs)
-        if writes(self.task):
-            return with_perplexity(sums.means()), self.write(params, split.records, most)
-        features = split.examples.features
-        predictions = [
-            self.task.decode(record, [features[i] for i in span], [said[i] for i in span])
-            for record, span in zip(split.records, split.spans, strict=True)
-        ]
-        return sums.means(), predictions
+        return sums.means(), said
 
     def write(
         self, params: PyTree, records: Sequence[Record], most: int | None = None
@@ -173,12 +179,22 @@ class Finetuned:
     columns: Columns  # of the file that it was trained on
 
     def read(self, path: str) -> Split:
-        """The split of a file, which may have labels or not."""
+        """The split of a file, which may have labels or not.
+
+        Raises:
+          ValueError: if the task compares with the model that training began from, which is not here.
+        """
         config, task = self.predictor.config, self.predictor.task
+        if getattr(task, "needs_reference", False):
+            raise ValueError(
+                f"{config.task.name} is scored beside the model that training began from, which this run does not hold: "
+                "report.json has its scores; name further files as data.test before training"
+            )
         return make_split(as_path(path).stem, task, read_whole(path, config, self.columns))
 
     def predict(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
-        """A prediction for each row: a text, or the fields of a record by role (text, text_pair, words, context, …)."""
+        """A prediction for each row: a text, or the fields of a record by role (text, text_pair, words, context, …; for a
+        model of dialogues messages, or an instruction and an input; for one of pairs a source and a control)."""
         fields = [{"text": row} if isinstance(row, str) else dict(row) for row in rows]
         records = [Record("", number + 1, row) for number, row in enumerate(fields)]
         if writes(self.predictor.task):

@@ -129,6 +129,15 @@ def complete(config: ConfigDict, source: Source, task: Any, num_examples: int) -
         problems.append(
             f"tuning.lora_rank={tuning.lora_rank}: set it to 1 or more, or train to 'head'"
         )
+    if tuning.train == "head" and task.head is None:
+        problems.append(
+            f"tuning.train='head': {config.task.name} has none; set it to 'all' or 'lora'"
+        )
+    if source.family == "encoder_decoder" and (tuning.layer_decay != 1 or tuning.frozen_layers):
+        problems.append(
+            "tuning.layer_decay and tuning.frozen_layers count the layers of one stack, and an encoder-decoder has two; "
+            "set them to 1 and 0"
+        )
     if config.data.augment_dropout or config.data.augment_swap:
         if not getattr(task, "text_fields", ()):
             problems.append(
@@ -146,6 +155,9 @@ def complete(config: ConfigDict, source: Source, task: Any, num_examples: int) -
         completed.model.update(
             dropout_rate=config.dropout_rate, attention_dropout_rate=config.dropout_rate
         )
+        if writes(task) and task.writer.has_encoder:
+            roles, start_id = source.tokenizer.roles, task.writer.start_id
+            completed.task.decoder_start = next(r for r, i in roles.items() if i == start_id)
         if task.head is not None:
             completed.head = ConfigDict(
                 head_fields(source, task) | {"dropout_rate": config.dropout_rate}
@@ -277,6 +289,16 @@ def step_flops(
         causal=config.family == "gpt" or writes(task),
         target_len=length if encoder_length else 0,
     )
+
+
+def add_reference(run: TaskRun, source: Source) -> None:
+    """Gives every example what the model that training starts from says of it, if the task compares with that."""
+    if not getattr(run.objective, "needs_reference", False):
+        return
+    params, _ = run.evaluated_params(initial_state(run, source))
+    for split in run.splits.values():
+        _, said = run.predictor.outputs(params, split)
+        run.objective.take_reference(split.examples.features, said)
 
 
 def augmented(config: ConfigDict, task: Any, split: Split) -> AugmentedFeatures | None:

@@ -48,18 +48,23 @@ def make_writer(config: ConfigDict, family: str, fitted: Mapping[str, Any]) -> W
 
 
 def find_template(path: str, source: Source) -> str:
-    """The chat template: of the file that the user names, else of the source's tokenizer folder, else ours.
+    """The chat template: of the file that the user names, else the one that the source was tuned with, else of its tokenizer's
+    folder, else ours.
 
     Raises:
       ValueError: if the folder has several and none is the default, or a file is larger than any template.
     """
     if path:
         return _read(as_path(path).expanduser())
+    tuned = source.step_dir.parent.parent / "task.json" if source.step_dir else None
+    if tuned and tuned.is_file():
+        if own := json.loads(tuned.read_text(encoding="utf-8")).get("template"):
+            return own
     folder = source.folder or source.hf_files
     if folder is None:
         return DEFAULT_TEMPLATE
-    if (own := folder / "chat_template.jinja").is_file():
-        return _read(own)
+    if (file := folder / "chat_template.jinja").is_file():
+        return _read(file)
     settings = folder / "tokenizer_config.json"
     template = json.loads(_read(settings)).get("chat_template") if settings.is_file() else None
     if isinstance(template, list):  # several, by name
