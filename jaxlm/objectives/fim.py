@@ -1,7 +1,6 @@
 """Fill-in-the-middle: a decoder learns to write what lies between a prefix and a suffix, as ordinary text."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -57,32 +56,32 @@ class FillInTheMiddle(CausalLM):
         """The row of an example of at most T + 1 tokens, each array (T,); see the picture."""
         tokens, segment_ids = example["tokens"], example["segment_ids"]
         runs = Runs.of(tokens, segment_ids, self.tables)
-        chosen = runs.start[rng.random(len(runs.start)) < self.rate]
+        is_chosen, room = rng.random(len(runs.start)) < self.rate, seq_len + 1
         width = np.ones(len(tokens), np.int64)  # of each token in the row, sentinels included
-        width[chosen] += 3
-        keep = int(width.cumsum().searchsorted(seq_len + 1, side="right"))
-        ends = np.minimum(runs.start + runs.size, keep)[np.isin(runs.start, chosen)]
-        tokens, width = tokens[:keep], width[:keep]
-        segment_ids = np.repeat(segment_ids[:keep], width)
-        order = self.arrange(rng, zip(chosen, ends, strict=True), keep)
+        width[runs.start[is_chosen]] += 3
+        keep = int(width.cumsum().searchsorted(room, side="right"))
+        is_chosen &= runs.start < keep
+        width[keep:] = 1  # what there is no room to rearrange stays as it is
+        keep = int(width.cumsum().searchsorted(room, side="right"))
+        ends = np.minimum(runs.start + runs.size, keep)
+        segment_ids = np.repeat(segment_ids[:keep], width[:keep])
+        order = self.arrange(rng, runs.start[is_chosen], ends[is_chosen], keep)
         row = {
-            "tokens": np.concatenate([tokens, self.tables.sentinels[:3]])[order],
+            "tokens": np.concatenate([tokens[:keep], self.tables.sentinels[:3]])[order],
             "segment_ids": segment_ids,
             "positions": positions_of(segment_ids),
         }
         return super().corrupt(rng, row, seq_len)
 
     def arrange(
-        self, rng: np.random.Generator, texts: Iterable[tuple[int, int]], size: int
+        self, rng: np.random.Generator, starts: np.ndarray, ends: np.ndarray, size: int
     ) -> np.ndarray:
-        """The order of `size` tokens in which these texts, as [start, end), are rearranged: int64 (row,).
+        """The order of `size` tokens in which the texts [start, end) are rearranged: int64 (row,).
 
         size, size + 1 and size + 2 stand for the three sentinels.
         """
         (pre, suf, mid), pieces, done = np.arange(size, size + 3)[:, None], [], 0
-        for start, end in texts:
-            if start >= size:
-                break
+        for start, end in zip(starts, ends, strict=True):
             first, second = np.sort(rng.integers(start, end + 1, 2))
             prefix, middle = np.arange(start, first), np.arange(first, second)
             suffix = np.arange(second, end)

@@ -3,14 +3,21 @@
 import numpy as np
 from hypothesis import strategies as st
 
+from jaxlm.objectives.tables import positions_of
+
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=12)
 
 
 def window_of(make_example, rng, lengths, size, skip=0):
     """The tokens [skip, skip + size) of documents of these lengths, as a window of a store gives them."""
     example = make_example(rng, lengths)
-    part = {key: value[skip : skip + size] for key, value in example.items()}
-    return {**part, "segment_ids": part["segment_ids"] - part["segment_ids"][0] + 1}
+    return counted({key: value[skip : skip + size] for key, value in example.items()})
+
+
+def counted(part):
+    """A stretch of an example whose segments count from 1, and places from its own start."""
+    segment_ids = part["segment_ids"] - part["segment_ids"][0] + 1
+    return {**part, "segment_ids": segment_ids, "positions": positions_of(segment_ids)}
 
 
 def many_windows(make_example, size, documents=10_000, low=5, high=101):
@@ -18,8 +25,7 @@ def many_windows(make_example, size, documents=10_000, low=5, high=101):
     rng = np.random.default_rng(0)
     example = make_example(rng, rng.integers(low, high, documents))
     for start in range(0, len(example["tokens"]) - size, size):
-        part = {key: value[start : start + size] for key, value in example.items()}
-        yield {**part, "segment_ids": part["segment_ids"] - part["segment_ids"][0] + 1}
+        yield counted({key: value[start : start + size] for key, value in example.items()})
 
 
 def documents_of(tokens, segment_ids, skip=()):

@@ -11,15 +11,9 @@ from hypothesis import strategies as st
 from jaxlm.objectives import SpanCorruption
 from jaxlm.objectives.span_corruption import count, draw_spans, fit
 from jaxlm.objectives.spans import Runs, Spans, cut, place, share
+from tests.objectives.documents import LENGTHS, check_decoder_row, many_windows, window_of
 
 T = 64
-DOCUMENTS = st.lists(st.integers(2, 60), min_size=1, max_size=12)
-
-
-def windowed(make_example, rng, lengths, size, skip=0):
-    """The tokens [skip, skip + size) of documents of these lengths, as a window of a store gives them."""
-    example = make_example(rng, lengths)
-    return {key: value[skip : skip + size] for key, value in example.items()}
 
 
 def restore(row, tokenizer):
@@ -37,7 +31,9 @@ def restore(row, tokenizer):
                 answers[list(answers)[-1]].append(token)
         restored = []
         for token in sources[segments == segment].tolist():
-            restored += answers.pop(token) if token in tokenizer.sentinel_ids else [token]
+            is_sentinel = token in tokenizer.sentinel_ids
+            assert token in answers or not is_sentinel, "a sentinel without its target"
+            restored += answers.pop(token) if is_sentinel else [token]
         assert not answers, "a target without its sentinel in the encoder's row"
         documents[int(segment)] = restored
     return documents
@@ -61,16 +57,16 @@ def check_round_trip(objective, example, seq_len, tokenizer, whole=True):
         assert found == {s: tokens for s, tokens in expected.items() if tokens}
     found = sum(found.values(), [])
     assert found[:-1] == sum(expected.values(), [])[: len(found) - 1]
-    assert row["weights"].tolist() == (row["segment_ids"] > 0).tolist()
+    check_decoder_row(row, tokenizer.bos_id)
     return row
 
 
 @settings(max_examples=150, deadline=None)
-@given(DOCUMENTS, st.integers(0, 2**32 - 1), st.sampled_from([0.1, 0.15, 0.5]), st.integers(1, 5))
+@given(LENGTHS, st.integers(0, 2**32 - 1), st.sampled_from([0.1, 0.15, 0.5]), st.integers(1, 5))
 def test_the_pair_gives_back_the_documents(tokenizer, make_example, lengths, seed, density, span):
     objective = SpanCorruption(tokenizer, noise_density=density, mean_span=float(span))
     rng, size = np.random.default_rng(seed), objective.window(T).length
-    example = windowed(make_example, rng, lengths, size, skip=int(rng.integers(lengths[0])))
+    example = window_of(make_example, rng, lengths, size, skip=int(rng.integers(lengths[0])))
     check_round_trip(objective, example, T, tokenizer, whole=min(lengths) > 12)
 
 
@@ -204,19 +200,11 @@ def test_shares_are_within_one_of_their_part_and_nothing_is_lost(pairs, total):
 # --- rates ----------------------------------------------------------------------------------------------------------------
 
 
-def many_rows(objective, make_example, seq_len, documents=10_000):
-    """(example, row) until so many documents have been read: of 5 to 100 tokens, in windows without a gap."""
-    rng, size = np.random.default_rng(0), objective.window(seq_len).length
-    example = make_example(rng, rng.integers(5, 101, documents))
-    for start in range(0, len(example["tokens"]) - size, size):
-        part = {key: value[start : start + size] for key, value in example.items()}
-        yield part, objective.corrupt(np.random.default_rng([1, start]), part, seq_len)
-
-
 def check_rates(objective, make_example, tokenizer):
     """In each row of 10,000 documents the hidden tokens and the spans are exactly what was asked, and rows are full."""
     hidden, is_sentinel = [], np.isin(np.arange(tokenizer.vocab_size), tokenizer.sentinel_ids)
-    for example, row in many_rows(objective, make_example, 512):
+    for i, example in enumerate(many_windows(make_example, objective.window(512).length)):
+        row = objective.corrupt(np.random.default_rng([1, i]), example, 512)
         real = row["segment_ids"] > 0
         spans = is_sentinel[row["labels"][real]].sum()
         num_bos = (example["tokens"] == tokenizer.bos_id).sum()
