@@ -10,6 +10,7 @@ holds the result, so a fine-tuned workdir stands alone. Like jaxlm.build this kn
 """
 
 from jaxlm.tuning.prediction import (
+    TASK_FILE,
     Finetuned,
     Predictor,
     best_step,
@@ -33,6 +34,7 @@ __all__ = [
     "Repair",
     "Source",
     "Split",
+    "TASK_FILE",
     "TaskRun",
     "add_reference",
     "best_step",
