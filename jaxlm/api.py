@@ -27,6 +27,7 @@ from jaxlm.inference.sampling import Sampling, make_sampling
 from jaxlm.inference.search import normalized
 from jaxlm.inference.text import TextStream
 from jaxlm.inputs import (
+    FAMILIES,
     bos_of,
     check_counts,
     encode_masked_texts,
@@ -53,6 +54,7 @@ __all__ = [
 ]
 
 Result = TypeVar("Result")
+WRITERS = ("gpt", "encoder_decoder")  # families that write text
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
@@ -104,7 +106,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 8,
 ) -> list[list[Generation]]:
-    """`num_samples` continuations of each prompt by a decoder.
+    """`num_samples` continuations of each prompt by a decoder, or answers to it by an encoder-decoder.
 
     >>> lm = load(workdir)
     >>> [[greedy], [other]] = generate(lm, ["def ", "import"], temperature=0, max_new_tokens=5)
@@ -125,7 +127,7 @@ def generate(
       BadInput: for a model that cannot generate, options out of range, and prompts that are empty (where there is no bos
         to begin with), longer than the context, or unknown to the tokenizer.
     """
-    need_lm(lm, "gpt")
+    need_lm(lm, *WRITERS)
     check_counts(num_samples=num_samples, num_beams=num_beams, batch_size=batch_size)
     if num_beams > 1:
         if stop or num_samples > num_beams or not math.isfinite(length_penalty):
@@ -183,7 +185,7 @@ def stream(
     Raises:
       BadInput: as `generate` does, before the first piece.
     """
-    need_lm(lm, "gpt")
+    need_lm(lm, *WRITERS)
     sampling = checked(make_sampling, temperature, top_k, top_p, min_p, repetition_penalty)
     if not 0 <= alternatives <= lm.num_tokens:
         raise BadInput(f"alternatives={alternatives}: expected 0 to {lm.num_tokens}, all tokens")
@@ -209,7 +211,7 @@ def sampling_options(
 
 def prepared(lm: LanguageModel, function: Callable[..., Result]) -> Callable[..., Result]:
     """A function of a decoder, its parameters and prompts, given the first two; once, for many batches."""
-    decoder = decode.make_decoder(lm.model, lm.num_tokens)
+    decoder = decode.make_decoder(lm.model, lm.num_tokens, **lm.writing)
     params = lm.in_mesh(decoder.prepare)(lm.params)
     return lm.in_mesh(functools.partial(function, decoder, params))
 
@@ -242,7 +244,9 @@ def search_beams(
     """The best continuations of each row."""
     generations = []
     for row, beams in zip(rows, run(rows, **options), strict=True):
-        room = min(options["max_new_tokens"], lm.max_len - len(row))
+        room = options["max_new_tokens"]
+        if lm.family == "gpt":
+            room = min(room, lm.max_len - len(row))
         generations.append([ranked(lm, row, tokens, score, room) for tokens, score in beams])
     return generations
 
@@ -261,7 +265,7 @@ def stream_pieces(
     lm: LanguageModel, prompt_ids: np.ndarray, stop: Sequence[str], options: dict[str, Any]
 ) -> Iterator[Piece]:
     text, shown = Text(lm, prompt_ids, stop), 0
-    decoder = decode.make_decoder(lm.model, lm.num_tokens)
+    decoder = decode.make_decoder(lm.model, lm.num_tokens, **lm.writing)
     steps = decode.stream(
         decoder,
         lm.params,
@@ -297,7 +301,10 @@ class Text:
 
     def __init__(self, lm: LanguageModel, prompt_ids: np.ndarray, stop: Sequence[str]):
         self.written, self.seen = "", 0
-        self._stream = TextStream(lm.tokenizer, stop, before=prompt_ids)
+        before = (
+            prompt_ids if lm.family == "gpt" else ()
+        )  # an answer does not go on from the prompt
+        self._stream = TextStream(lm.tokenizer, stop, before=before)
 
     def stops(self, tokens: np.ndarray) -> bool:
         """Takes what is new of all tokens so far; whether a stop string is complete."""
@@ -387,6 +394,8 @@ def embed(
     Raises:
       BadInput: for texts that are longer than the context, or an unknown pooling.
     """
+    if lm.family not in ("gpt", "bert"):
+        raise BadInput(f"{lm.checkpoint} is {FAMILIES.get(lm.family, lm.family)}")
     pooling = pooling or lm.pooling or "mean"
     if pooling not in POOLINGS:
         raise BadInput(f"pooling={pooling!r}: use one of {', '.join(POOLINGS)}")
@@ -436,7 +445,7 @@ def score(lm: LanguageModel, texts: Sequence[str]) -> list[Score]:
     Raises:
       BadInput: for a model that predicts no tokens; texts that are empty, unknown to the tokenizer, or too long (encoder).
     """
-    need_lm(lm, lm.family)
+    need_lm(lm, "gpt", "bert")
     scorer = scoring.make_scorer(lm.model, lm.num_ids)
     t = lm.tokenizer
     if lm.family == "bert":

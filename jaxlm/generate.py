@@ -1,11 +1,11 @@
 """Uses a trained model on texts: `python -m jaxlm.generate --checkpoint=W --prompt='def '`.
 
-    --task=generate    a decoder goes on from each prompt; a single one is written token by token
+    --task=generate    a decoder goes on from each prompt, an encoder-decoder answers it; a single one token by token
     --task=fill_mask   an encoder ranks tokens for each [MASK]
     --task=embed       vectors, into --output=F.npz (vectors, texts) or F.jsonl
     --task=score       log-likelihood, tokens and bits per byte of each text
 
-Without --task a decoder generates and an encoder fills masks. The checkpoint is a run's folder W, W@STEP, or
+Without --task an encoder fills masks, and all others generate. The checkpoint is a run's folder W, W@STEP, or
 hf:FOLDER_OR_HUB_ID. From Python: `jaxlm.api`, whose defaults hold here.
 """
 
@@ -75,7 +75,7 @@ def run(args: Any) -> None:
         check_output(as_path(args.output), args.task)
     mesh = make_mesh(tensor=args.tensor, devices=jax.devices()[: args.tensor])
     lm = api.load(args.checkpoint, args.step, mesh=mesh)
-    name = args.task or ("generate" if lm.family == "gpt" else "fill_mask")
+    name = args.task or ("generate" if lm.family in api.WRITERS else "fill_mask")
     task = TASKS[name]
     task.run(lm, prompts, args.output, options_of(args, name))
 
@@ -115,7 +115,7 @@ def generate(
     lm: api.LanguageModel, prompts: Sequence[str], output: str, options: Mapping[str, Any]
 ) -> None:
     if len(prompts) == 1 and not output and set(options) <= set(STREAMED):
-        begin = prompts[0]
+        begin = prompts[0] if lm.family == "gpt" else ""
         for piece in api.stream(lm, prompts[0], **options):
             print(begin + piece.text, end="", flush=True)
             begin = ""
@@ -136,7 +136,8 @@ def generate(
     if output:
         write_rows(output, rows)
     else:
-        print("\n\n".join(row["prompt"] + row["text"] for row in rows))
+        begin = "prompt" if lm.family == "gpt" else None  # an answer stands alone
+        print("\n\n".join(row.get(begin, "") + row["text"] for row in rows))
 
 
 def fill_mask(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.inference.fill_mask import MASK, encode_masked, split_at_masks
+from jaxlm.inference.source_text import encode_source, split_at_hidden
 from jaxlm.interop.tokenizer_files import num_model_ids
 from jaxlm.language_model import BadInput, LanguageModel
 
@@ -16,6 +17,7 @@ SHOWN = 8  # problems that a message lists
 FAMILIES = {
     "gpt": "a decoder: it continues texts, and fills no masks",
     "bert": "an encoder: it fills masks, and does not continue texts",
+    "encoder_decoder": "an encoder-decoder: it answers texts with texts, and does nothing else",
 }
 
 
@@ -44,12 +46,12 @@ def read_object(where: str, line: str) -> str:
     return text
 
 
-def need_lm(lm: LanguageModel, family: str) -> None:
-    """Raises BadInput unless the model predicts tokens as this family does."""
+def need_lm(lm: LanguageModel, *families: str) -> None:
+    """Raises BadInput unless the model predicts tokens as one of these families does."""
     if lm.no_lm:
         raise BadInput(f"{lm.checkpoint} {lm.no_lm}")
-    if lm.family != family:
-        raise BadInput(f"{lm.checkpoint} is {FAMILIES[lm.family]}")
+    if lm.family not in families:
+        raise BadInput(f"{lm.checkpoint} is {FAMILIES.get(lm.family, lm.family)}")
 
 
 def check_counts(**counts: int) -> None:
@@ -65,7 +67,15 @@ def bos_of(lm: LanguageModel) -> tuple[int, ...]:
 
 
 def encode_prompts(lm: LanguageModel, prompts: Sequence[str]) -> list[np.ndarray]:
-    """What a decoder continues: its prefix and the text. An empty prompt is bos alone, where there is one."""
+    """What a decoder continues: its prefix and the text. An empty prompt is bos alone, where there is one.
+
+    Of an encoder-decoder what its encoder reads: prefix, text and eos.
+    """
+    if lm.family == "encoder_decoder":
+        parts = lambda text: split_at_hidden(lm.tokenizer, text)[0]
+        encode_one = lambda text: encode_source(lm.tokenizer, text, lm.prefix)
+        least = len(lm.prefix) + 2
+        return encode_each(lm, prompts, encode_one, least=least, most=lm.max_len, parts=parts)
 
     def encode(text: str) -> np.ndarray:
         start = lm.prefix if text else bos_of(lm)

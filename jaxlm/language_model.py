@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxlm import build, tuning
 from jaxlm import program as programs
-from jaxlm.interop import tokenizer_files
+from jaxlm.interop.safetensors_io import inside, read_json
+from jaxlm.interop.source import read_config
 from jaxlm.models import MODELS, TransformerConfig
 from jaxlm.parallel import mesh as meshes
+from jaxlm.training.checkpoints import read_manifest
 from jaxlm.tuning import Repair, Source
-from jaxlm.tuning.source import split_step
+from jaxlm.tuning.source import find_decoder_start, find_prefix, split_step
 
 PyTree = Any
 LM_HEAD = ("mlm_head/", "unembed")  # the parameters beyond the body that a language model has
@@ -33,10 +36,12 @@ class BadInput(ValueError):
 class LanguageModel:
     """What `load` gives.
 
-    checkpoint: as it was named. family: 'gpt' (a decoder) or 'bert' (an encoder). params: on the devices of `mesh`.
+    checkpoint: as it was named. family: 'gpt' (a decoder), 'bert' (an encoder) or 'encoder_decoder'. params: on the devices
+    of `mesh`.
     num_ids: the rows of the vocabulary over which its probabilities are: those that its source has.
     max_len: the most tokens that it takes at a time: as long as the rows that it was trained on, or as config.json says.
-    prefix: the ids that stand before a decoder's text: bos of our runs; what transformers puts there of its models.
+    prefix: the ids that stand before a text that is to be continued or answered: bos of our decoders; what transformers
+      puts there of its models. writing: of an encoder-decoder, the options of `decode.make_decoder`.
     task: what the head is for that it was fine-tuned with, else ''. pooling: of a fine-tuned embedding, else ''.
     no_lm: why it cannot predict tokens, '' if it can.
     """
@@ -50,6 +55,7 @@ class LanguageModel:
     max_len: int
     mesh: jax.sharding.Mesh
     prefix: tuple[int, ...]
+    writing: Mapping[str, Any] = field(default_factory=dict)
     task: str = ""
     pooling: str = ""
     no_lm: str = ""
@@ -90,6 +96,7 @@ def load(
     params, repair = read_params(source, wanted)
     check_finite(str(checkpoint), params)
     tuned = source.config if source.task and source.config is not None else {}
+    prefix, writing = find_writing(source)
     return LanguageModel(
         checkpoint=str(checkpoint),
         family=source.family,
@@ -99,7 +106,8 @@ def load(
         num_ids=source.vocab_size,
         max_len=source.seq_len,
         mesh=mesh,
-        prefix=find_prefix(source),
+        prefix=prefix,
+        writing=writing,
         task=source.task,
         pooling=tuned.get("task", {}).get("pooling", "") if source.task == "embedding" else "",
         no_lm=find_lm_problem(source, repair),
@@ -146,12 +154,37 @@ def check_finite(checkpoint: str, params: PyTree, shown: int = 3) -> None:
         )
 
 
-def find_prefix(source: Source) -> tuple[int, ...]:
-    """The ids that stand before every text of a decoder."""
-    files = source.hf_files
-    if files is None or tokenizer_files.puts_bos(files, source.tokenizer):
-        return (source.tokenizer.bos_id,)
-    return ()
+def find_writing(source: Source) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """(the ids before a text, options of `decode.make_decoder`): as a fine-tuned run's task.json says, else as trained."""
+    task_file = source.step_dir and source.step_dir.parent.parent / tuning.TASK_FILE
+    task = json.loads(task_file.read_text()) if task_file and task_file.is_file() else {}
+    prefix = tuple(task["prefix"]) if "prefix" in task else find_prefix(source)
+    if source.family != "encoder_decoder":
+        return prefix, {}
+    if "start_id" in task:
+        return prefix, {"start_id": task["start_id"]}
+    return prefix, {"start_id": find_decoder_start(source), **find_forced(source)}
+
+
+def find_forced(source: Source) -> dict[str, Any]:
+    """What transformers' `generate` makes a model write whatever it thinks: a first token (BART's bos), and eos at the end."""
+    if source.folder is not None:
+        said = read_config(source.folder)[0]
+    else:
+        assert source.step_dir is not None
+        said = read_manifest(source.step_dir).get("huggingface", {}).get("token_ids", {})
+    generation = source.hf_files and source.hf_files / "generation_config.json"
+    if generation and generation.is_file():
+        said = {**said, **read_json(inside(source.hf_files, generation.name))}
+    first, last = (said.get(f"forced_{name}_token_id") for name in ("bos", "eos"))
+    problems = [
+        f"forced_{name}_token_id={found!r}: expected an id from 0 to {source.vocab_size - 1}, or null"
+        for name, found in (("bos", first), ("eos", last))
+        if found is not None and (type(found) is not int or not 0 <= found < source.vocab_size)
+    ]
+    if problems:
+        raise BadInput("; ".join(problems))
+    return {"first_id": -1 if first is None else first, "must_end": last is not None}
 
 
 def find_lm_problem(source: Source, repair: Repair) -> str:

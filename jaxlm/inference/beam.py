@@ -22,7 +22,14 @@ from jaxlm.models.cache import take_rows
 # (cache, the row of it that each row continues (R,), the token that each row reads (R,)) -> (logits (R, V), cache)
 Advance = Callable[[Any, np.ndarray, np.ndarray], tuple[jax.Array, Any]]
 
-reorder = jax.jit(take_rows)
+
+@jax.jit
+def reorder(cache: Any, parents_R: jax.Array) -> Any:
+    """The cache for hypotheses that continue others. What is remembered of a source is the same for all of a prompt."""
+    rows = cache.segment_ids.shape[0]
+    if cache.memory is None or len(parents_R) != rows:
+        return take_rows(cache, parents_R)
+    return take_rows(cache.replace(memory=None), parents_R).replace(memory=cache.memory)
 
 
 class Beam(NamedTuple):
@@ -42,13 +49,14 @@ class BeamOptions:
     length_penalty: above 0 prefers longer ones (arXiv:1609.08144, section 7, with another formula), 0 compares sums.
     early_stopping: True: a prompt is done as soon as num_beams hypotheses ended; False: when the best of those that go
       on, ended now, would be worse than all of these; 'never': when it cannot become better at any length.
-    eos_id: -1 is never reached.
+    eos_id: -1 is never reached. must_end: where a hypothesis has its last token to go, that is eos, which costs nothing.
     """
 
     num_beams: int
     length_penalty: float = 1.0
     early_stopping: bool | str = False
     eos_id: int = -1
+    must_end: bool = False
 
 
 def beam_search(
@@ -88,7 +96,7 @@ def beam_search(
     def advance(cache, parents_R, tokens_R):
         return decoder.step(params, reorder(cache, parents_R), tokens_R)
 
-    options = BeamOptions(num_beams, length_penalty, early_stopping, eos_id)
+    options = BeamOptions(num_beams, length_penalty, early_stopping, eos_id, decoder.must_end)
     found = search(logits_BV, cache, advance, limits.tolist(), options)
     return [beams[:num_return] for beams in found]
 
@@ -139,7 +147,8 @@ class Hypotheses:
         self.ended = [] if limit else [Beam(np.zeros(0, np.int32), 0.0)]
         self.is_done = not limit
         self.tokens = np.zeros((options.num_beams, 0), np.int32)
-        self.scores = np.zeros(options.num_beams, np.float32)
+        self.scores = np.full(options.num_beams, -np.inf, np.float32)
+        self.scores[0] = 0
         self.parents, self.last = np.zeros((2, options.num_beams), np.int32)
 
     def extend(self, scores_C: np.ndarray, parents_C: np.ndarray, tokens_C: np.ndarray) -> None:
@@ -151,6 +160,8 @@ class Hypotheses:
             return
         width, eos_id = self.options.num_beams, self.options.eos_id
         length = self.tokens.shape[1] + 1
+        if self.options.must_end and length == self.limit:
+            scores_C, parents_C, tokens_C = self.scores, np.arange(width), np.full(width, eos_id)
         exists_C = scores_C > -np.inf
         ends_C = exists_C & ((tokens_C == eos_id) | (length == self.limit))
         for i in np.flatnonzero(ends_C[:width]):

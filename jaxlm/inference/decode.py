@@ -61,6 +61,7 @@ class Decoder:
 
     def __init__(self, model: Any, num_ids: int):
         self.num_ids, self.is_unrolled = num_ids, jax.default_backend() == "cpu"
+        self.must_end = False
         self.model = unrolled(model) if self.is_unrolled else model
         self.prefill = jax.jit(self._prefill, static_argnames="size")
         self.step = jax.jit(self._step, donate_argnames="cache")
@@ -130,11 +131,14 @@ class Decoder:
 
 
 class SourceDecoder(Decoder):
-    """Of an encoder-decoder: `prefill` reads prompts, padded on the right, with the encoder, and start_id with the decoder."""
+    """Of an encoder-decoder: `prefill` reads prompts, padded on the right, with the encoder, and start_id with the decoder.
 
-    def __init__(self, model: Any, num_ids: int, start_id: int):
+    first_id, must_end: see `make_decoder`.
+    """
+
+    def __init__(self, model: Any, num_ids: int, start_id: int, first_id: int, must_end: bool):
         super().__init__(model, num_ids)
-        self.start_id = start_id
+        self.start_id, self.first_id, self.must_end = start_id, first_id, must_end
 
     def _stack(self, params):
         return params["decoder"]
@@ -146,9 +150,9 @@ class SourceDecoder(Decoder):
         """As Decoder's. A prompt takes no room from what follows; learned positions are as many as the model has."""
         config, length = self.model.config, round_up(max(map(len, prompts)), max_len)
         most = config.max_len if config.position == "learned" else max_new_tokens
-        limit_B = np.full(len(prompts), min(max_new_tokens, most), np.int32)
-        size = max(LEAST, next_power(int(limit_B[0])))
-        return *pad_right(prompts, length), size, limit_B
+        limit = min(max_new_tokens, most)
+        size = max(LEAST, next_power(limit))
+        return *pad_right(prompts, length), size, np.full(len(prompts), limit, np.int32)
 
     def find_seen(self, prompts):
         """The decoder reads nothing of the prompt itself."""
@@ -163,7 +167,11 @@ class SourceDecoder(Decoder):
             "tokens": jnp.full((rows, 1), self.start_id, jnp.int32),
             "segment_ids": jnp.ones((rows, 1), jnp.int32),
         }
-        return self._read(params, cache, batch)
+        logits_BV, cache = self._read(params, cache, batch)
+        if self.first_id >= 0:
+            logits_BV = jnp.where(jnp.arange(self.num_ids)[None] == self.first_id, 0.0, -jnp.inf)
+            logits_BV = jnp.broadcast_to(logits_BV, (rows, self.num_ids))
+        return logits_BV, cache
 
 
 def unrolled(model: Any) -> Any:
@@ -186,11 +194,19 @@ def stack_layers(params: Params) -> Params:
 
 
 @functools.lru_cache(maxsize=16)
-def make_decoder(model: Any, num_ids: int | None = None, *, start_id: int = 0) -> Decoder:
+def make_decoder(
+    model: Any,
+    num_ids: int | None = None,
+    *,
+    start_id: int = 0,
+    first_id: int = -1,
+    must_end: bool = False,
+) -> Decoder:
     """The decoder of a Linen model; the same one each time.
 
     num_ids: the tokenizer's; ids past it, of a padded vocabulary, are never drawn. None = all.
-    start_id: what the decoder of an encoder-decoder reads first.
+    Of an encoder-decoder: start_id is what its decoder reads first; first_id, what it then writes whatever it thinks, -1:
+    what it likes; must_end: the last of the tokens that it may write is eos, if none was before.
 
     Raises:
       ValueError: if the model writes no text, or predicts classes instead of tokens.
@@ -203,7 +219,7 @@ def make_decoder(model: Any, num_ids: int | None = None, *, start_id: int = 0) -
         raise ValueError(f"this model has a head for {model.head}: text takes one without a head")
     num_ids = num_ids or model.config.vocab_size
     if isinstance(model, EncoderDecoder):
-        return SourceDecoder(model, num_ids, start_id)
+        return SourceDecoder(model, num_ids, start_id, first_id, must_end)
     return Decoder(model, num_ids)
 
 
@@ -342,6 +358,8 @@ def stream(
     """
     params = decoder.prepare(params)
     logits_BV, cache, limit_B = read_prompts(decoder, params, prompts, max_new_tokens, max_len)
+    if decoder.must_end:  # the last one is eos, which is not among the tokens of a continuation
+        limit_B = limit_B - 1
     samples_B = np.asarray(number_samples(prompts) if samples is None else samples, np.int32)
     seen_BV = decoder.find_seen(prompts) if sampling.needs_seen else None
     eos = np.int32(eos_id)

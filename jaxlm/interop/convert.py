@@ -330,9 +330,9 @@ def other_heads(source: Source, pieces: Sequence[Piece]) -> set[str]:
     }
 
 
-def usual_family(model: str, config: TransformerConfig) -> str:
-    """The model_type of the first family that can express this model, '' if none can."""
-    for family in FAMILIES.values():
+def usual_family(model: str, config: TransformerConfig, first: str = "") -> str:
+    """The model_type of the first family that can express this model, '' if none can. `first` is asked before the others."""
+    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != first):
         if family.model == model and expresses(family, config):
             return family.model_type
     return ""
@@ -483,7 +483,7 @@ def make_config(
             is_order = any(p.group == "sop" for p in incoming.pieces)
             config.objective.name = "mlm_sop" if is_order else "mlm_nsp"
         if "decoder_start" in config.objective:
-            config.objective.decoder_start = find_decoder_start(incoming.source, tokenizer)
+            config.objective.decoder_start = find_decoder_start(incoming.source.config, tokenizer)
         if tokenizer:
             config.tokenizer.update(
                 kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, path=str(target / "tokenizer")
@@ -494,15 +494,15 @@ def make_config(
     return config
 
 
-def find_decoder_start(source: Source, tokenizer: Any) -> str:
-    """The role of the token that an encoder-decoder's decoder begins with.
+def find_decoder_start(hf: Mapping[str, Any], tokenizer: Any) -> str:
+    """The role of the token that an encoder-decoder's decoder begins with, by its config.json.
 
     Raises:
       BadModel: if config.json names none, or another one than a tokenizer can name.
     """
-    start, roles = source.config.get("decoder_start_token_id"), ("pad", "eos", "bos")
+    start, roles = hf.get("decoder_start_token_id"), ("pad", "eos", "bos")
     if tokenizer is None:
-        ids = {source.config.get(f"{role}_token_id"): role for role in reversed(roles)}
+        ids = {hf.get(f"{role}_token_id"): role for role in reversed(roles)}
     else:
         ids = {tokenizer.roles[role]: role for role in reversed(roles)}
     if start is None or start not in ids:

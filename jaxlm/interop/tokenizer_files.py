@@ -21,9 +21,10 @@ from jaxlm.interop import hub
 from jaxlm.interop.mapping import BadModel, Family
 from jaxlm.interop.safetensors_io import inside, read_json
 from jaxlm.tokenizers import load_tokenizer
-from jaxlm.tokenizers.kinds import JSONTokenizer, _byte_level_table
+from jaxlm.tokenizers.kinds import JSONTokenizer, SentencePieceTokenizer, _byte_level_table
 
 KEPT = "huggingface"
+MAX_SENTINELS = 10_000
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,6 +44,7 @@ TEXT_ENDS = {
     "bert": ("cls $A sep", "cls $A sep $B:1 sep:1"),
     "encoder_decoder": ("$A eos", "$A eos $B eos"),
     "bart": ("bos $A eos", "bos $A eos eos $B eos"),
+    "xlnet": ("$A sep cls:2", "$A sep $B:1 sep:1 cls:2"),
 }
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -60,6 +62,8 @@ def read_tokenizer(folder: Path) -> Any:
     for name in FILES:
         if (folder / name).exists() or (folder / name).is_symlink():
             inside(folder, name)
+    if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
+        return _from_spiece(folder)
     has_pairs = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     if has_pairs and not (folder / "tokenizer.json").is_file():
         return _from_vocab_and_merges(folder)
@@ -100,6 +104,29 @@ def puts_bos(folder: Path, tokenizer: Any) -> bool:
     return model.encode("").ids[:1] == [tokenizer.bos_id]
 
 
+def _from_spiece(folder: Path) -> Any:
+    """A SentencePiece model with T5's sentinels after its pieces, the last one first; or as many as `extra_ids` says, or as
+    ALBERT, whose file has the same name, none.
+
+        pieces    0 … 31,999        <extra_id_99>   32,000   …   <extra_id_0>   32,099
+    """
+    blob, settings = (folder / "spiece.model").read_bytes(), folder / "tokenizer_config.json"
+    plain = load_tokenizer(folder)
+    about = read_json(settings) if settings.is_file() else {}
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    count = about.get("extra_ids", 100 if config.get("model_type") == "t5" else 0)
+    if type(count) is not int or not 0 <= count <= MAX_SENTINELS:
+        raise BadModel(f"{settings}: extra_ids={count!r}, expected 0 to {MAX_SENTINELS}")
+    if not count or plain.sentinel_ids:
+        return plain
+    size = num_model_ids(plain)
+    # Roles that the pieces lack were appended after them: now after the sentinels.
+    roles = {role: i if i < size else i + count for role, i in plain.roles.items()}
+    sentinels = list(range(size + count - 1, size - 1, -1))
+    reserved = dict(roles=roles, sentinel_ids=sentinels, vocab_size=plain.vocab_size + count)
+    return SentencePieceTokenizer(blob, reserved)
+
+
 def _from_vocab_and_merges(folder: Path) -> Any:
     """GPT-2's and RoBERTa's slow files as the byte-level BPE that they describe."""
     vocab = read_json(folder / "vocab.json")
@@ -122,6 +149,14 @@ def _from_vocab_and_merges(folder: Path) -> Any:
     model.add_special_tokens(
         [hf.AddedToken(t, lstrip=t == "<mask>", special=True) for t in special]
     )
+    if (
+        "<s>" in special and "</s>" in special
+    ):  # as RoBERTa's and BART's classes do, GPT-2's does not
+        model.post_processor = hf.processors.TemplateProcessing(
+            single="<s> $A </s>",
+            pair="<s> $A </s> </s> $B </s>",
+            special_tokens=[(t, vocab[t]) for t in ("<s>", "</s>")],
+        )
     return JSONTokenizer(model.to_str().encode())
 
 
@@ -290,8 +325,15 @@ def _sentencepiece_json(tokenizer: Any) -> bytes:
         [hf.decoders.Replace("▁", " "), hf.decoders.ByteFallback(), hf.decoders.Fuse(), *ends]
     )
     control = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.UNKNOWN)]
+    control += sentinels_after(tokenizer, len(pieces))
     model.add_special_tokens([hf.AddedToken(name, special=True) for name in control])
     return model.to_str().encode()
+
+
+def sentinels_after(tokenizer: Any, size: int) -> list[str]:
+    """The names of the sentinels that have the ids from `size` on (T5's), in the order of these; [] if they lie elsewhere."""
+    ids = sorted(tokenizer.sentinel_ids)
+    return [tokenizer.token(i) for i in ids] if ids[:1] == [size] else []
 
 
 def _merges(pieces: list[tuple[str, float]], ids: dict[str, int]) -> list[tuple[str, str]]:

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from jaxlm import build, tokenizers
 from jaxlm.interop import convert, hub, tokenizer_files
-from jaxlm.models import TransformerConfig, lora
+from jaxlm.interop.source import read_config
+from jaxlm.models import BODIES, TransformerConfig, lora
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_tree, read_manifest
 
 PyTree = Any
@@ -90,12 +91,13 @@ def open_source(init_from: str) -> Source:
             f"{step_dir} was trained with another tokenizer than {workdir / 'tokenizer'}"
         )
     plain = lora.without_adapters(TransformerConfig(**config.model.to_dict()))
-    hf_family = convert.usual_family(config.family, plain)
+    family = BODIES.get(config.family, config.family)
+    hf_family = convert.usual_family(family, plain, first=config.family)
     model = model_fields(plain)
     came_from = manifest.get("huggingface", {})
     task = config.task.name if "head" in config else ""
     return Source(
-        config.family,
+        family,
         model,
         tokenizer,
         hf_family,
@@ -118,13 +120,9 @@ def find_prefix(source: Source) -> tuple[int, ...]:
     return (source.tokenizer.bos_id,) if tokenizer_files.puts_bos(files, source.tokenizer) else ()
 
 
-# What decoders of Hugging Face's encoder-decoders begin with (decoder_start_token_id of their config.json).
-DECODER_STARTS = {"t5": "pad", "bart": "eos"}
-
-
 def find_decoder_start(source: Source, given: str = "") -> int:
     """The id that an encoder-decoder's decoder begins with: the role `given`, else that of the source's own training, else
-    that of its family, else bos.
+    bos.
 
     Raises:
       ValueError: if there is no such role.
@@ -132,8 +130,9 @@ def find_decoder_start(source: Source, given: str = "") -> int:
     trained = source.config or ConfigDict()
     groups = [trained.get(group, {}) for group in ("objective", "task")]
     said = next((group["decoder_start"] for group in groups if group.get("decoder_start")), "")
-    role = given or said or DECODER_STARTS.get(source.hf_family, "bos")
-    roles = source.tokenizer.roles
+    if not (given or said) and source.family == "encoder_decoder" and source.folder is not None:
+        said = convert.find_decoder_start(read_config(source.folder)[0], source.tokenizer)
+    role, roles = given or said or "bos", source.tokenizer.roles
     if role not in roles:
         raise ValueError(f"decoder_start={role!r}: use one of {', '.join(roles)}")
     return roles[role]

@@ -337,5 +337,5 @@ def test_all_that_is_wrong_with_the_prompts_is_listed():
 
 
 def test_models_that_do_not_continue_text_are_refused():
-    with pytest.raises(ValueError, match="BERT does not continue text"):
+    with pytest.raises(ValueError, match="BERT writes no text"):
         make_decoder(make_bert())
