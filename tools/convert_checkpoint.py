@@ -28,6 +28,8 @@ TEMPLATES = {
     "gpt": "configs/gpt.py:gpt2",
     "bert": "configs/bert.py:base",
     "xlnet": "configs/xlnet.py:base",
+    "encoder_decoder": "configs/t5.py:base",
+    "bart": "configs/bart.py:base",
 }
 # A run that goes on from a published model on one machine, and an evaluation on little text.
 CONTINUED = {

@@ -408,7 +408,7 @@ def from_hf(
 ) -> dict[str, Any]:
     """Writes the workdir `target` of a folder or hub id; returns its certificate.
 
-    templates: by key of MODELS, a config for all that a Hugging Face folder does not say (optimizer, data, …).
+    templates: by model_type, else by key of MODELS, a config for all that a Hugging Face folder does not say (optimizer, data, …).
     dtype: of the stored parameters; '' keeps the source's.
     against: what the certificate compares with, see `parity.certify`.
 
@@ -474,7 +474,9 @@ def make_config(
     dtype: np.dtype,
 ) -> ConfigDict:
     """A config that every entrypoint takes, and that `pretrain --config=W/config.json` goes on from."""
-    config = ConfigDict(templates[incoming.family.model].to_dict())
+    family = incoming.family
+    template = templates.get(family.model_type, templates[family.model])
+    config = ConfigDict(template.to_dict())
     with config.unlocked():
         options = TransformerConfig(**incoming.options | {"vocab_size": incoming.vocab_size})
         own = {k: v for k, v in dataclasses.asdict(options).items() if k not in EXECUTION}

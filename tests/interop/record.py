@@ -1,6 +1,7 @@
-"""Writes recorded.json, what the default tests compare with: `python -m tests.interop.record` (needs torch)."""
+"""Writes recorded.json, what the default tests compare with: `python -m tests.interop.record [CASE …]` (needs torch)."""
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def record(name: str) -> dict:
 
 
 if __name__ == "__main__":
-    recorded = {name: record(name) for name in tiny_hf.CASES}
+    before = tiny_hf.read_recorded() if sys.argv[1:] else {}
+    recorded = before | {name: record(name) for name in sys.argv[1:] or tiny_hf.CASES}
     text = json.dumps(recorded, separators=(",", ":")).replace('},"', '},\n"')
     tiny_hf.RECORDED.write_text(text + "\n", encoding="utf-8")
     print(f"{tiny_hf.RECORDED}: {tiny_hf.RECORDED.stat().st_size} bytes")

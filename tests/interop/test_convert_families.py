@@ -17,6 +17,8 @@ from tests.tiny import ROOT
 TEMPLATES = {
     "gpt": build.read_config(str(ROOT / "configs/gpt.py:gpt2")),
     "bert": build.read_config(str(ROOT / "configs/bert.py:base")),
+    "encoder_decoder": build.read_config(str(ROOT / "configs/t5.py:tiny")),
+    "bart": build.read_config(str(ROOT / "configs/bart.py:tiny")),
     "xlnet": build.read_config(str(ROOT / "configs/xlnet.py:base")),
 }
 # One of each kind of table and head; the oracle lane takes them all.

@@ -17,11 +17,11 @@ TEXTS = [path.read_text(encoding="utf-8")[:20_000] for path in LIBRARY]
 KINDS = ("bytes", "chars", "byte_bpe", "unigram", "bpe")
 
 
-def export(tokenizer, folder, *, causal=True):
+def export(tokenizer, folder, *, ends=files.TEXT_ENDS["gpt"]):
     tokenizer.save(folder / "ours")
     (folder / "theirs").mkdir()
     saved = load_tokenizer(folder / "ours")
-    files.write_tokenizer(saved, folder / "ours", folder / "theirs", causal=causal, max_len=64)
+    files.write_tokenizer(saved, folder / "ours", folder / "theirs", ends=ends, max_len=64)
     return folder / "theirs"
 
 
@@ -53,13 +53,23 @@ def test_another_tokenizers_ids_are_caught(tmp_path):
         files.check_same_ids(ours, tmp_path / "theirs")
 
 
-@pytest.mark.parametrize("causal, ids", [(True, ["bos"]), (False, ["cls", "sep"])])
-def test_the_exported_tokenizer_puts_around_a_text_what_our_models_see(causal, ids, tmp_path):
+@pytest.mark.parametrize(
+    "family, first, last",
+    [
+        ("gpt", ["bos"], []),
+        ("bert", ["cls"], ["sep"]),
+        ("encoder_decoder", [], ["eos"]),
+        ("bart", ["bos"], ["eos"]),
+    ],
+)
+def test_the_exported_tokenizer_puts_around_a_text_what_our_models_see(
+    family, first, last, tmp_path
+):
     ours = train_tokenizer("byte_bpe", TEXTS, 600, num_sentinels=0)
-    folder = export(ours, tmp_path, causal=causal)
+    folder = export(ours, tmp_path, ends=files.TEXT_ENDS[family])
     around = hf.Tokenizer.from_file(str(folder / "tokenizer.json")).encode("def").ids
-    first, *last = (ours.roles[role] for role in ids)
-    assert around == [first, *ours.encode("def"), *last]
+    before, after = ([ours.roles[role] for role in roles] for roles in (first, last))
+    assert around == [*before, *ours.encode("def"), *after]
 
 
 def test_vocab_json_and_merges_are_read_as_what_they_describe(tmp_path):
@@ -100,7 +110,9 @@ def test_a_foreign_tokenizers_files_come_back_byte_for_byte(tmp_path):
     out.mkdir()
     saved = load_tokenizer(tmp_path / "tokenizer")
     np.testing.assert_array_equal(saved.encode("Bad face"), ours.encode("Bad face"))
-    files.write_tokenizer(saved, tmp_path / "tokenizer", out, causal=False, max_len=8)
+    files.write_tokenizer(
+        saved, tmp_path / "tokenizer", out, ends=files.TEXT_ENDS["bert"], max_len=8
+    )
     for file in source.iterdir():
         assert (out / file.name).read_bytes() == file.read_bytes()
 

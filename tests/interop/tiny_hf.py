@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxlm.interop import parity
 from jaxlm.interop.mapping import Family
 from jaxlm.interop.safetensors_io import DTYPES, Planned, write_folder
 from tests.oracles.tiny_models import random_weights
@@ -33,6 +34,29 @@ BERT = dict(
     num_hidden_layers=2,
     num_attention_heads=3,
     intermediate_size=20,
+    max_position_embeddings=24,
+)
+T5 = dict(
+    vocab_size=V,
+    d_model=24,
+    d_kv=10,  # not 24 / 3
+    d_ff=20,
+    num_layers=2,
+    num_decoder_layers=3,
+    num_heads=3,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=12,
+)
+T5_11 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_decoder_layers=None)
+BART = dict(
+    vocab_size=V,
+    d_model=24,
+    encoder_layers=2,
+    decoder_layers=3,
+    encoder_attention_heads=3,
+    decoder_attention_heads=3,
+    encoder_ffn_dim=20,
+    decoder_ffn_dim=20,
     max_position_embeddings=24,
 )
 LLAMA3_ROPE = dict(
@@ -106,7 +130,16 @@ CASES = {
     ),
     "bert_pretraining": ("BertForPreTraining", "BertConfig", BERT | dict(layer_norm_eps=1e-3)),
     "bert_base": ("BertModel", "BertConfig", BERT),
+    "t5": ("T5ForConditionalGeneration", "T5Config", T5),
+    "t5_11": ("T5ForConditionalGeneration", "T5Config", T5 | T5_11),
+    "bart": ("BartForConditionalGeneration", "BartConfig", BART),
+    "bart_base": (
+        "BartModel",
+        "BartConfig",
+        BART | dict(scale_embedding=True, activation_function="relu", decoder_layers=2),
+    ),
 }
+STARTS = {"t5": 0, "bart": 2}  # what their decoders begin with
 
 
 def make_weights(shapes) -> dict[str, np.ndarray]:
@@ -118,11 +151,14 @@ def make_weights(shapes) -> dict[str, np.ndarray]:
 
 
 def make_batch() -> dict[str, np.ndarray]:
-    """Random ids, of which the first row ends in padding: tokens and segment_ids (2, 20)."""
+    """Random ids, of which the first row ends in padding: tokens and segment_ids (2, 20).
+
+    What encoders of encoder-decoders read, encoder_tokens and encoder_segment_ids, has padding in the second row.
+    """
     tokens = np.random.RandomState(0).randint(0, V, (2, 20)).astype(np.int32)
     real = np.ones_like(tokens)
     real[0, 13:] = 0
-    return {"tokens": tokens, "segment_ids": real}
+    return parity.with_source({"tokens": tokens, "segment_ids": real})
 
 
 # Within a layer's experts, as the files of the hub have them.
@@ -160,8 +196,15 @@ def make_theirs(name: str):
 
     transformers.logging.set_verbosity_error()
     model_class, config_class, options = CASES[name]
+    config_class = getattr(transformers, config_class)
     ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options | ids))
+    if config_class.model_type in STARTS:
+        ids |= dict(decoder_start_token_id=STARTS[config_class.model_type])
+    model = getattr(transformers, model_class)(config_class(**options | ids))
+    if config_class.model_type == "t5" and not options.get("tie_word_embeddings", True):
+        # As a published 1.1's file makes it; a new model would have one table.
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        model.all_tied_weights_keys.pop("lm_head.weight")
     with torch.no_grad():
         tensors = named_tensors(model)
         weights = make_weights({name: tensor.shape for name, tensor in tensors.items()})
@@ -175,8 +218,13 @@ def run_theirs(model) -> np.ndarray:
     import torch
 
     batch = {key: torch.from_numpy(value).long() for key, value in make_batch().items()}
+    inputs = dict(input_ids=batch["tokens"], attention_mask=batch["segment_ids"])
+    if model.config.is_encoder_decoder:
+        inputs = {f"decoder_{key}": value for key, value in inputs.items()}
+        inputs |= dict(input_ids=batch["encoder_tokens"])
+        inputs |= dict(attention_mask=batch["encoder_segment_ids"])
     with torch.no_grad():
-        out = model(input_ids=batch["tokens"], attention_mask=batch["segment_ids"])
+        out = model(**inputs)
     for key in ("logits", "prediction_logits", "last_hidden_state"):
         if key in out:
             return out[key].numpy()
@@ -206,4 +254,4 @@ def write_recorded(folder: Path, name: str, **options) -> tuple[Path, dict]:
 
 
 def tied_names(family: Family) -> set[str]:
-    return {*family.ties, *family.repeats}
+    return {*family.ties, *family.repeats, *family.copies}
