@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import bert, common, gpt
-from jaxlm.models import BERT, GPT, TransformerConfig
+from configs import bart, bert, common, gpt, t5, transformer
+from jaxlm.models import BERT, GPT, EncoderDecoder, TransformerConfig
 
 # Published counts. GPT-2: the sizes of OpenAI's released checkpoints (their paper's 117M and 345M are wrong, as its
 # repository says). Llama and Qwen: the model.safetensors of the released checkpoints (meta-llama/Llama-3.2-1B,
@@ -56,13 +56,34 @@ ENCODERS = {
     "roberta_large": 355_359_744,
 }
 
+# google-t5/t5-*, google/t5-v1_1-* (google/flan-t5-* are as large) and facebook/bart-*: transformers' num_parameters of the
+# released checkpoints, without BART's final_logits_bias, which is none there.
+ENCODER_DECODERS = {
+    (t5, "small"): 60_506_624,
+    (t5, "base"): 222_903_552,
+    (t5, "large"): 737_668_096,
+    (t5, "3b"): 2_851_598_336,
+    (t5, "11b"): 11_307_321_344,
+    (t5, "v1_1_small"): 76_961_152,
+    (t5, "v1_1_base"): 247_577_856,
+    (t5, "v1_1_large"): 783_150_080,
+    (t5, "v1_1_xl"): 2_849_757_184,
+    (t5, "v1_1_xxl"): 11_135_332_352,
+    (bart, "base"): 139_420_416,
+    (bart, "large"): 406_291_456,
+}
+
+# Millions, as in table 3 of arXiv:1706.03762, whose vocabulary is "about 37000" tokens.
+TRANSFORMERS = {"base": 65, "big": 213}
+
 
 def param_shapes(config, **model_fields):
     options = TransformerConfig(**{**config.model, **model_fields})
     pair = config.objective.name in ("mlm_nsp", "mlm_sop")
-    model = GPT(options) if config.family == "gpt" else BERT(options, 2 if pair else 0)
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), {"tokens": tokens})["params"]
+    make = {"gpt": GPT, "bert": lambda o: BERT(o, 2 if pair else 0)}
+    model = {**make, "encoder_decoder": EncoderDecoder}[config.family](options)
+    batch = dict.fromkeys(("tokens", "encoder_tokens"), jnp.zeros((1, 8), jnp.int32))
+    return jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
 
 
 def count(tree) -> int:
@@ -99,14 +120,31 @@ def test_an_encoder_with_its_pooler_has_its_published_size(variant):
     assert count(shapes) - count([shapes["mlm_head"], shapes["pair_head"]]) == ENCODERS[variant]
 
 
+@pytest.mark.parametrize(
+    ("module", "variant"), ENCODER_DECODERS, ids=lambda v: getattr(v, "__name__", v)
+)
+def test_an_encoder_decoder_has_its_published_size(module, variant):
+    assert count(param_shapes(module.get_config(variant))) == ENCODER_DECODERS[module, variant]
+
+
+@pytest.mark.parametrize("variant", TRANSFORMERS)
+def test_a_transformer_has_its_published_size(variant):
+    millions = count(param_shapes(transformer.get_config(variant))) / 1e6
+    assert millions == pytest.approx(TRANSFORMERS[variant], rel=0.035)
+
+
 def test_the_small_models_have_the_sizes_that_their_docstring_says():
     assert count(param_shapes(gpt.get_config("tiny"))) == pytest.approx(2.6e6, rel=0.05)
     assert count(param_shapes(gpt.get_config("tiny_moe"))) == pytest.approx(6.7e6, rel=0.05)
     for variant in ("nanogpt", "shakespeare"):
         assert count(param_shapes(gpt.get_config(variant))) == pytest.approx(0.80e6, rel=0.02)
+    for module, millions in ((t5, 3.4), (bart, 3.6), (transformer, 3.5)):
+        assert f"({millions}M)" in module.__doc__
+        found = count(param_shapes(module.get_config("tiny"))) / 1e6
+        assert found == pytest.approx(millions, abs=0.05)
 
 
-VARIANTS = [(gpt, v) for v in gpt.VARIANTS] + [(bert, v) for v in bert.VARIANTS]
+VARIANTS = [(module, v) for module in (gpt, bert, t5, bart, transformer) for v in module.VARIANTS]
 
 
 @pytest.mark.parametrize(("module", "variant"), VARIANTS, ids=lambda v: getattr(v, "__name__", v))

@@ -1,9 +1,10 @@
 """Copying, reversing and sorting: what an encoder-decoder must learn, and a small one that does."""
 
+import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from configs.common import OPTIMIZERS
 from jaxlm.models import EncoderDecoder
 from jaxlm.objectives.losses import cross_entropy
 from jaxlm.parallel import mesh as meshes
@@ -61,23 +62,13 @@ def loss(outputs, batch):
     return total, {"loss": total, **metrics}
 
 
-def learn(task, steps, *, rows=64, rate=0.02, seed=0, **fields):
+def learn(task, steps, *, rows=64, optimizer="muon", rate=0.02, seed=0, **fields):
     """(model, parameters, loss of each 50th step) after `steps` steps of `rows` new sequences each."""
     model, rng = EncoderDecoder(make_config(**FIELDS | fields)), np.random.default_rng(seed)
     boxed = jax.eval_shape(model.init, jax.random.key(0), make_batch(task, rng, 1))["params"]
     axes = meshes.logical_axes(boxed)
-    optimizer = optimizers.make_optimizer(
-        "muon",
-        axes=axes,
-        momentum=0.95,
-        nesterov=True,
-        ns_steps=5,
-        weight_decay=0.0,
-        adam_learning_rate_ratio=0.2,
-        b1=0.9,
-        b2=0.95,
-        eps=1e-8,
-    )
+    options = OPTIMIZERS[optimizer] | dict(weight_decay=0.0)
+    optimizer = optimizers.make_optimizer(optimizer, axes=axes, **options)
     schedule = optimizers.make_schedule(
         "linear",
         learning_rate=rate,
@@ -89,8 +80,6 @@ def learn(task, steps, *, rows=64, rate=0.02, seed=0, **fields):
 
     @jax.jit
     def make_state():
-        import flax.linen as nn
-
         params = model.init(jax.random.key(seed), make_batch(task, np.random.default_rng(0), 1))
         return new_state(nn.meta.unbox(params["params"]), optimizer)
 
