@@ -1,6 +1,7 @@
 """Fine-tuning models that write, end to end on tiny ones: dialogues, translations, and what a tuned run then does."""
 
 import json
+import math
 import random
 
 import numpy as np
@@ -29,7 +30,8 @@ SMALL = {
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
-    config = tiny.tiny_config("configs/gpt.py:tiny", tiny.make_store(folder / "store"))
+    store = tiny.make_store(folder / "store")
+    config = tiny.tiny_config("configs/gpt.py:tiny,optimizer=adamw", store, model__num_layers=1)
     return tiny.save_untrained(config, folder / "gpt")
 
 
@@ -89,11 +91,9 @@ def test_a_tuned_dialogue_answers_from_python_from_files_and_as_a_language_model
 @pytest.fixture(scope="module")
 def encoder_decoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
-    spec, store = (
-        "configs/t5.py:tiny,objective=seq2seq_prefix_lm",
-        tiny.make_store(folder / "store"),
-    )
-    return tiny.save_untrained(tiny.tiny_config(spec, store), folder / "t5")
+    spec = "configs/t5.py:tiny,objective=seq2seq_prefix_lm,optimizer=adamw"
+    config = tiny.tiny_config(spec, tiny.make_store(folder / "store"), model__num_layers=1)
+    return tiny.save_untrained(config, folder / "t5")
 
 
 def test_parallel_texts_are_translated_by_beams_and_scored(encoder_decoder, tmp_path):
@@ -108,6 +108,21 @@ def test_parallel_texts_are_translated_by_beams_and_scored(encoder_decoder, tmp_
     assert report["dev"]["loss"] > report["dev"]["nll"]  # smoothed
     [said] = tuning.load_finetuned(tmp_path / "run").predict(["aa bb cc"])
     assert set(said) == {"text"}
+
+
+def test_preferences_start_from_a_tuned_run_and_part_the_answers(tuned, tmp_path):
+    _, workdir, _ = tuned
+    rows = [{"prompt": f"{n} a", "chosen": "a", "rejected": "zz"} for n in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(
+        "preferences", workdir, tmp_path / "pairs.jsonl", num_epochs=2.0, evals_per_epoch=0.5
+    )
+    report = finetune(config, tmp_path / "run")
+    lines = [line for line in tiny.learned(tmp_path / "run") if line["split"] == "train"]
+    assert lines[0]["loss"] == pytest.approx(math.log(2), rel=1e-4)  # it is the reference still
+    assert report["dev"]["loss"] < math.log(2) - 0.01 and report["dev"]["accuracy"] > 0.9
+    with pytest.raises(ValueError, match="report.json has its scores"):
+        evaluate.evaluate_task(tmp_path / "run", str(tmp_path / "pairs.jsonl"))
 
 
 def test_another_template_for_a_run_that_began_is_refused(tuned):
