@@ -172,6 +172,9 @@ class Program:
 def make_program(config: ConfigDict, mesh: jax.sharding.Mesh, tokenizer: Any) -> Program:
     """The program of a pretraining run. tokenizer: only its ids and tables are read (`TokenTables`)."""
     model, objective = make_model(config, mesh), make_objective(config, tokenizer)
+    decoder_row = ("the decoder's row", "length", target_len(objective, config.seq_len))
+    if problems := meshes.misfits(mesh, [decoder_row]):
+        raise ValueError(f"this config cannot run:\n  - {problems[0]}")
     dummy = dummy_batch(objective, config.seq_len)
     boxed = abstract_params(model, dummy)
     optimizer, plateau = make_optimizer(config, boxed)

@@ -8,7 +8,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from jaxlm.models.flops import train_step_flops
 from jaxlm.planning import hlo
 from jaxlm.planning.chips import GIB
 from jaxlm.planning.compiling import Outcome
@@ -16,7 +15,7 @@ from jaxlm.planning.cost import Cost
 from jaxlm.planning.memory import bytes_by_kind
 from jaxlm.planning.topologies import Topology
 from jaxlm.planning.warn import find_warnings
-from jaxlm.program import Program
+from jaxlm.program import Program, step_flops
 
 TOP = 10
 
@@ -33,7 +32,7 @@ def describe(program: Program, topology: Topology) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "seq_len": config.seq_len,
         "accumulation_steps": config.accumulation_steps,
-        "tokens_per_chip": config.batch_size * config.seq_len / topology.num_chips,
+        "tokens_per_chip": program.step_tokens / topology.num_chips,
         "remat": config.remat,
         "attention_kernel": program.model.config.attention_kernel,
         "dtype": program.model.config.dtype,
@@ -45,15 +44,7 @@ def describe(program: Program, topology: Topology) -> dict[str, Any]:
 
 def causal_flops(program: Program) -> float:
     """Model FLOPs with attention's scores counted only where a decoder needs them."""
-    config = program.config
-    return train_step_flops(
-        program.model.config,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        num_predictions=program.objective.num_predictions(config.seq_len),
-        causal=config.family == "gpt",
-        causal_half=True,
-    )
+    return step_flops(program.config, program.model.config, program.objective, causal_half=True)
 
 
 def make_report(

@@ -18,6 +18,7 @@ import pytest
 from jaxlm import tokenizers
 from jaxlm.data.pipeline import TrainBatches
 from jaxlm.data.token_store import TokenStore
+from jaxlm.models import EncoderDecoder
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.objectives.auxiliary import with_auxiliary
 from jaxlm.parallel import mesh as meshes
@@ -25,7 +26,7 @@ from jaxlm.training import optimizers
 from jaxlm.training.state import new_state
 from jaxlm.training.step import make_train_step
 from tests import tiny
-from tests.models.tiny import MODERN, init_params, make_bert, make_gpt
+from tests.models.tiny import MODERN, init_params, make_bert, make_config, make_gpt
 
 # Half the time to compile, for programs that run once.
 COMPILER_OPTIONS = {
@@ -39,6 +40,7 @@ TYPES = dict(num_token_types=2)
 
 EXPERTS = dict(num_experts=8, router_aux_weight=0.1, router_z_weight=0.01)
 WINDOWS = dict(num_layers=2, attention_windows=(4, 0))
+T5 = dict(norm="rms_norm", position="relative", activation="geglu_tanh", relative_max_distance=24)
 
 # name -> (model, name of the objective)
 MODELS = {
@@ -52,6 +54,7 @@ MODELS = {
         "causal",
     ),
     "bert": lambda: (make_bert(**SIZES), "mlm"),
+    "t5": lambda: (EncoderDecoder(make_config(**SIZES | T5)), "denoising"),
     "bert_pairs": lambda: (make_bert(2, **SIZES | TYPES), "mlm_nsp"),
 }
 MESHES = {
@@ -73,6 +76,7 @@ DEFAULT = {
     ("llama", "fsdp_context_tensor"),
     ("gpt", "data_context_tensor"),
     ("bert_pairs", "fsdp_context_tensor"),
+    ("t5", "fsdp_context_tensor"),
     ("dropless", "fsdp_expert_context"),
     ("capacity", "fsdp_expert_context"),
 }

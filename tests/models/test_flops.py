@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from jaxlm.models import BERT, GPT, TransformerConfig
-from jaxlm.models.flops import forward_flops, train_step_flops
+from jaxlm.models import BERT, GPT, EncoderDecoder, TransformerConfig
+from jaxlm.models.flops import cross_flops, forward_flops, train_step_flops
 
 CLASSIC = dict(norm_bias=True, qkv_bias=True, out_bias=True, mlp_bias=True, activation="gelu")
 MODERN = dict(norm="rms_norm", position="rotary", activation="swiglu", num_kv_heads=2)
@@ -20,10 +20,12 @@ def make_config(**fields):
     return TransformerConfig(**sizes | fields)
 
 
-def xla_flops(model, batch_size, seq_len, num_predictions=None):
+def xla_flops(model, batch_size, seq_len, num_predictions=None, source_len=0):
     """FLOPs of the loss and its gradient as XLA counts them in the lowered program."""
     shape = (batch_size, seq_len)
     batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}
+    if source_len:
+        batch["encoder_tokens"] = jax.ShapeDtypeStruct((batch_size, source_len), jnp.int32)
     if num_predictions:
         shape = (batch_size, num_predictions)
         batch["masked_positions"] = jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -115,3 +117,28 @@ def test_a_causal_kernel_needs_about_half_of_the_scores():
     )
     scores = 2 * 2 * 512 * 512 * 512 * config.num_layers
     assert full - half == pytest.approx(scores / 2, rel=0.01)
+
+
+def check_two_streams(count):
+    """An encoder of 2 layers at 160 places and a decoder of 3 at 96."""
+    config = make_config(**MODERN | dict(num_decoder_layers=3, num_kv_heads=2))
+    found = count(config, 2, 160, 96, True, target_len=96)
+    expected = xla_flops(EncoderDecoder(config), 2, 96, source_len=160)
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_an_encoder_decoders_count_is_xlas():
+    check_two_streams(train_step_flops)
+
+
+def test_the_check_fails_without_cross_attention_and_for_equal_stacks():
+    def without_cross(config, rows, seq_len, *args, target_len):
+        cross = 3 * rows * config.num_decoder_layers * cross_flops(config, target_len, seq_len)
+        return train_step_flops(config, rows, seq_len, *args, target_len=target_len) - cross
+
+    def equal_stacks(config, *args, **kwargs):
+        return train_step_flops(dataclasses.replace(config, num_decoder_layers=0), *args, **kwargs)
+
+    for wrong in (without_cross, equal_stacks):
+        with pytest.raises(AssertionError):
+            check_two_streams(wrong)
