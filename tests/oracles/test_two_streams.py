@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from jaxlm.interop import convert
+from tests.interop.test_convert_families import TEMPLATES
 from tests.oracles import tiny_families as families
 from tests.oracles import two_streams
 from tests.oracles.recorded import get_logits
@@ -21,6 +23,18 @@ def test_the_query_stream_has_hugging_faces_logits(use_types):
     ours = get_logits(twin.model, twin(weights), batch)
     assert ours.shape == theirs.shape
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_classifier_that_reads_the_last_place_has_a_certificate(tmp_path):
+    import transformers
+
+    options = families.XLNET | families.THREE
+    config = transformers.XLNetConfig(**options, initializer_range=0.3)
+    transformers.XLNetForSequenceClassification(config).save_pretrained(tmp_path / "hf")
+    certificate = convert.from_hf(
+        str(tmp_path / "hf"), tmp_path / "w", TEMPLATES, against="transformers"
+    )
+    assert certificate["compared"] == "head" and certificate["max_abs_difference"] < 1e-4
 
 
 def test_the_recorded_logits_are_still_what_transformers_gives():
