@@ -26,8 +26,9 @@ class EncoderDecoder(nn.Module):
 
     batch: encoder_tokens (B, S) and tokens (B, T), each optionally with segment_ids and positions; S is the start id.
     Both streams share one token table (arXiv:1706.03762, section 3.4); positions, norms and biases are each stack's own.
-    Returns Outputs with hidden (B, T, D): hidden[:, t] predicts the token after t. With a `head` of a task there is no
-    unembed, and head_logits are the head's, of the decoder's hidden states.
+    Returns Outputs with hidden (B, T, D): hidden[:, t] predicts the token after t.
+    With a `head` of a task the encoder alone reads `tokens` (arXiv:2108.08877, section 3.2): there are no decoder and no
+    unembed, and head_logits are the head's.
 
     With a `cache` (`make_cache(config, B, size, S)`) text is made: the first call, which has encoder_tokens, runs the
     encoder and puts what the decoder wants of it into the cache; later ones have the decoder's next tokens alone.
@@ -44,8 +45,13 @@ class EncoderDecoder(nn.Module):
         cache: KVCache | None = None,
     ) -> Outputs:
         c, source, routed = self.config, None, None
-        check_inputs(c, batch, cache)
         table_VD = TokenTable(c, name="embed")()
+        if self.head is not None:
+            encoder = Stack(c, False, deterministic, name="encoder")
+            hidden, _, auxiliary = encoder(batch, table_VD)
+            logits = self.head(hidden, batch, deterministic)
+            return Outputs(hidden, None, head_logits=logits, auxiliary=auxiliary)
+        check_inputs(c, batch, cache)
         if ENCODER + "tokens" in batch:
             prefix = len(ENCODER)
             inputs = {k[prefix:]: x for k, x in batch.items() if k.startswith(ENCODER)}
@@ -54,15 +60,11 @@ class EncoderDecoder(nn.Module):
             source = encoded, batch_positions(inputs)[0]
         decoder = Stack(c.decoder, True, deterministic, name="decoder")
         hidden, cache, auxiliary = decoder(batch, table_VD, cache, source)
-        auxiliary = add_auxiliary(routed, auxiliary)
-        if self.head is not None:
-            logits = self.head(hidden, batch, deterministic)
-            return Outputs(hidden, None, head_logits=logits, auxiliary=auxiliary)
         return Outputs(
             hidden=scale_logits(c, hidden),
             unembed=make_unembed(self, c, table_VD),
             cache=cache,
-            auxiliary=auxiliary,
+            auxiliary=add_auxiliary(routed, auxiliary),
             softcap=c.final_softcap,
         )
 
