@@ -59,8 +59,17 @@ SEQ2SEQ: dict[str, dict[str, Any]] = {
         mask_rate=0.0,
     ),
     "ul2": dict(),
-    "seq2seq_prefix_lm": dict(),
+    "seq2seq_prefix_lm": dict(rate=0.0),
 }
+SEQ2SEQ["mixture"] = dict(
+    objectives={
+        name: dict(name=name, **SEQ2SEQ[name])
+        for name in ("span_corruption", "denoising", "seq2seq_prefix_lm")
+    },
+    shares=(),
+    loss_weights="",
+    adapt=0.0,
+)
 
 
 def parse_arg(arg: str, variants: Iterable[str], **choices: Any) -> dict[str, Any]:

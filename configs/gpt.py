@@ -25,6 +25,9 @@ mixtral_8x7b       Jiang et al. 2024, arXiv:2401.04088, table 1: 46.7B parameter
 qwen3_30b_a3b      Yang et al. 2025, arXiv:2505.09388, table 3: 30.5B parameters, 3.3B active; its recipe as for qwen3_8b
 qwen3_0_6b/8b      Yang et al. 2025, arXiv:2505.09388, tables 1 and 2; 36T tokens; its learning rates are unpublished, so
                    they are ours
+
+objective: causal, prefix_lm (each document's prefix is seen whole and not predicted), fim (half of the documents are
+rearranged to fill in the middle; arXiv:2207.14255), or mixture: all three, a third of the rows each.
 """
 
 from ml_collections import ConfigDict
@@ -85,18 +88,20 @@ VARIANTS = ("tiny", "tiny_moe", "nanogpt", "shakespeare", *GPT2, *GPT3, *LLAMA3,
 def get_config(arg: str = "tiny") -> ConfigDict:
     """The config of a variant; see the module's docstring.
 
-    arg: 'variant[,optimizer=…][,schedule=…]'; schedule 'plateau' lowers a constant rate by the held-out loss.
+    arg: 'variant[,objective=causal|prefix_lm|fim|mixture][,optimizer=…][,schedule=…]'; schedule 'plateau' lowers a constant rate by the held-out loss.
     """
     chosen = parse_arg(
         arg,
         VARIANTS,
+        objective=("causal", "prefix_lm", "fim", "mixture"),
         optimizer=("", *OPTIMIZERS),
         schedule=("", *SCHEDULES, "plateau"),
     )
     variant = chosen["variant"]
     config = base()
     config.family = "gpt"
-    config.objective = dict(name="causal", z_loss=0.0, label_smoothing=0.0, chunk_tokens=0)
+    config.objective = make_objective(chosen["objective"])
+    config.tokenizer.num_sentinels = 3 if chosen["objective"] in ("fim", "mixture") else 0
     if variant == "tiny":
         recipe = make_tiny(config)
     elif variant == "tiny_moe":
@@ -119,6 +124,18 @@ def get_config(arg: str = "tiny") -> ConfigDict:
         recipe = make_qwen3_30b_a3b(config)
     config.optimizer = choose_optimizer(recipe, chosen["optimizer"], chosen["schedule"])
     return config
+
+
+def make_objective(name: str) -> ConfigDict:
+    """The objective's group. A mixture is of all three, a third of the rows each."""
+    own = dict(causal={}, prefix_lm={}, fim=dict(rate=0.5, spm_share=0.5))
+    own["mixture"] = dict(
+        objectives={part: dict(name=part, **options) for part, options in own.items()},
+        shares=(),
+        loss_weights="",
+        adapt=0.0,
+    )
+    return ConfigDict(dict(name=name, **own[name], z_loss=0.0, label_smoothing=0.0, chunk_tokens=0))
 
 
 def make_tiny(config: ConfigDict) -> dict:

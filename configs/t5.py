@@ -13,7 +13,8 @@ v1_1_small, base,       T5 v1.1 and, by size and shape, Flan-T5 (arXiv:2210.1141
 large, xl, xxl          table of its own, no dropout in pretraining; 1M steps of 2,048 x 512 tokens of C4
                         (github.com/google-research/text-to-text-transfer-transformer, released_checkpoints.md)
 
-objective: span_corruption (theirs), ul2 (Tay et al. 2022, arXiv:2205.05131) or seq2seq_prefix_lm.
+objective: span_corruption (theirs), ul2 (Tay et al. 2022, arXiv:2205.05131), seq2seq_prefix_lm, or mixture: span corruption,
+denoising and prefix LM, a third of the rows each.
 """
 
 from ml_collections import ConfigDict
@@ -51,12 +52,12 @@ VARIANTS = ("tiny", *T5, *T5_1_1)
 def get_config(arg: str = "tiny") -> ConfigDict:
     """The config of a variant; see the module's docstring.
 
-    arg: 'variant[,objective=span_corruption|ul2|seq2seq_prefix_lm][,optimizer=…][,schedule=…]'.
+    arg: 'variant[,objective=span_corruption|ul2|seq2seq_prefix_lm|mixture][,optimizer=…][,schedule=…]'.
     """
     chosen = parse_arg(
         arg,
         VARIANTS,
-        objective=("span_corruption", "ul2", "seq2seq_prefix_lm"),
+        objective=("span_corruption", "ul2", "seq2seq_prefix_lm", "mixture"),
         optimizer=("", *OPTIMIZERS),
         schedule=("", *SCHEDULES, "plateau"),
     )

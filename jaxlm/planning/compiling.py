@@ -60,16 +60,18 @@ class Outcome:
 def plan_program(config: ConfigDict, topology: Topology) -> Program:
     """The program of a pretraining config on a topology's devices; nothing is allocated and no text is read."""
     mesh = meshes.make_mesh(**config.mesh, devices=topology_devices(topology))
-    return make_program(config, mesh, stand_in_tokenizer(config.model.vocab_size))
+    tokenizer = stand_in_tokenizer(config.model.vocab_size, config.tokenizer.num_sentinels)
+    return make_program(config, mesh, tokenizer)
 
 
-def stand_in_tokenizer(vocab_size: int) -> Any:
+def stand_in_tokenizer(vocab_size: int, num_sentinels: int = 0) -> Any:
     """What an objective asks of a tokenizer, at the config's size: a plan needs shapes and no words."""
     names = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
+    sentinels = tuple(range(len(names), len(names) + num_sentinels))
     return SimpleNamespace(
         vocab_size=vocab_size,
-        special_ids=frozenset(range(len(names))),
-        sentinel_ids=(),
+        special_ids=frozenset(range(len(names) + num_sentinels)),
+        sentinel_ids=sentinels,
         is_word_start=np.ones(vocab_size, bool),
         num_bytes=np.ones(vocab_size, np.int32),
         **{f"{name}_id": index for index, name in enumerate(names)},
