@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from jaxlm.inference.fill_mask import MASK
-from jaxlm.tokenizers.base import SENTINEL
 
 
 def hidden_spellings(tokenizer: Any) -> dict[str, int]:
     """What stands for a hidden part of a text, and its id: <extra_id_0> … (T5), and as a tokenizer spells it or as [MASK]
     the mask (BART)."""
-    spelled = {SENTINEL.format(n): i for n, i in enumerate(tokenizer.sentinel_ids)}
+    spelled = {tokenizer.token(i): i for i in tokenizer.sentinel_ids}
     return spelled | dict.fromkeys((MASK, tokenizer.token(tokenizer.mask_id)), tokenizer.mask_id)
 
 
