@@ -55,7 +55,7 @@ def evaluate_text(
     Raises:
       BadInput: for a model that predicts no tokens, options out of range, and text that cannot be read.
     """
-    need_lm(lm, lm.family)
+    need_lm(lm, "gpt", "bert")
     window = window or min(lm.max_len, LONGEST)
     stride = stride or window
     check_options(lm, window, stride, num_pseudo)
