@@ -17,7 +17,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxlm.models import MODELS, kernels
-from jaxlm.models.flops import train_step_flops
+from jaxlm.models.electra import generator_config
+from jaxlm.models.flops import electra_step_flops, train_step_flops, xlnet_step_flops
 from jaxlm.models.heads import Head
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.objectives import OBJECTIVES
@@ -201,11 +202,14 @@ def step_flops(
     config: ConfigDict, options: TransformerConfig, objective: Any, *, causal_half: bool = False
 ) -> float:
     """Model FLOPs of a train step of pretraining; see `models.flops`."""
+    sizes = config.batch_size, config.seq_len, objective.num_predictions(config.seq_len)
+    if "generator" in config:
+        return electra_step_flops(options, generator_config(options, **config.generator), *sizes)
+    if config.family == "xlnet":
+        return xlnet_step_flops(options, *sizes)
     return train_step_flops(
         options,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        num_predictions=objective.num_predictions(config.seq_len),
+        *sizes,
         causal=config.family != "bert",
         causal_half=causal_half,
         target_len=target_len(objective, config.seq_len),

@@ -75,3 +75,33 @@ def train_step_flops(
     """Model FLOPs of one train step, forward and backward; see `forward_flops`. The optimizer is not counted."""
     sizes = batch_size, seq_len, num_predictions, causal
     return 3.0 * forward_flops(config, *sizes, causal_half=causal_half, target_len=target_len)
+
+
+def electra_step_flops(
+    config: TransformerConfig,
+    generator: TransformerConfig,
+    batch_size: int,
+    seq_len: int,
+    num_predictions: int,
+) -> float:
+    """Of a train step of both parts of ELECTRA: the generator with its head, a second forward pass of that head to draw
+    tokens from, and the discriminator with a dense layer on every token."""
+    sizes = batch_size, seq_len
+    judged = 3.0 * batch_size * seq_len * 2 * config.emb_dim * (config.emb_dim + 1)
+    drawn = 2.0 * batch_size * num_predictions * generator.table_dim * generator.vocab_size
+    both = train_step_flops(generator, *sizes, num_predictions, causal=False)
+    return drawn + both + train_step_flops(config, *sizes, 0, causal=False) + judged
+
+
+def xlnet_step_flops(
+    config: TransformerConfig, batch_size: int, seq_len: int, num_predictions: int
+) -> float:
+    """Of a train step of XLNet: content and queries go through all layers, and meet keys at all `seq_len` places and
+    at 2 `seq_len` distances; no head but the vocabulary's."""
+    c, places = config, seq_len + num_predictions
+    inner = c.num_heads * c.head_dim
+    projections = 2 * c.emb_dim * inner * (2 * places + 2 * seq_len + 2 * seq_len / batch_size)
+    scores = 2 * inner * places * seq_len * (1 + 2 + 1)
+    mlp = places * 2 * c.emb_dim * c.mlp_dim * (3 if c.is_gated else 2)
+    head = num_predictions * 2 * c.emb_dim * c.vocab_size
+    return 3.0 * batch_size * (c.num_layers * (projections + scores + mlp) + head)
