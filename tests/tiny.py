@@ -45,9 +45,11 @@ OVERRIDES = {
 TIMING = ("tokens_per_second", "step_seconds", "mfu", "input_wait", "seconds")
 
 
-def make_store(path: Path, *, num_documents: int = 12, size: int = 600) -> Path:
+def make_store(
+    path: Path, *, num_documents: int = 12, size: int = 600, num_sentinels: int = 0
+) -> Path:
     """A token store of byte ids: the first lines of standard-library modules."""
-    tokenizer = make_tokenizer("bytes", num_sentinels=0)
+    tokenizer = make_tokenizer("bytes", num_sentinels=num_sentinels)
     library = sorted(Path(os.__file__).parent.glob("*.py"))[: num_documents + 4]
     documents = [tokenizer.encode(p.read_text(encoding="utf-8")[:size]) for p in library]
     write_store(path, {"train": documents[4:], "validation": documents[:4]}, tokenizer)
