@@ -18,6 +18,7 @@ FAMILIES = {
     "gpt": "a decoder: it continues texts, and fills no masks",
     "bert": "an encoder: it fills masks, and does not continue texts",
     "encoder_decoder": "an encoder-decoder: it answers texts with texts, and does nothing else",
+    "xlnet": "an encoder that predicts in any order: it is there to be fine-tuned",
 }
 
 
