@@ -54,7 +54,7 @@ def write_bart_tokenizer(folder):
 
 # name: (tokenizer, options of its config)
 CASES = {
-    "t5": (write_t5_tokenizer, T5),
+    "t5": (write_t5_tokenizer, T5 | dict(num_layers=3, num_decoder_layers=2)),
     "t5_11": (
         write_t5_tokenizer,
         T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
