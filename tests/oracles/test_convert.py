@@ -113,6 +113,20 @@ def test_a_wrong_layer_fails_the_certificate_which_names_it(layer, tmp_path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.parametrize("stack, part, layer", [("encoder", 1, 1), ("decoder", 2, 2)])
+def test_a_wrong_layer_of_either_stack_is_named(stack, part, layer, tmp_path, monkeypatch):
+    tiny_hf.make_theirs("t5_11").save_pretrained(tmp_path / "hf")
+    original, where = mapping.bind, f"{stack}.block.{layer - 1}.layer.{part}.DenseReluDense."
+
+    def exchanged(*args):
+        names = {f"{where}wi_{a}.weight": f"{where}wi_{1 - a}.weight" for a in (0, 1)}
+        return [dataclasses.replace(p, name=names.get(p.name, p.name)) for p in original(*args)]
+
+    monkeypatch.setattr(convert, "bind", exchanged)
+    with pytest.raises(parity.Failed, match=f"first layer that diverges is {stack} {layer}"):
+        from_hf(tmp_path / "hf", tmp_path / "w")
+
+
 def test_a_pickle_is_read_only_when_it_is_allowed(tmp_path):
     model = tiny_hf.make_theirs("gpt2")
     model.save_pretrained(tmp_path / "hf")
