@@ -257,6 +257,11 @@ def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:
         unroll=config.unroll,
         attention_kernel=config.attention_kernel,
     )
+    if options.num_decoder_layers and config.family != "encoder_decoder":
+        raise ValueError(
+            f"num_decoder_layers={options.num_decoder_layers}: family {config.family!r} has one stack of layers; set it "
+            "to 0, or the family to 'encoder_decoder'"
+        )
     options = resolve_kernel(options, mesh)
     model = pick(MODELS, config.family, "family")
     if "head" in config:  # a fine-tuning run has a task's head instead of an objective's

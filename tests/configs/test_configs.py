@@ -10,6 +10,8 @@ import pytest
 
 from configs import bart, bert, common, gpt, t5, transformer
 from jaxlm.models import BERT, GPT, EncoderDecoder, TransformerConfig
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.program import make_model
 
 # Published counts. GPT-2: the sizes of OpenAI's released checkpoints (their paper's 117M and 345M are wrong, as its
 # repository says). Llama and Qwen: the model.safetensors of the released checkpoints (meta-llama/Llama-3.2-1B,
@@ -220,3 +222,10 @@ def test_arguments_take_the_type_of_their_default():
 def test_an_unknown_model_field_raises():
     with pytest.raises(ValueError, match="unknown model fields.*num_head'.*num_heads"):
         common.make_model(emb_dim=8, num_heads=2, num_head=2)
+
+
+def test_only_an_encoder_decoder_has_layers_of_a_decoder():
+    config = gpt.get_config("tiny")
+    config.model.num_decoder_layers = 2
+    with pytest.raises(ValueError, match="family 'gpt' has one stack.*set it"):
+        make_model(config, make_mesh(devices=jax.devices()[:1]))
