@@ -3,8 +3,7 @@
 Sizes, data and recipes of the paper (arXiv:2003.10555, section 3 and table 6); the parameter counts are those of the
 discriminator, which is what is left afterwards: fine-tuning and export take it and leave the generator.
 
-tiny     0.9M        BERT-Tiny's width, a generator half as wide, 128-token rows of the running Python's standard library;
-                     about 10 minutes on 2 CPU cores
+tiny     1.0M        BERT-Tiny's width, a generator half as wide, 128-token rows of the running Python's standard library
 small    13.5M       1M steps of 128 x 128 tokens, 4 days on one V100; GLUE 79.9 (BERT-Small 75.1)
 base     109M        766,000 steps of 256 x 512 tokens; GLUE 85.1 (BERT-Base 82.2)
 large    334M        400,000 steps of 2,048 x 512 tokens, a quarter of RoBERTa's compute; 25% of the tokens are masked

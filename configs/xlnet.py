@@ -3,7 +3,7 @@
 Sizes and recipes of the paper (arXiv:1906.08237, appendix A.4). Documents are packed, so there is no memory of the
 segment before (Transformer-XL's recurrence), and no pairs of segments.
 
-tiny     0.9M        128-token rows of the running Python's standard library; about 10 minutes on 2 CPU cores
+tiny     1.0M        128-token rows of the running Python's standard library
 base     117M        the base of the paper's ablations: BERT-Base's size; 256 rows of 512 tokens, as on BERT's data
 large    360M        500,000 steps of 8,192 x 512 tokens, 5.5 days on 512 TPU v3 chips; GLUE's MNLI 90.8
 """
