@@ -210,7 +210,7 @@ def test_several_sources_are_mixed_and_evaluated_apart(tmp_path, store):
     [
         (dict(model__vocab_size=200), "model.vocab_size 200 is smaller than the tokenizer's"),
         (dict(batch_size=9, accumulation_steps=2), "batch_size 9 is not divisible"),
-        (dict(family="bart"), "unknown family 'bart': known are bert, gpt"),
+        (dict(family="bart"), "unknown family 'bart': known are bert, electra"),
         (dict(data__weights=("0:0.5,0.5",)), "2 weights for the sources"),
     ],
 )

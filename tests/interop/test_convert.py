@@ -23,6 +23,7 @@ TEMPLATES = {
     "bert": build.read_config(str(ROOT / "configs/bert.py:base")),
     "encoder_decoder": build.read_config(str(ROOT / "configs/t5.py:tiny")),
     "bart": build.read_config(str(ROOT / "configs/bart.py:tiny")),
+    "xlnet": build.read_config(str(ROOT / "configs/xlnet.py:base")),
 }
 
 

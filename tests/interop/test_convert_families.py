@@ -10,17 +10,10 @@ from jaxlm.interop import FAMILIES, convert, export, parity
 from jaxlm.interop.mapping import BadModel
 from jaxlm.interop.source import open_source
 from tests.interop import tiny_hf
+from tests.interop.test_convert import TEMPLATES
 from tests.oracles.tiny_families import TINY, Twin
 from tests.oracles.tiny_models import random_weights
-from tests.tiny import ROOT
 
-TEMPLATES = {
-    "gpt": build.read_config(str(ROOT / "configs/gpt.py:gpt2")),
-    "bert": build.read_config(str(ROOT / "configs/bert.py:base")),
-    "encoder_decoder": build.read_config(str(ROOT / "configs/t5.py:tiny")),
-    "bart": build.read_config(str(ROOT / "configs/bart.py:tiny")),
-    "xlnet": build.read_config(str(ROOT / "configs/xlnet.py:base")),
-}
 # One of each kind of table and head; the oracle lane takes them all.
 NAMES = ["roberta", "electra_discriminator", "modernbert", "gemma3", "albert"]
 NAMES += ["modernbert_sequence", "llama_spans", "xlnet"]

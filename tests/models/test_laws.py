@@ -84,7 +84,7 @@ def test_a_decoder_never_sees_the_future(options):
 def test_the_causality_check_fails_for_an_encoder_and_for_a_mask_that_is_off_by_one(monkeypatch):
     with pytest.raises(AssertionError, match="future"):
         check_causality(make_bert(tie_embeddings=False))
-    off_by_one = lambda ids, causal: jnp.tril(jnp.ones((1, ids.shape[1], ids.shape[1]), bool), 1)
+    off_by_one = lambda ids, **options: jnp.tril(jnp.ones((1, ids.shape[1], ids.shape[1]), bool), 1)
     monkeypatch.setattr(transformer, "attention_mask", off_by_one)
     with pytest.raises(AssertionError, match="future"):
         check_causality(make_gpt(tie_embeddings=False))
