@@ -21,6 +21,7 @@ from configs.common import (
     make_model,
     parse_arg,
     seq2seq_objective,
+    set_intervals,
 )
 
 # name: (layers of each stack, width, heads, learning rate, warm-up steps)
@@ -75,11 +76,7 @@ def make_bart(
     )
     config.tokenizer.update(kind="byte_bpe", vocab_size=50265, num_sentinels=100)
     config.batch_size, config.seq_len, config.num_train_steps = 8000, 512, 500_000
-    config.log_every_steps = 50
-    config.eval_every_steps = config.checkpoint_every_steps = 5000
-    config.eval.update(batch_size=64, num_batches=100)
-    config.checkpoint.keep_every = 50_000
-    config.data.validation_fraction = 0.001
+    set_intervals(config, 5000)
     return dict(
         name="adamw",
         learning_rate=rate,

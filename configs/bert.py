@@ -19,7 +19,15 @@ roberta_base, large  Liu et al. 2019, arXiv:1907.11692, table 9: 500,000 steps o
 
 from ml_collections import ConfigDict
 
-from configs.common import OPTIMIZERS, SCHEDULES, base, choose_optimizer, make_model, parse_arg
+from configs.common import (
+    OPTIMIZERS,
+    SCHEDULES,
+    base,
+    choose_optimizer,
+    make_model,
+    parse_arg,
+    set_intervals,
+)
 
 # name: (layers, width, heads)
 BERT = {
@@ -153,11 +161,5 @@ def make_roberta(
 
 
 def make_large(config: ConfigDict) -> None:
-    """Intervals and evaluation of a run of days on many devices."""
-    config.log_every_steps = 50
-    config.eval_every_steps = config.checkpoint_every_steps = 5000
-    config.eval.update(
-        batch_size=64, num_batches=100, prompts=("The capital of France is [MASK].",)
-    )
-    config.checkpoint.keep_every = 50_000
-    config.data.validation_fraction = 0.001
+    set_intervals(config, 5000)
+    config.eval.prompts = ("The capital of France is [MASK].",)

@@ -141,6 +141,15 @@ def make_optimizer(
     return group
 
 
+def set_intervals(config: ConfigDict, every: int) -> None:
+    """Intervals and evaluation of a run of days on many devices, which is evaluated `every` so many steps."""
+    config.log_every_steps = 50
+    config.eval_every_steps = config.checkpoint_every_steps = every
+    config.eval.update(batch_size=64, num_batches=100)
+    config.checkpoint.keep_every = 10 * every
+    config.data.validation_fraction = 0.001
+
+
 def choose_optimizer(recipe: dict[str, Any], optimizer: str, schedule: str) -> ConfigDict:
     """The optimizer's group of a recipe (arguments of `make_optimizer`), with another optimizer or schedule if named.
 

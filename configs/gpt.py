@@ -40,6 +40,7 @@ from configs.common import (
     choose_optimizer,
     make_model,
     parse_arg,
+    set_intervals,
 )
 
 # name: (layers, width, heads, head_dim, tokens a batch, learning rate) of arXiv:2005.14165, table 2.1. Where that table
@@ -377,9 +378,5 @@ def make_qwen3_30b_a3b(config: ConfigDict) -> dict:
 
 
 def make_large(config: ConfigDict) -> None:
-    """Intervals and evaluation of a run of days on many devices."""
-    config.log_every_steps = 50
-    config.eval_every_steps = config.checkpoint_every_steps = 2000
-    config.eval.update(batch_size=64, num_batches=100, prompts=("The meaning of life is",))
-    config.checkpoint.keep_every = 20_000
-    config.data.validation_fraction = 0.001
+    set_intervals(config, 2000)
+    config.eval.prompts = ("The meaning of life is",)

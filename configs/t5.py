@@ -28,6 +28,7 @@ from configs.common import (
     make_model,
     parse_arg,
     seq2seq_objective,
+    set_intervals,
 )
 
 # name: (layers of each stack, width, heads, head_dim, mlp_dim)
@@ -148,11 +149,7 @@ def make_large(config: ConfigDict, batch_size: int, num_train_steps: int) -> dic
     """Section 3.1.2's recipe, and the intervals and evaluation of a run of days on many devices."""
     config.tokenizer.update(kind="unigram", vocab_size=32100, num_sentinels=100)
     config.batch_size, config.seq_len, config.num_train_steps = batch_size, 512, num_train_steps
-    config.log_every_steps = 50
-    config.eval_every_steps = config.checkpoint_every_steps = 5000
-    config.eval.update(batch_size=64, num_batches=100)
-    config.checkpoint.keep_every = 50_000
-    config.data.validation_fraction = 0.001
+    set_intervals(config, 5000)
     if config.model.emb_dim >= 1024:
         config.mesh.update(data=1, fsdp=-1)
         config.remat = "dots"

@@ -6,7 +6,7 @@ For every objective and seed: `configs/objectives.py:OBJECTIVE` is pretrained on
 fine-tuned for `package` (classification) and `tokens` (tagging) of `configs/finetune/demo.py`; `random` is fine-tuned from
 no checkpoint. WORK has a workdir for each run; the same command again does only what is not there. At the end it prints a
 table (test scores of the best checkpoint by development score, mean and standard deviation over seeds) and draws
-WORK/objectives.png. --jobs runs at a time, each on its share of the cores. Flags after `--` go to every pretraining run.
+WORK/objectives.png. --jobs runs at a time (default: one for each core). Flags after `--` go to every pretraining run.
 """
 
 import argparse

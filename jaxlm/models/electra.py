@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.heads import HEADS, MLMHead, gather_positions
-from jaxlm.models.layers import Outputs, constrain, num_devices
+from jaxlm.models.layers import Outputs, apply_softcap, constrain, num_devices
 from jaxlm.models.transformer import Dense, Embed, apply_layers, batch_positions
 
 # float32 logits that one device may hold at a time when tokens are sampled (128 MB).
@@ -165,8 +165,7 @@ def sample_tokens(outputs: Outputs, keys_B: jax.Array) -> jax.Array:
             "be,ve->bv", hidden_BE, compute_VE, preferred_element_type=jnp.float32
         )
         logits_BV = logits_BV if bias is None else logits_BV + bias[None].astype(jnp.float32)
-        if outputs.softcap:
-            logits_BV = outputs.softcap * jnp.tanh(logits_BV / outputs.softcap)
+        logits_BV = apply_softcap(logits_BV, outputs.softcap)
         draw = lambda key: jax.random.gumbel(jax.random.fold_in(key, number), bias_shape)
         return jnp.argmax(logits_BV + jax.vmap(draw)(keys_B), axis=-1).astype(jnp.int32)
 

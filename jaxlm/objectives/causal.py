@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.objectives.losses import cross_entropy
+from jaxlm.objectives.losses import label_cross_entropy
 from jaxlm.objectives.tables import TokenTables, padded
 from jaxlm.objectives.window import Window
 
@@ -64,13 +64,9 @@ class CausalLM:
 
     def loss(self, outputs: Any, batch: dict) -> tuple[tuple, dict]:
         """((total, weight), metrics): loss, nll, accuracy, and bits per UTF-8 byte of text."""
-        (total, weight), metrics = cross_entropy(
-            outputs.hidden,
-            outputs.unembed,
-            batch["labels"],
-            batch["weights"],
-            bias_V=outputs.unembed_bias,
-            softcap=outputs.softcap,
+        (total, weight), metrics = label_cross_entropy(
+            outputs,
+            batch,
             z_loss=self.z_loss,
             label_smoothing=self.label_smoothing,
             chunk_tokens=self.chunk_tokens,

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -84,6 +85,21 @@ def cross_entropy(
         by_row = ((loss_X * weights_X).sum((1, 2)), weights_X.sum((1, 2)))
         metrics["loss_by_group"] = tuple(is_in_GB @ x_B for x_B in jax.lax.stop_gradient(by_row))
     return (total, weight), metrics
+
+
+def label_cross_entropy(
+    outputs: Any, batch: Mapping[str, jax.Array], **options: Any
+) -> tuple[Pair, dict[str, Pair]]:
+    """`cross_entropy` of a model's `Outputs` against the batch's labels and weights; options: those of `cross_entropy`."""
+    return cross_entropy(
+        outputs.hidden,
+        outputs.unembed,
+        batch["labels"],
+        batch["weights"],
+        bias_V=outputs.unembed_bias,
+        softcap=outputs.softcap,
+        **options,
+    )
 
 
 def plain_cross_entropy(

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.objectives.losses import cross_entropy
+from jaxlm.objectives.losses import label_cross_entropy
 from jaxlm.objectives.prefix_lm import PrefixLM
 from jaxlm.objectives.seq2seq import Seq2Seq
 from jaxlm.objectives.tables import TokenTables
@@ -147,13 +147,9 @@ class Mixture:
         return raw_G / jnp.where(mean > 0, mean, 1.0)
 
     def cross_entropy(self, outputs: Any, batch: dict, weights_BT: Any, groups_B: Any) -> tuple:
-        return cross_entropy(
-            outputs.hidden,
-            outputs.unembed,
-            batch["labels"],
-            weights_BT,
-            bias_V=outputs.unembed_bias,
-            softcap=outputs.softcap,
+        return label_cross_entropy(
+            outputs,
+            {**batch, "weights": weights_BT},
             z_loss=self.z_loss,
             label_smoothing=self.label_smoothing,
             chunk_tokens=self.chunk_tokens,

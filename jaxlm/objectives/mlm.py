@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.objectives.losses import cross_entropy
+from jaxlm.objectives.losses import label_cross_entropy
 from jaxlm.objectives.masking import Masking
-from jaxlm.objectives.tables import TokenTables, padded
+from jaxlm.objectives.tables import TokenTables, padded, positions_of
 from jaxlm.objectives.window import Window
 
 
@@ -74,14 +74,11 @@ class MaskedLM:
         """Masks and pads a row of at most T tokens."""
         tokens, num_slots = tokens.astype(np.int32), self.num_predictions(seq_len)
         chosen = self.masking.choose(rng, tokens, segment_ids, self.tables)
-        index = np.arange(len(tokens), dtype=np.int32)
-        first = np.zeros(len(tokens), np.int32)  # of each document, at its first token
-        first[1:] = index[1:] * (segment_ids[1:] != segment_ids[:-1])
         replaced = self.masking.replace(rng, tokens, chosen, self.tables)
         return {
             "tokens": padded(replaced, seq_len, self.tables.pad_id),
             "segment_ids": padded(segment_ids.astype(np.int32), seq_len),
-            "positions": padded(index - np.maximum.accumulate(first), seq_len),
+            "positions": padded(positions_of(segment_ids), seq_len),
             "masked_positions": padded(chosen.astype(np.int32), num_slots),
             "labels": padded(tokens[chosen], num_slots),
             "weights": padded(np.ones(len(chosen), np.float32), num_slots),
@@ -89,13 +86,9 @@ class MaskedLM:
 
     def loss(self, outputs: Any, batch: dict) -> tuple[tuple, dict]:
         """((total, weight), metrics) over the masked positions: loss, nll, accuracy."""
-        total, metrics = cross_entropy(
-            outputs.hidden,
-            outputs.unembed,
-            batch["labels"],
-            batch["weights"],
-            bias_V=outputs.unembed_bias,
-            softcap=outputs.softcap,
+        total, metrics = label_cross_entropy(
+            outputs,
+            batch,
             label_smoothing=self.label_smoothing,
             chunk_tokens=self.chunk_tokens,
         )

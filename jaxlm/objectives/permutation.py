@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.objectives.losses import cross_entropy
-from jaxlm.objectives.tables import TokenTables, padded
+from jaxlm.objectives.losses import label_cross_entropy
+from jaxlm.objectives.tables import TokenTables, padded, positions_of
 from jaxlm.objectives.window import Window
 
 
@@ -69,13 +69,10 @@ class PermutationLM:
         chosen = self.choose(rng, tokens, segment_ids)[:num_slots].astype(np.int32)
         order = np.zeros(len(tokens), np.int32)
         order[chosen] = 1 + rng.permutation(len(chosen))
-        index = np.arange(len(tokens), dtype=np.int32)
-        first = np.zeros(len(tokens), np.int32)
-        first[1:] = index[1:] * (segment_ids[1:] != segment_ids[:-1])
         return {
             "tokens": padded(tokens, seq_len, self.tables.pad_id),
             "segment_ids": padded(segment_ids, seq_len),
-            "positions": padded(index - np.maximum.accumulate(first), seq_len),
+            "positions": padded(positions_of(segment_ids), seq_len),
             "order": padded(order, seq_len),
             "masked_positions": padded(chosen, num_slots),
             "labels": padded(tokens[chosen], num_slots),
@@ -105,13 +102,9 @@ class PermutationLM:
 
     def loss(self, outputs: Any, batch: dict) -> tuple[tuple, dict]:
         """((total, weight), metrics) over the predicted places: loss, nll, accuracy."""
-        total, metrics = cross_entropy(
-            outputs.hidden,
-            outputs.unembed,
-            batch["labels"],
-            batch["weights"],
-            bias_V=outputs.unembed_bias,
-            softcap=outputs.softcap,
+        total, metrics = label_cross_entropy(
+            outputs,
+            batch,
             label_smoothing=self.label_smoothing,
             chunk_tokens=self.chunk_tokens,
         )

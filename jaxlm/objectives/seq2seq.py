@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxlm.objectives.losses import cross_entropy
+from jaxlm.objectives.losses import label_cross_entropy
 from jaxlm.objectives.tables import TokenTables, padded, positions_of
 
 STARTS = ("bos", "pad", "eos")
@@ -95,13 +95,9 @@ class Seq2Seq:
 
     def loss(self, outputs: Any, batch: dict) -> tuple[tuple, dict]:
         """((total, weight), metrics) over the decoder's labels: loss, nll, accuracy."""
-        total, metrics = cross_entropy(
-            outputs.hidden,
-            outputs.unembed,
-            batch["labels"],
-            batch["weights"],
-            bias_V=outputs.unembed_bias,
-            softcap=outputs.softcap,
+        total, metrics = label_cross_entropy(
+            outputs,
+            batch,
             z_loss=self.z_loss,
             label_smoothing=self.label_smoothing,
             chunk_tokens=self.chunk_tokens,
