@@ -170,6 +170,26 @@ def seq2seq_objective(name: str, decoder_start: str, **fields: Any) -> ConfigDic
     return ConfigDict(dict(name=name, **SEQ2SEQ[name], **common | fields))
 
 
+def guards() -> ConfigDict:
+    """What a run does about itself going wrong (`jaxlm/training/guards.py`)."""
+    return ConfigDict(
+        dict(
+            # the run ends after this many steps in a row without a finite loss and gradient
+            max_bad_steps=20,
+            # a step whose gradient norm is over so many times the median of the last spike_window is skipped; 0: none is
+            spike_factor=0.0,
+            spike_window=128,
+            # instead of ending, go back to the checkpoint before and leave so many batches out; at most so often
+            skip_batches=0,
+            max_rewinds=3,
+            # every so many steps one step is computed twice, and must be bitwise equal; 0: none is
+            self_check_every_steps=0,
+            # no step for so many seconds: all stacks are written, and the run ends; 0: it waits for ever
+            watchdog_seconds=1800,
+        )
+    )
+
+
 def base() -> ConfigDict:
     """Every field that all pretraining configs share, with the values of a small run on one machine."""
     return ConfigDict(
@@ -212,6 +232,7 @@ def base() -> ConfigDict:
             # num_batches 0 = the whole held-out set
             eval=dict(batch_size=16, num_batches=0, prompts=(), sample_tokens=64),
             checkpoint=dict(keep_last=2, keep_every=0, best_metric="", best_mode="min"),
+            guards=guards(),
             # execution: changes speed and memory, never the result
             mesh=dict(data=-1, fsdp=1, expert=1, context=1, tensor=1),
             remat="none",

@@ -60,6 +60,9 @@ EXECUTION_FIELDS = (
     "checkpoint",
     "eval",
     "log",
+    "guards.max_bad_steps",
+    "guards.self_check_every_steps",
+    "guards.watchdog_seconds",
     "data.num_workers",
     "data.prefetch",
     "data.cache_dir",
@@ -70,6 +73,15 @@ YOUNGER_FIELDS: dict[str, Any] = {
     "data.cache_dir": "",
     "offload_optimizer": False,
     "compiler_flags": "auto",
+    "guards": dict(
+        max_bad_steps=20,
+        spike_factor=0.0,
+        spike_window=128,
+        skip_batches=0,
+        max_rewinds=3,
+        self_check_every_steps=0,
+        watchdog_seconds=1800,
+    ),
 }
 
 HUGGING_FACE = "hf:"  # what an `init_from` begins with that is no run of ours

@@ -20,6 +20,7 @@ from jaxlm.files import write_text
 from jaxlm.flags import define_config_flag, define_process_flags
 from jaxlm.parallel import processes
 from jaxlm.training.checkpoints import Checkpoints, find_step, read_manifest, restore_state
+from jaxlm.training.guards import BadSteps
 from jaxlm.training.loop import Intervals, Work, fit
 from jaxlm.training.metrics import MetricSums, MetricWriter
 from jaxlm.training.profile import Profile, parse_steps
@@ -136,6 +137,7 @@ def train(
         manifest=lambda step: manifest(run, step),
         progress=config.log.progress and processes.is_main(),
         profile=Profile(*steps, run.workdir / "profile") if steps and processes.is_main() else None,
+        bad_steps=BadSteps(config.guards.max_bad_steps),
         **hooks,
     )
 

@@ -14,16 +14,21 @@ THIRD_PARTY_ONLY: frozenset[str] = frozenset()
 ALLOWED: dict[str, frozenset[str]] = {
     "compat": THIRD_PARTY_ONLY,
     "files": THIRD_PARTY_ONLY,
-    "parallel": frozenset({"compat"}),
-    "tokenizers": frozenset({"compat", "files"}),
+    "exits": THIRD_PARTY_ONLY,
+    "parallel": frozenset({"compat", "exits"}),
+    "tokenizers": frozenset({"compat", "files", "exits"}),
     "models.layers": frozenset({"compat"}),
     "models": frozenset({"compat", "models.layers"}),
     "objectives": frozenset({"compat"}),
     "tasks": frozenset({"compat"}),
-    "data": frozenset({"compat", "files", "tokenizers"}),
-    "training": frozenset({"compat", "files", "parallel", "models", "models.layers", "inference"}),
-    "inference": frozenset({"compat", "files", "parallel", "models", "models.layers"}),
-    "interop": frozenset({"compat", "files", "parallel", "models", "models.layers", "tokenizers"}),
+    "data": frozenset({"compat", "files", "exits", "tokenizers"}),
+    "training": frozenset(
+        {"compat", "files", "exits", "parallel", "models", "models.layers", "inference"}
+    ),
+    "inference": frozenset({"compat", "files", "exits", "parallel", "models", "models.layers"}),
+    "interop": frozenset(
+        {"compat", "files", "exits", "parallel", "models", "models.layers", "tokenizers"}
+    ),
     "program": frozenset(
         {"compat", "parallel", "models", "models.layers", "objectives", "training"}
     ),

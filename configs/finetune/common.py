@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.common import make_optimizer, parse_arg
+from configs.common import guards, make_optimizer, parse_arg
 
 
 def base(
@@ -84,6 +84,7 @@ def base(
             eval=dict(batch_size=64),
             # best_metric '' = the task's own
             checkpoint=dict(keep_last=1, keep_every=0, best_metric="", best_mode="max"),
+            guards=guards(),
             # execution: changes speed and memory, never the result
             mesh=dict(data=-1, fsdp=1, expert=1, context=1, tensor=1),
             remat="none",

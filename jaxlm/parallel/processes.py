@@ -30,6 +30,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlm.exits import FAILED, PEER_LOST
 from jaxlm.parallel.launchers import (
     TPU_ON_GKE,
     TPU_VM,
@@ -40,9 +41,6 @@ from jaxlm.parallel.launchers import (
 )
 
 log = logging.getLogger("jaxlm")
-
-# Exit statuses of a run of several processes: 75 is EX_TEMPFAIL of sysexits.h, "try again".
-FAILED, PEER_LOST = 1, 75
 
 _FOREVER_MS = 365 * 86_400_000
 _counts: Counter[str] = Counter()

@@ -9,12 +9,10 @@ import jax
 from tqdm import tqdm
 
 from jaxlm.training.checkpoints import Checkpoints
+from jaxlm.training.guards import BadSteps
 from jaxlm.training.metrics import MetricSums, MetricWriter
 from jaxlm.training.profile import Profile, annotate_step
 from jaxlm.training.state import TrainState
-
-# After this many steps in a row without a finite loss and gradient a run cannot recover by itself.
-MAX_SKIPPED_IN_A_ROW = 20
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,7 @@ def fit(
     window: MetricSums | None = None,
     progress: bool = True,
     profile: Profile | None = None,
+    bad_steps: BadSteps | None = None,
 ) -> TrainState:
     """Trains from `state.step` to `num_train_steps` and returns the last state.
 
@@ -100,12 +99,11 @@ def fit(
       manifest: step -> what a checkpoint's manifest says besides the metric window.
       window: metric sums since the last log line, from the checkpoint that a run resumes.
       profile: the steps to trace; the device is idle around them, so that the trace has them whole and alone.
-
-    Raises:
-      FloatingPointError: after MAX_SKIPPED_IN_A_ROW steps without a finite loss and gradient.
+      bad_steps: sees the metrics of every step, and ends a run that only makes NaN.
     """
     step = int(state.step)
     reader = _Reader(window or MetricSums(), intervals, work, writer, describe, num_train_steps)
+    reader.bad_steps = bad_steps or BadSteps()
     bar = tqdm(
         total=num_train_steps, initial=step, unit="step", disable=not progress, mininterval=0.5
     )
@@ -159,12 +157,12 @@ def fit(
 
 
 class _Reader:
-    """Reads each step's metrics one step late, logs them, and stops a run that only makes NaN."""
+    """Reads each step's metrics one step late, shows them to the guard against bad steps, and logs them."""
 
     def __init__(self, window, intervals, work, writer, describe, last):
         self.window, self.intervals, self.work = window, intervals, work
         self.writer, self.describe, self.last = writer, describe, last
-        self.clock, self.pending, self.skipped = Clock(), None, 0
+        self.clock, self.pending, self.bad_steps = Clock(), None, BadSteps()
         self.bar: Any = None
 
     def push(self, step: int, metrics) -> None:
@@ -176,8 +174,7 @@ class _Reader:
             return
         (step, metrics), self.pending = self.pending, None
         metrics = jax.device_get(metrics)
-        self._count_skipped(step, metrics)
-        self.window.add(metrics)
+        self.window.add(self.bad_steps.see(step, metrics))
         self.clock.steps += 1
         self.bar.update()
         if Intervals.due(step, self.intervals.log, self.last):
@@ -200,18 +197,3 @@ class _Reader:
         )
         self.window.sums.clear()
         self.clock.restart()
-
-    def _count_skipped(self, step: int, metrics) -> None:
-        if not metrics.get("skipped", (0, 1))[0]:
-            self.skipped = 0
-            return
-        self.skipped += 1
-        # Its sums are no numbers, and would make the mean of the whole log window none.
-        for name in list(metrics):
-            if name not in ("skipped", "learning_rate", "param_norm"):
-                del metrics[name]
-        if self.skipped >= MAX_SKIPPED_IN_A_ROW:
-            raise FloatingPointError(
-                f"the loss or gradient was not finite in {self.skipped} steps in a row, up to step {step}: "
-                "lower optimizer.learning_rate, raise warmup_steps, or look at the data of these steps"
-            )
