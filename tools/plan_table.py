@@ -104,6 +104,13 @@ DENSE = [
         "v5p-128",
         {"batch_size": 128, "mesh.fsdp": 8, "mesh.expert": 8, "remat": "full"},
     ),
+    Row(
+        "t5_large_v5e-16",
+        "T5 large, span corruption",
+        "configs/t5.py:large",
+        "v5e-16",
+        {"batch_size": 256, "remat": "dots", "mesh.fsdp": 16},
+    ),
 ]
 
 # What the speed bars of CONTRIBUTING's plans lane are about, besides rows above.
