@@ -15,15 +15,16 @@ ALLOWED: dict[str, frozenset[str]] = {
     "compat": THIRD_PARTY_ONLY,
     "files": THIRD_PARTY_ONLY,
     "exits": THIRD_PARTY_ONLY,
+    "sealed": frozenset({"exits"}),
     "parallel": frozenset({"compat", "exits"}),
-    "tokenizers": frozenset({"compat", "files", "exits"}),
+    "tokenizers": frozenset({"compat", "files", "exits", "sealed"}),
     "models.layers": frozenset({"compat"}),
     "models": frozenset({"compat", "models.layers"}),
     "objectives": frozenset({"compat"}),
     "tasks": frozenset({"compat"}),
-    "data": frozenset({"compat", "files", "exits", "tokenizers"}),
+    "data": frozenset({"compat", "files", "exits", "sealed", "tokenizers"}),
     "training": frozenset(
-        {"compat", "files", "exits", "parallel", "models", "models.layers", "inference"}
+        {"compat", "files", "exits", "sealed", "parallel", "models", "models.layers", "inference"}
     ),
     "inference": frozenset({"compat", "files", "exits", "parallel", "models", "models.layers"}),
     "interop": frozenset(
