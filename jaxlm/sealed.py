@@ -32,20 +32,21 @@ def is_sealed(content: dict[str, Any]) -> bool:
 
 
 def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
-    """The JSON object in a file, of no more than so many bytes: a length is looked at before it is read.
+    """The JSON object in a file, of which no more than so many bytes are ever in memory.
 
     Raises:
       Damaged: if it is larger, no JSON, or no object.
     """
-    size = path.stat().st_size if isinstance(path, Path) else path.stat().length
-    if size > most_bytes:
-        raise Damaged(f"{path}: {size:,} bytes, expected {most_bytes:,} at most")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+    with path.open("rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
         raise Damaged(
-            f"{path}: not readable as JSON ({error}): it is not what was written"
-        ) from error
+            f"{path}: found more than {most_bytes:,} bytes, which no file of its kind has"
+        )
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise Damaged(f"{path}: found no JSON ({error}): it is not what was written") from error
     if not isinstance(content, dict):
         raise Damaged(f"{path}: found JSON of a {type(content).__name__}, expected an object")
     return content
