@@ -21,6 +21,7 @@ from jaxlm import tokenizers
 from jaxlm.data import prepare as preparation
 from jaxlm.data import sources as text_sources
 from jaxlm.data.pipeline import EvalBatches, TrainBatches, make_iterator
+from jaxlm.data.positions import Rewind, StepBatches, read_rewinds
 from jaxlm.data.token_store import TokenStore
 from jaxlm.files import as_path, is_remote, new_folder, write_text
 from jaxlm.interop import convert, tokenizer_files
@@ -267,11 +268,23 @@ class Run(Program):
     eval_batches: Mapping[str, Any]
     data_fingerprint: dict[str, str]
 
+    @cached_property
+    def rewinds(self) -> list[Rewind]:
+        """What has moved the batches of later steps; see `jaxlm.rewind`."""
+        return read_rewinds(self.workdir)
+
+    def documents(self, k: int) -> list[dict[str, Any]]:
+        """Where the rows of batch k come from, as JSON has it."""
+        return self.train_batches.documents(k)
+
     def device_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
         """The batches of steps `start_step`, `start_step` + 1, … on the devices."""
-        data = self.config.data
+        data, num_steps = self.config.data, self.config.num_train_steps
         batches = make_iterator(
-            self.train_batches, start_step, num_workers=data.num_workers, prefetch=data.prefetch
+            StepBatches(self.train_batches, self.rewinds, num_steps),
+            start_step,
+            num_workers=data.num_workers,
+            prefetch=data.prefetch,
         )
         for batch in batches:
             yield self.put_batch(batch)
@@ -329,7 +342,6 @@ def make_run(
         config.batch_size,
         config.seed,
         rows=meshes.local_rows(mesh, config.batch_size),
-        num_steps=config.num_train_steps,
     )
     eval_batches = {
         name: EvalBatches(

@@ -119,26 +119,33 @@ class TrainExamples:
         shapes: Shapes,
         batch_size: int,
         seed: int,
-        num_steps: int = 2**62,
         local_rows: Mapping[int, np.ndarray] | None = None,
         redraw: Callable[[int, np.random.Generator], Feature] | None = None,
     ):
         self.examples, self.shapes, self.batch_size = examples, shapes, batch_size
-        self.seed, self.num_steps, self.local_rows = seed, num_steps, local_rows
+        self.seed, self.local_rows = seed, local_rows
         self.redraw = redraw
 
-    def __len__(self) -> int:
-        return self.num_steps
-
     def __getitem__(self, k: int) -> Batch:
-        if not 0 <= k < len(self):
-            raise IndexError(f"found batch {k}; expected 0 <= k < {len(self)}")
+        return self._laid_out(k, self.local_rows)[0]
+
+    def whole(self, k: int) -> Batch:
+        """Batch k with the rows of all processes."""
+        return self._laid_out(k, None)[0]
+
+    def documents(self, k: int) -> list[dict[str, int]]:
+        """Which examples batch k is made of, by their numbers, and in which row each is."""
+        _, places = self._laid_out(k, None)
+        return [{"row": place.row, "example": number} for number, place in places.items()]
+
+    def _laid_out(
+        self, k: int, local_rows: Mapping[int, np.ndarray] | None
+    ) -> tuple[Batch, dict[int, Place]]:
         ids, features = self.ids(k), None
         if self.redraw:
             draws = range(k * self.batch_size, (k + 1) * self.batch_size)
             features = [self.redraw(i, self._rng(n)) for i, n in zip(ids, draws, strict=True)]
-        batch, _ = lay_out(self.examples, ids, self.shapes, self.local_rows, features)
-        return batch
+        return lay_out(self.examples, ids, self.shapes, local_rows, features)
 
     def _rng(self, number: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence([self.seed, _REDRAW, number]))

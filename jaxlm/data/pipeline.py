@@ -37,7 +37,6 @@ class TrainBatches:
       example's noise from its index, alike in every epoch, False from the draw's number. If it has
       `of_draw(draw, step)`, that gives the objective which makes the row of a draw.
     batch_size: rows of the global batch. rows: the global rows of this process; None = all.
-    num_steps: `len`; it changes no batch.
     """
 
     def __init__(
@@ -49,40 +48,53 @@ class TrainBatches:
         batch_size: int,
         seed: int,
         rows: np.ndarray | None = None,
-        num_steps: int = 2**62,
     ):
         self.objective, self.seq_len, self.batch_size = objective, seq_len, batch_size
-        self.seed, self.num_steps = seed, num_steps
+        self.seed = seed
         self.rows = _checked_rows(rows, batch_size)
         self.sources = {
             name: Source(name, store, objective.window(seq_len)) for name, store in stores.items()
         }
         self.mixture = Mixture.of(weights, list(stores), batch_size, seed)
 
-    def __len__(self) -> int:
-        return self.num_steps
-
     def __getitem__(self, k: int) -> Batch:
-        if not 0 <= k < len(self):
-            raise IndexError(f"found batch {k}; expected 0 <= k < {len(self)}")
-        return _stack([self._row(k * self.batch_size + int(row)) for row in self.rows])
+        return self._rows(k, self.rows)
+
+    def whole(self, k: int) -> Batch:
+        """Batch k with the rows of all processes."""
+        return self._rows(k, np.arange(self.batch_size))
+
+    def documents(self, k: int) -> list[dict[str, Any]]:
+        """Where the rows of batch k come from, as JSON has it: the store, and for each example in a row (a pair has two) its
+        tokens [start, stop) and its first and last document, as `TokenStore` numbers both."""
+        return [
+            {"row": row, **self._draw(k * self.batch_size + row).says()}
+            for row in range(self.batch_size)
+        ]
 
     def epochs_seen(self, k: int) -> dict[str, float]:
         """How often each source has been read after k batches."""
         draws = self.mixture.draws(k * self.batch_size)
         return {name: n / self.sources[name].num_examples for name, n in draws.items()}
 
-    def _row(self, draw: int) -> Batch:
-        name, nth = self.mixture.locate(draw)
+    def _rows(self, k: int, rows: np.ndarray) -> Batch:
+        return _stack([self._row(k * self.batch_size + int(row)) for row in rows])
+
+    def _row(self, number: int) -> Batch:
+        draw = self._draw(number)
+        objective = self.objective
+        if hasattr(objective, "of_draw"):  # a mixture has one for each row
+            objective = objective.of_draw(number, number // self.batch_size)
+        return objective.corrupt(draw.rng, draw.source.example(draw.indices), self.seq_len)
+
+    def _draw(self, number: int) -> "Draw":
+        name, nth = self.mixture.locate(number)
         source = self.sources[name]
         epoch, index = divmod(nth, source.num_examples)
         index = permute(index, source.num_examples, _order_key(self.seed, source.tag, epoch))
-        noise = (_STATIC, source.tag, index) if self.objective.static else (_CORRUPTION, draw)
+        noise = (_STATIC, source.tag, index) if self.objective.static else (_CORRUPTION, number)
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, *noise]))
-        objective = self.objective
-        if hasattr(objective, "of_draw"):  # a mixture has one for each row
-            objective = objective.of_draw(draw, draw // self.batch_size)
-        return objective.corrupt(rng, source.example(index, rng), self.seq_len)
+        return Draw(source, source.choose(index, rng), rng)
 
 
 class EvalBatches:
@@ -127,7 +139,8 @@ class EvalBatches:
         if not self.is_whole:
             index = permute(index, size, _order_key(self.seed, self.source.tag, 0))
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, _EVALUATION, index]))
-        row = self.objective.corrupt(rng, self.source.example(index, rng), self.seq_len)
+        example = self.source.example(self.source.choose(index, rng))
+        row = self.objective.corrupt(rng, example, self.seq_len)
         return {key: np.zeros_like(value) for key, value in row.items()} if empty else row
 
 
@@ -153,14 +166,35 @@ class Source:
                 "mlm_sop"
             )
 
-    def example(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Example `index`; for pairs with `other`, a random example of another document."""
-        example: dict[str, Any] = self.examples[index]
-        if self.window.pair:
-            first, last = self.examples.same_document(index)
-            other = int(rng.integers(self.num_examples - (last - first)))
-            example["other"] = self.examples[other + (last - first) * (other >= first)]
-        return example
+    def choose(self, index: int, rng: np.random.Generator) -> list[int]:
+        """The examples of a row: `index`; for pairs also a random example of another document."""
+        if not self.window.pair:
+            return [index]
+        first, last = self.examples.same_document(index)
+        other = int(rng.integers(self.num_examples - (last - first)))
+        return [index, other + (last - first) * (other >= first)]
+
+    def example(self, indices: list[int]) -> dict[str, Any]:
+        """The first of these examples; for pairs with `other`, the second."""
+        example, *others = (self.examples[index] for index in indices)
+        return {**example, "other": others[0]} if others else example
+
+
+class Draw(NamedTuple):
+    """What a row is made of: the chosen examples of a source, and the noise that is left."""
+
+    source: Source
+    indices: list[int]
+    rng: np.random.Generator
+
+    def says(self) -> dict[str, Any]:
+        examples, store = self.source.examples, self.source.examples.store
+        parts = []
+        for start, stop in map(examples.span, self.indices):
+            documents = [store.document_of(start), store.document_of(stop - 1)]
+            parts.append({"tokens": [start, stop], "documents": documents})
+        place = {"store": str(store.path), "split": store.split}
+        return {"source": self.source.name, **place, "examples": parts}
 
 
 class Phase(NamedTuple):

@@ -196,6 +196,13 @@ class TaskRun(build.Run):
     def predictor(self) -> Predictor:
         return Predictor(self.config, self.mesh, self.model, self.objective)
 
+    def documents(self, k: int) -> list[dict[str, Any]]:
+        """For each example of batch k its row, its number, and the line of the file that it was made from."""
+        split = self.splits["train"]
+        records = [r for r, span in zip(split.records, split.spans, strict=True) for _ in span]
+        found = [(place, records[place["example"]]) for place in super().documents(k)]
+        return [{**place, "file": r.source, "line": r.line} for place, r in found]
+
     def scored(
         self, params: PyTree, name: str, most: int | None = None
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -232,7 +239,6 @@ def make_run(
         shapes,
         config.batch_size,
         config.seed,
-        config.num_train_steps,
         local_rows(mesh, shapes),
         augmented(config, task, prepared.splits["train"]),
     )

@@ -233,8 +233,6 @@ def test_no_example_and_one_that_is_too_long_are_said():
     examples = make_examples()
     with pytest.raises(ValueError, match="largest shape"):
         plan_shapes(examples, 8, 0, packed=True, seq_len=5)
-    with pytest.raises(IndexError):
-        make_batches(examples, True, num_steps=3)[3]
 
 
 def test_the_fingerprint_is_of_tokens_and_labels():

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from jaxlm.data.pipeline import PERIOD, EvalBatches, Mixture, TrainBatches, make_iterator
-from jaxlm.data.token_store import TokenStore, finish_store, write_store
+from jaxlm.data.positions import StepBatches
+from jaxlm.data.store_writer import finish_store, write_store
+from jaxlm.data.token_store import TokenStore
 from jaxlm.objectives import OBJECTIVES, CausalLM, MaskedLM
 
 SEQ_LEN = 16
@@ -56,9 +58,13 @@ def stores(tmp_path_factory):
 WEIGHTS = {0: {"books": 0.75, "code": 0.25}, 30: {"books": 0.1, "code": 0.9}}
 
 
-def make_batches(stores, name="mlm", seed=1, rows=None, num_steps=60, weights=WEIGHTS, **options):
+def make_batches(stores, name="mlm", seed=1, rows=None, weights=WEIGHTS, **options):
     objective = OBJECTIVES[name](tokenizer=TOKENIZER, **options)
-    return TrainBatches(stores, weights, objective, SEQ_LEN, 6, seed, rows, num_steps)
+    return TrainBatches(stores, weights, objective, SEQ_LEN, 6, seed, rows)
+
+
+def first(count, batches):
+    return StepBatches(batches, (), count)
 
 
 def assert_equal(found, expected):
@@ -86,7 +92,7 @@ def check_pure(make):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_batch_is_a_pure_function_of_its_number(stores, name):
     options = OPTIONS.get(name, {})
-    check_pure(lambda rows: make_batches(stores, name, rows=rows, num_steps=36, **options))
+    check_pure(lambda rows: first(36, make_batches(stores, name, rows=rows, **options)))
     objective = OBJECTIVES[name](tokenizer=TOKENIZER, **options)
     check_pure(lambda rows: EvalBatches(stores["books"], objective, SEQ_LEN, 6, 1, 0, rows))
 
@@ -97,12 +103,53 @@ def test_the_purity_law_fails_for_one_generator_for_all_rows(stores):
 
         def _row(self, draw):
             index = int(self.rng.integers(self.sources["books"].num_examples))
-            example = self.sources["books"].example(index, self.rng)
+            example = self.sources["books"].example([index])
             return self.objective.corrupt(self.rng, example, self.seq_len)
 
     objective = MaskedLM(tokenizer=TOKENIZER)
     with pytest.raises(AssertionError):
-        check_pure(lambda rows: Wrong(stores, WEIGHTS, objective, SEQ_LEN, 6, 1, rows, 9))
+        check_pure(lambda rows: first(9, Wrong(stores, WEIGHTS, objective, SEQ_LEN, 6, 1, rows)))
+
+
+def check_documents(batches, stores, k):
+    """The rows of batch k hold what the store has at the places that are said, of the documents that are said."""
+    said, rows = batches.documents(k), batches.whole(k)
+    assert [entry["row"] for entry in said] == list(range(6))
+    for row, entry in enumerate(said):
+        store = stores[entry["source"]]
+        assert entry["store"] == str(store.path) and entry["split"] == "train"
+        (part,) = entry["examples"]
+        start, stop = part["tokens"]
+        tokens = store.tokens(start, stop)[: SEQ_LEN + 1]
+        length = (rows["segment_ids"][row] > 0).sum()
+        np.testing.assert_array_equal(rows["tokens"][row, :length], tokens[:length])
+        first, last = part["documents"]
+        assert store.document_span(first)[0] <= start < store.document_span(first)[1]
+        assert store.document_span(last)[0] < stop <= store.document_span(last)[1]
+
+
+def test_the_documents_of_a_batch_are_those_that_its_rows_hold(stores):
+    batches = make_batches(stores, "causal", rows=np.array([2, 4]))
+    for k in (0, 7, 31, 500):
+        check_documents(batches, stores, k)
+        assert_equal(make_batches(stores, "causal")[k], batches.whole(k))
+
+
+def test_the_law_of_documents_fails_for_another_batch(stores):
+    class Wrong(TrainBatches):
+        def documents(self, k):
+            return super().documents(k + 1)
+
+    batches = Wrong(stores, WEIGHTS, OBJECTIVES["causal"](tokenizer=TOKENIZER), SEQ_LEN, 6, 1)
+    with pytest.raises(AssertionError):
+        check_documents(batches, stores, 7)
+
+
+def test_both_documents_of_a_pair_are_said(stores):
+    batches = make_batches(stores, "mlm_nsp")
+    for entry in batches.documents(3):
+        one, other = (part["documents"] for part in entry["examples"])
+        assert one[0] == one[1] and other[0] == other[1] and one != other
 
 
 def test_the_order_of_the_stores_does_not_matter_and_the_seed_does(stores):
@@ -114,7 +161,7 @@ def test_the_order_of_the_stores_does_not_matter_and_the_seed_does(stores):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_iterator_gives_the_same_batches_from_any_start(stores, num_workers):
-    batches = make_batches(stores, num_steps=9)
+    batches = first(9, make_batches(stores))
     for start in (0, 4) if not num_workers else (4,):
         found = list(make_iterator(batches, start, num_workers))
         assert len(found) == 9 - start
@@ -123,17 +170,17 @@ def test_the_iterator_gives_the_same_batches_from_any_start(stores, num_workers)
 
 
 def test_the_iterator_of_a_finished_run_is_empty_and_errors_come_through(stores):
-    assert list(make_iterator(make_batches(stores, num_steps=3), 3)) == []
-    batches = make_batches(stores, num_steps=3)
+    batches = make_batches(stores)
+    assert list(make_iterator(first(3, batches), 3)) == []
     batches.seq_len = 4  # too short for the examples
     with pytest.raises(ValueError, match="expected at most 4"):
-        list(make_iterator(batches))
+        list(make_iterator(first(3, batches)))
 
 
 def draws_of(batches, source, epochs):
     """The example indices of a source's first epochs, by (epoch, place)."""
     indices = []
-    batches.sources[source].example = lambda index, rng: indices.append(index)
+    batches.sources[source].example = lambda chosen: indices.extend(chosen)
     batches.objective = SimpleNamespace(static=True, corrupt=lambda *_: {"x": np.zeros(1)})
     size = batches.sources[source].num_examples
     for draw in range(epochs * size):
@@ -202,7 +249,7 @@ def test_wrong_weights_are_all_named_at_once():
 
 
 def test_epochs_seen_counts_passes_over_each_source(stores):
-    batches = make_batches(stores, num_steps=10**9)
+    batches = make_batches(stores)
     assert batches.epochs_seen(0) == {"books": 0, "code": 0}
     drawn = 1_000_000 * 6
     seen = batches.epochs_seen(1_000_000)
@@ -214,7 +261,7 @@ def test_epochs_seen_counts_passes_over_each_source(stores):
 def masks(stores, static):
     """The masked positions of every example in two epochs, by the example's tokens."""
     batches = make_batches(
-        {"books": stores["books"]}, weights={"books": 1}, num_steps=10**6, rate=0.3, static=static
+        {"books": stores["books"]}, weights={"books": 1}, rate=0.3, static=static
     )
     size = batches.sources["books"].num_examples
     epochs = []
@@ -257,11 +304,9 @@ def test_evaluation_predicts_every_byte_of_the_split_once(stores):
     for store in stores.values():
         batches = EvalBatches(store, objective, SEQ_LEN, 6, seed=0)
         check_every_byte_is_a_label_once(batches, store, objective)
-        train = TrainBatches(
-            {"x": store}, {"x": 1}, objective, SEQ_LEN, 6, 0, num_steps=len(batches)
-        )
+        train = TrainBatches({"x": store}, {"x": 1}, objective, SEQ_LEN, 6, 0)
         with pytest.raises(AssertionError):
-            check_every_byte_is_a_label_once(train, store, objective)
+            check_every_byte_is_a_label_once(first(len(batches), train), store, objective)
 
 
 def test_the_last_evaluation_batch_is_filled_with_rows_of_weight_zero(stores):
