@@ -39,7 +39,7 @@ def read_prompts(path: Path) -> list[str]:
 def read_object(where: str, line: str) -> str:
     try:
         found = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         found = None
     text = found.get("prompt", found.get("text")) if isinstance(found, dict) else None
     if not isinstance(text, str):

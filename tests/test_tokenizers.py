@@ -9,6 +9,7 @@ import pytest
 import tokenizers as hf
 
 from jaxlm import tokenizers
+from jaxlm.exits import Damaged
 from jaxlm.tokenizers import load_tokenizer, make_tokenizer, train_tokenizer
 
 ENGLISH = "The cat sat. It's 3.14 o'clock! \"Why?\" (Because.) It is so.\n\nA new line.\n" * 8
@@ -86,7 +87,7 @@ def test_a_changed_model_file_is_refused(trained, tmp_path):
     trained["chars"].save(tmp_path)
     file = tmp_path / "characters.txt"
     file.write_bytes(file.read_bytes() + "\U0001f9e0".encode())
-    with pytest.raises(ValueError, match="characters.txt"):
+    with pytest.raises(Damaged, match="characters.txt"):
         load_tokenizer(tmp_path)
 
 
@@ -213,7 +214,7 @@ def test_saved_reserved_ids_outside_the_vocabulary_are_refused(trained, tmp_path
     meta = json.loads((tmp_path / "jaxlm_tokenizer.json").read_text())
     meta["roles"]["mask"] = 10_000
     (tmp_path / "jaxlm_tokenizer.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(Damaged, match="do not fit"):
         load_tokenizer(tmp_path)
 
 

@@ -93,15 +93,24 @@ class Index:
         Raises:
           ValueError: if it is anything else.
         """
-        try:
-            with as_path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
-                arrays = {name: _read_array(archive, name) for name in FILES}
-            ids = json.loads(arrays["ids.npy"].tobytes())
-            if not isinstance(ids, list):
-                raise ValueError(f"the ids are a {type(ids).__name__}, no list")
-            return cls(arrays["vectors.npy"], ids)
-        except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-            raise ValueError(f"{path} is no index that `Index.save` wrote: {error}") from error
+        with as_path(path).open("rb") as file:
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    arrays = {name: _read_array(archive, name) for name in FILES}
+                ids = json.loads(arrays["ids.npy"].tobytes())
+                if not isinstance(ids, list):
+                    raise ValueError(f"the ids are a {type(ids).__name__}, no list")
+                return cls(arrays["vectors.npy"], ids)
+            # RuntimeError is what zipfile cannot do, and too deep JSON; OSError: a place before the file's beginning.
+            except (
+                ValueError,
+                KeyError,
+                zipfile.BadZipFile,
+                EOFError,
+                RuntimeError,
+                OSError,
+            ) as error:
+                raise ValueError(f"{path} is no index that `Index.save` wrote: {error}") from error
 
 
 def normalized(vectors_ND: np.ndarray) -> np.ndarray:

@@ -231,7 +231,7 @@ def inside(folder: Path, name: str) -> Path:
 
     The Hugging Face cache keeps its files as links to ../../blobs/, so links may stay within that cache.
     """
-    if not re.fullmatch(r"[\w][\w.+-]*", name) or name in (".", ".."):
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}", name):
         raise BadFile(f"{folder}: {name[:200]!r} is not the plain name of a file in this folder")
     path = folder / name
     if not path.is_file():

@@ -19,7 +19,7 @@ import tokenizers as hf
 
 from jaxlm.interop import hub
 from jaxlm.interop.mapping import BadModel, Family
-from jaxlm.interop.safetensors_io import inside, read_json
+from jaxlm.interop.safetensors_io import BadFile, inside, read_json
 from jaxlm.tokenizers import load_tokenizer
 from jaxlm.tokenizers.kinds import JSONTokenizer, SentencePieceTokenizer, _byte_level_table
 
@@ -59,20 +59,27 @@ def read_tokenizer(folder: Path) -> Any:
     Raises:
       BadFile, BadModel, ValueError: for files that are links out of the folder or no tokenizer.
     """
-    for name in FILES:
+    models = (file.name for file in folder.glob("*.model"))
+    for name in {*FILES, *models}:
         if (folder / name).exists() or (folder / name).is_symlink():
             inside(folder, name)
+    try:
+        return _read_any(folder)
+    except FileNotFoundError:
+        return None
+    except (BadFile, BadModel):
+        raise
+    except Exception as error:  # tokenizers and sentencepiece raise bare Exceptions for bad files
+        raise BadModel(f"{folder}: its tokenizer cannot be read: {str(error)[:300]}") from error
+
+
+def _read_any(folder: Path) -> Any:
     if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
         return _from_spiece(folder)
     has_pairs = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     if has_pairs and not (folder / "tokenizer.json").is_file():
         return _from_vocab_and_merges(folder)
-    try:
-        return load_tokenizer(folder)
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # tokenizers and sentencepiece raise bare Exceptions for bad files
-        raise BadModel(f"{folder}: its tokenizer cannot be read: {str(error)[:300]}") from error
+    return load_tokenizer(folder)
 
 
 def fetch_tokenizer(spec: str) -> Any:

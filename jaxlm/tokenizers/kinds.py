@@ -12,6 +12,8 @@ import tokenizers as hf
 from jaxlm.files import as_path
 from jaxlm.tokenizers.base import ROLES, Tokenizer, is_ideograph, reserved_names
 
+MAX_IDS = 1 << 22  # published vocabularies have 262,144 at most; a file may claim any
+
 
 class ByteTokenizer(Tokenizer):
     """The 256 bytes of UTF-8 after the seven reserved ids (ByT5, Xue et al. 2021)."""
@@ -130,7 +132,10 @@ class JSONTokenizer(Tokenizer):
         model.encode_special_tokens = True
         config = json.loads(blob)
         vocab = model.get_vocab(with_added_tokens=True)
-        tokens = [""] * (max(vocab.values(), default=-1) + 1)
+        size = max(vocab.values(), default=-1) + 1
+        if size > MAX_IDS:
+            raise ValueError(f"tokenizer.json has the id {size - 1}; expected less than {MAX_IDS}")
+        tokens = [""] * size
         for token, i in vocab.items():
             tokens[i] = token
         added = {entry["id"]: entry for entry in config.get("added_tokens") or ()}

@@ -1,6 +1,5 @@
 """Tokenizers from files: saved ones, Hugging Face folders, SentencePiece models, BERT's vocab.txt."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -8,9 +7,15 @@ from typing import Any
 
 import tokenizers as hf
 
+from jaxlm.exits import Damaged
 from jaxlm.files import as_path
+from jaxlm.sealed import read_object
 from jaxlm.tokenizers.base import META, ROLES, Tokenizer, known_spellings, pick
 from jaxlm.tokenizers.kinds import TOKENIZERS, JSONTokenizer, SentencePieceTokenizer
+
+MAX_META_BYTES = (
+    64 << 20
+)  # of the JSON beside a model; tokenizer_config.json lists every added token
 
 
 def make_tokenizer(
@@ -38,31 +43,48 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
 
     Raises:
       FileNotFoundError: if none of these is there.
-      ValueError: if a saved tokenizer's file is not the one that was saved.
+      Damaged: if a saved tokenizer is not what was saved.
+      ValueError: if a foreign one cannot be read.
     """
     path = as_path(directory)
-    meta = path / META
-    if meta.is_file():
-        saved = json.loads(meta.read_text(encoding="utf-8"))
-        kind = pick(TOKENIZERS, saved["kind"], "tokenizer kind")
-        tokenizer = kind((path / kind.filename).read_bytes(), saved)
-        if tokenizer.sha256 != saved["sha256"]:
-            raise ValueError(f"{path}: {kind.filename} is not the file that was saved with {META}")
-        return tokenizer
+    kind_of_error, load = (Damaged, _saved) if is_saved(path) else (ValueError, _foreign)
+    try:
+        return load(path)
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers and sentencepiece raise bare Exceptions for bad files
+        raise kind_of_error(
+            f"{path}: its tokenizer cannot be read: {str(error)[:300] or type(error).__name__}"
+        ) from error
+
+
+def _saved(path: Path) -> Tokenizer:
+    saved = read_object(path / META, MAX_META_BYTES)
+    kind = pick(TOKENIZERS, saved["kind"], "tokenizer kind")
+    tokenizer = kind((path / kind.filename).read_bytes(), saved)
+    if tokenizer.sha256 != saved["sha256"]:
+        raise ValueError(
+            f"{kind.filename} and {META} are not those that were saved together (sha256): copy both again from where they "
+            "came from"
+        )
+    return tokenizer
+
+
+def _foreign(path: Path) -> Tokenizer:
     folder, files = (path, sorted(path.iterdir())) if path.is_dir() else (path.parent, [path])
     for file in sorted(files, key=lambda file: file.suffix != ".json"):
         if file.name == "tokenizer.json" or (file == path and file.suffix == ".json"):
-            return _foreign(JSONTokenizer, file.read_bytes(), folder)
+            return _with_names(JSONTokenizer, file.read_bytes(), folder)
         if file.suffix == ".model" and file.is_file():
-            return _foreign(SentencePieceTokenizer, file.read_bytes(), folder)
+            return _with_names(SentencePieceTokenizer, file.read_bytes(), folder)
         if file.name == "vocab.txt":
-            return _foreign(JSONTokenizer, _wordpiece(file, folder), folder)
+            return _with_names(JSONTokenizer, _wordpiece(file, folder), folder)
     raise FileNotFoundError(
         f"found no tokenizer at {path}: expected a folder with {META}, tokenizer.json, *.model or vocab.txt"
     )
 
 
-def _foreign(kind: type[Tokenizer], blob: bytes, folder: Path) -> Tokenizer:
+def _with_names(kind: type[Tokenizer], blob: bytes, folder: Path) -> Tokenizer:
     """A tokenizer whose reserved tokens the JSON files beside it may name."""
     named: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -76,7 +98,7 @@ def _foreign(kind: type[Tokenizer], blob: bytes, folder: Path) -> Tokenizer:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_object(file, MAX_META_BYTES) if file.is_file() else {}
 
 
 def _wordpiece(vocab: Path, folder: Path) -> bytes:
