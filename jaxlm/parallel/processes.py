@@ -61,6 +61,9 @@ def joined(**options: Any) -> Iterator[Place | None]:
         yield place
         watch.close()
         jax.distributed.shutdown()
+    except RunError as error:
+        watch.end_together()
+        _end(error, error.status)
     except SystemExit as error:
         _end(error, error.code if isinstance(error.code, int) else FAILED)
     except BaseException as error:
@@ -152,12 +155,54 @@ def count() -> int:
     return jax.process_count()
 
 
+def index() -> int:
+    return jax.process_index()
+
+
+def say_once(name: str, text: str) -> None:
+    """Tells all processes that `hear` it. Of several that speak, the first is heard."""
+    try:
+        _client().key_value_set(f"jaxlm/{name}", text)
+    except RuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):
+            raise
+
+
+def hear(name: str) -> str:
+    """Waits for what `say_once` says, in a thread; '' if the run ends without a word."""
+    try:
+        return _client().blocking_key_value_get(f"jaxlm/{name}", _FOREVER_MS)
+    except RuntimeError:
+        return ""
+
+
+def largest(name: str, value: int) -> int:
+    """The largest `value` of all processes, which all have to ask, once for a name; no device is used."""
+    if jax.process_count() == 1:
+        return value
+    _client().key_value_set(f"jaxlm/{name}/values/{jax.process_index()}", str(value))
+    barrier(name)
+    return max(int(said) for _, said in _client().key_value_dir_get(f"jaxlm/{name}/values/"))
+
+
 def barrier(name: str) -> None:
     """Waits until all processes are here, however long it takes; no device is used. A process that is gone is an error."""
     if jax.process_count() == 1:
         return
     _counts[name] += 1
     _client().wait_at_barrier(f"jaxlm/{name}/{_counts[name]}", _FOREVER_MS)
+
+
+def gather(name: str, text: str) -> list[str]:
+    """What each process says, by its number; all must ask. No device is used."""
+    if jax.process_count() == 1:
+        return [text]
+    _counts[name] += 1
+    key, client = f"jaxlm/{name}/{_counts[name]}", _client()
+    client.key_value_set(f"{key}/{jax.process_index()}", text)
+    return [
+        client.blocking_key_value_get(f"{key}/{i}", _FOREVER_MS) for i in range(jax.process_count())
+    ]
 
 
 @contextlib.contextmanager
@@ -244,6 +289,16 @@ class _Watch:
             _client().wait_at_barrier(name, _FOREVER_MS)
         except RuntimeError as error:
             _end(error, FAILED)
+
+    def end_together(self) -> None:
+        """All of the run ends by an error that is its own: waits a little for the others, so that each has its own status.
+
+        One that is alone with its error leaves, and the others end because it is gone.
+        """
+        self.barriers.clear()
+        with contextlib.suppress(RuntimeError):
+            _client().wait_at_barrier("jaxlm/ended by an error", _TOGETHER_MS)
+            jax.distributed.shutdown()
 
     def close(self) -> None:
         """Waits for all processes to be here."""
