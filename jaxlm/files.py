@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jaxlm.exits import Damaged
+
 # Scheme -> (what epath reads it with: any one of these, what to install).
 SCHEMES = {"gs": (("gcsfs", "tensorflow"), "pip install 'gcsfs>=2026.2'")}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+")
@@ -203,7 +205,7 @@ def fetch(source: Path, folder: Path, sha256: str) -> Path:
     Processes that ask at one time wait for one another.
 
     Raises:
-      ValueError: if what was read has another sha256, or `sha256` is none.
+      Damaged: if what was read has another sha256. ValueError: if `sha256` is none.
     """
     if not _SHA256.fullmatch(sha256):
         raise ValueError(
@@ -220,7 +222,7 @@ def fetch(source: Path, folder: Path, sha256: str) -> Path:
             found = _copy(source, partial)
             if found != sha256:
                 partial.unlink()
-                raise ValueError(
+                raise Damaged(
                     f"{source}: its sha256 is {found}, expected {sha256}: upload the file again"
                 )
             os.replace(partial, target)

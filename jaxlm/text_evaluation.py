@@ -18,7 +18,9 @@ from ml_collections import ConfigDict
 from jaxlm import build
 from jaxlm.data import sources
 from jaxlm.data.pipeline import EvalBatches
-from jaxlm.data.token_store import TokenStore, read_manifest, write_store
+from jaxlm.data.store_format import read_manifest
+from jaxlm.data.store_writer import write_store
+from jaxlm.data.token_store import TokenStore
 from jaxlm.inference import scoring
 from jaxlm.inputs import bos_of, listed, need_lm
 from jaxlm.interop.tokenizer_files import num_model_ids

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from jaxlm import api, build, evaluate, files
 from jaxlm.data.token_store import TokenStore
+from jaxlm.exits import Damaged
 from jaxlm.files import Appender, absolute, as_path, fetch, local_copy, new_folder, write_text
 from jaxlm.finetune import finetune
 from jaxlm.flags import through_saved_config
@@ -249,18 +250,16 @@ def test_a_store_on_a_bucket_is_copied_by_its_digests_and_checked(bucket, tmp_pa
     np.testing.assert_array_equal(
         TokenStore(remote, "train", cache_dir=cache).tokens(3, 40), expected
     )
-    assert copies == ["train-00000.tokens.npy"]
+    assert copies == ["train-00000.blocks.npy", "train-00000.tokens.npy"]
 
     shard = remote / "validation-00000.tokens.npy"
     changed = bytearray(shard.read_bytes())
     changed[-1] ^= 1
     shard.write_bytes(bytes(changed))
-    with pytest.raises(
-        ValueError, match=r"validation-00000.tokens.npy: its sha256 is .*, expected"
-    ):
+    with pytest.raises(Damaged, match=r"validation-00000.tokens.npy: its sha256 is .*, expected"):
         TokenStore(remote, "validation", cache_dir=cache).tokens(0, 4)
     shard.unlink()
-    with pytest.raises(ValueError, match=r"validation-00000.tokens.npy: missing"):
+    with pytest.raises(Damaged, match=r"validation-00000.tokens.npy: missing"):
         TokenStore(remote, "validation", cache_dir=cache)
 
 

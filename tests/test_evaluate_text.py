@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxlm import evaluate, text_evaluation
-from jaxlm.data.token_store import TokenStore, write_store
+from jaxlm.data.store_writer import write_store
+from jaxlm.data.token_store import TokenStore
 from jaxlm.inference import scoring
 from jaxlm.language_model import BadInput, LanguageModel
 from jaxlm.parallel import mesh as meshes

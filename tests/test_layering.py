@@ -13,7 +13,7 @@ PEERS = {"models", "objectives", "tasks", "data"}
 THIRD_PARTY_ONLY: frozenset[str] = frozenset()
 ALLOWED: dict[str, frozenset[str]] = {
     "compat": THIRD_PARTY_ONLY,
-    "files": THIRD_PARTY_ONLY,
+    "files": frozenset({"exits"}),
     "exits": THIRD_PARTY_ONLY,
     "sealed": frozenset({"exits"}),
     "parallel": frozenset({"compat", "exits"}),

@@ -11,6 +11,7 @@ import tokenizers as hf
 from jaxlm import tokenizers
 from jaxlm.exits import Damaged
 from jaxlm.tokenizers import load_tokenizer, make_tokenizer, train_tokenizer
+from jaxlm.tokenizers.base import identity_sha256
 
 ENGLISH = "The cat sat. It's 3.14 o'clock! \"Why?\" (Because.) It is so.\n\nA new line.\n" * 8
 CHINESE = "你好，世界。今天天气很好！我们去公园吗？\n"
@@ -213,6 +214,8 @@ def test_saved_reserved_ids_outside_the_vocabulary_are_refused(trained, tmp_path
     trained["bytes"].save(tmp_path)
     meta = json.loads((tmp_path / "jaxlm_tokenizer.json").read_text())
     meta["roles"]["mask"] = 10_000
+    reserved = {name: meta[name] for name in ("roles", "sentinel_ids", "vocab_size")}
+    meta["sha256"] = identity_sha256("bytes", (tmp_path / "bytes.txt").read_bytes(), reserved)
     (tmp_path / "jaxlm_tokenizer.json").write_text(json.dumps(meta))
     with pytest.raises(Damaged, match="do not fit"):
         load_tokenizer(tmp_path)

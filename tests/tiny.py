@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from jaxlm import build
-from jaxlm.data.token_store import write_store
+from jaxlm.data.store_writer import write_store
 from jaxlm.tokenizers import make_tokenizer
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.workdir import manifest

@@ -27,9 +27,10 @@ from typing import Any
 import tqdm
 
 from jaxlm.data import sources as text_sources
-from jaxlm.data import token_store, workers
+from jaxlm.data import store_writer, workers
 from jaxlm.data.runs import in_order_of_keys, replacing, write_text
 from jaxlm.data.sources import Span
+from jaxlm.data.store_format import read_manifest, sha256_of
 from jaxlm.data.workers import SPLITS
 from jaxlm.files import as_path, is_remote
 from jaxlm.tokenizers import Tokenizer, load_tokenizer
@@ -77,7 +78,7 @@ def prepare(
         tokenizer = load_tokenizer(tokenizer)
     _check_options(split, validation_fraction, max_bad_fraction)
     output = as_path(output)
-    work = token_store.working_folder(output, cache_dir)
+    work = store_writer.working_folder(output, cache_dir)
     files = _scan(text_sources.find_files(sources, cache_dir), _known_files(output, work), progress)
     total = sum(file["size"] for file in files)
     recipe = dict(
@@ -112,7 +113,7 @@ def prepare(
         if not is_remote(output):
             with contextlib.suppress(FileNotFoundError):
                 output.rmdir()  # an empty folder may stand there
-        token_store.publish(work / "store", output)
+        store_writer.publish(work / "store", output)
     shutil.rmtree(work)
     return manifest
 
@@ -150,7 +151,7 @@ def _scan(paths: list[Path], known: dict[tuple, str], progress: bool) -> list[di
         digest = known.get((str(path), stat.st_size, stat.st_mtime_ns), "")
         if not digest:
             with contextlib.suppress(OSError):
-                digest = token_store.sha256_of(path)
+                digest = sha256_of(path)
         files.append(
             dict(path=str(path), size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=digest)
         )
@@ -173,7 +174,7 @@ def _existing(output: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if not (output / "manifest.json").is_file():
         raise FileExistsError(f"{output} exists and is no token store: choose another output")
-    manifest = token_store.read_manifest(output)
+    manifest = read_manifest(output)
     found = manifest.get("recipe", {})
     differences = [
         f"{name}: found {found.get(name)!r}, asked for {value!r}"
@@ -361,7 +362,7 @@ def _merge(
     )
     with bar:
         for split in splits:
-            writer = token_store.ShardWriter(store, split, tokenizer, recipe["shard_tokens"])
+            writer = store_writer.ShardWriter(store, split, tokenizer, recipe["shard_tokens"])
             for ids, num_bytes in in_order_of_keys(work, summaries, split):
                 writer.add(ids, num_bytes)
                 bar.update(len(ids))
@@ -369,4 +370,4 @@ def _merge(
     pieces = [summary["number"] for summary in summaries]
     _collect_quarantine(work, pieces, store / "quarantine.jsonl")
     shutil.copyfile(work / "sources.json", store / "sources.json")
-    return token_store.finish_store(store, entries, tokenizer, recipe=recipe, source=counts)
+    return store_writer.finish_store(store, entries, tokenizer, recipe=recipe, source=counts)

@@ -18,7 +18,7 @@ from typing import Any
 from jaxlm.data import sources as text_sources
 from jaxlm.data.runs import Runs, replacing, write_text
 from jaxlm.data.sources import Bad, Document, Span
-from jaxlm.data.token_store import token_dtype
+from jaxlm.data.store_format import token_dtype
 from jaxlm.tokenizers import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation")

@@ -74,8 +74,7 @@ class Tokenizer:
         pieces = [*pieces, *(b"" for _ in appended)]
         self._pieces = [b"" if i in self.special_ids else p for i, p in enumerate(pieces)]
         self._make_tables()
-        identity = [self.kind, hashlib.sha256(blob).hexdigest(), self._reserved()]
-        self.sha256 = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.sha256 = identity_sha256(self.kind, blob, self._reserved())
         self.is_exact: bool = self._is_exact()
 
     def encode(self, text: str) -> np.ndarray:
@@ -186,6 +185,12 @@ class Tokenizer:
 
     def _is_exact(self) -> bool:
         return self._join(self._encode(_PROBE)) == _PROBE
+
+
+def identity_sha256(kind: str, blob: bytes, reserved: Mapping[str, Any]) -> str:
+    """Of all that decides what ids stand for: `Tokenizer.sha256`, known without making one."""
+    identity = [kind, hashlib.sha256(blob).hexdigest(), reserved]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def reserve(tokens: Sequence[str], named: Mapping[str, str], num_sentinels: int) -> dict[str, Any]:

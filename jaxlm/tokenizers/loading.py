@@ -10,7 +10,14 @@ import tokenizers as hf
 from jaxlm.exits import Damaged
 from jaxlm.files import as_path
 from jaxlm.sealed import read_object
-from jaxlm.tokenizers.base import META, ROLES, Tokenizer, known_spellings, pick
+from jaxlm.tokenizers.base import (
+    META,
+    ROLES,
+    Tokenizer,
+    identity_sha256,
+    known_spellings,
+    pick,
+)
 from jaxlm.tokenizers.kinds import TOKENIZERS, JSONTokenizer, SentencePieceTokenizer
 
 MAX_META_BYTES = (
@@ -61,13 +68,14 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
 def _saved(path: Path) -> Tokenizer:
     saved = read_object(path / META, MAX_META_BYTES)
     kind = pick(TOKENIZERS, saved["kind"], "tokenizer kind")
-    tokenizer = kind((path / kind.filename).read_bytes(), saved)
-    if tokenizer.sha256 != saved["sha256"]:
+    blob = (path / kind.filename).read_bytes()
+    reserved = {name: saved[name] for name in ("roles", "sentinel_ids", "vocab_size")}
+    if identity_sha256(kind.kind, blob, reserved) != saved["sha256"]:  # before anything parses it
         raise ValueError(
             f"{kind.filename} and {META} are not those that were saved together (sha256): copy both again from where they "
             "came from"
         )
-    return tokenizer
+    return kind(blob, saved)
 
 
 def _foreign(path: Path) -> Tokenizer:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.data.packing import Examples, permute
-from jaxlm.data.token_store import TokenStore, write_store
+from jaxlm.data.store_writer import write_store
+from jaxlm.data.token_store import TokenStore
 
 
 class ToyTokenizer(SimpleNamespace):
@@ -21,7 +22,7 @@ class ToyTokenizer(SimpleNamespace):
 
 
 TOKENIZER = ToyTokenizer(
-    vocab_size=100, bos_id=1, eos_id=2, sha256="toy", num_bytes=np.full(100, 2, np.int32)
+    vocab_size=100, bos_id=1, eos_id=2, sha256="0" * 64, num_bytes=np.full(100, 2, np.int32)
 )
 
 

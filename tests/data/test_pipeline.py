@@ -4,13 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import xxhash
 
+from jaxlm.data.blocks import BLOCK_BYTES, block_sums, num_blocks
 from jaxlm.data.pipeline import PERIOD, EvalBatches, Mixture, TrainBatches, make_iterator
 from jaxlm.data.positions import StepBatches
+from jaxlm.data.store_format import sha256_of
 from jaxlm.data.store_writer import finish_store, write_store
 from jaxlm.data.token_store import TokenStore
 from jaxlm.objectives import OBJECTIVES, CausalLM, MaskedLM
@@ -38,7 +42,7 @@ def make_tokenizer():
         special_ids=frozenset([*range(7), *range(90, 100)]),
         is_word_start=np.arange(100) % 2 == 1,
         num_bytes=num_bytes,
-        sha256="toy",
+        sha256="0" * 64,
     )
 
 
@@ -352,8 +356,22 @@ def make_sparse_store(path, num_tokens, document_tokens):
         num_sentences=len(starts) - 1,
         num_bytes=0,
     )
-    unread = dict.fromkeys(("tokens", "documents", "sentences"), "")
-    finish_store(path, {"train": {**counts, "shards": [{**counts, "sha256": unread}]}}, TOKENIZER)
+    sums = [zero_sums(name.format("tokens"))]
+    sums += [block_sums(name.format(part)) for part in ("documents", "sentences")]
+    np.save(name.format("blocks"), np.concatenate(sums))
+    digests = dict.fromkeys(("tokens", "documents", "sentences"), "0" * 64)  # which reading skips
+    digests["blocks"] = sha256_of(Path(name.format("blocks")))
+    finish_store(path, {"train": {**counts, "shards": [{**counts, "sha256": digests}]}}, TOKENIZER)
+
+
+def zero_sums(file):
+    """`block_sums` of a file that is a header and zeros, whose zeros are not read."""
+    size = os.stat(file).st_size
+    sums = np.full(num_blocks(size), xxhash.xxh3_64_intdigest(bytes(BLOCK_BYTES)), np.uint64)
+    with open(file, "rb") as opened:
+        sums[0] = xxhash.xxh3_64_intdigest(opened.read(BLOCK_BYTES))
+    sums[-1] = xxhash.xxh3_64_intdigest(bytes(size % BLOCK_BYTES))
+    return sums
 
 
 MEASURE = """

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from jaxlm.data import prepare as preparation
-from jaxlm.data import runs, token_store, workers
+from jaxlm.data import runs, store_writer, workers
 from jaxlm.data.prepare import prepare
+from jaxlm.data.store_check import problems
 from jaxlm.data.token_store import TokenStore
 from jaxlm.tokenizers import make_tokenizer, train_tokenizer
 
@@ -72,15 +73,14 @@ def test_every_document_is_in_one_split_once_and_shuffled(source, tmp_path):
     check_every_document_is_there_once(tmp_path / "s", TEXTS)
     check_is_shuffled(tmp_path / "s", TEXTS)
     assert len(manifest["splits"]["train"]["shards"]) > 1
-    for split in manifest["splits"]:
-        TokenStore(tmp_path / "s", split).verify()
+    assert problems(tmp_path / "s") == []
     assert not (tmp_path / "s.partial").exists()
 
 
 def test_a_store_that_lost_or_did_not_shuffle_documents_fails(tmp_path):
     documents = [TOKENIZER.encode(text) for text in TEXTS]
     splits = {"train": documents[:1400], "validation": documents[1400:1499]}
-    token_store.write_store(tmp_path / "s", splits, TOKENIZER)
+    store_writer.write_store(tmp_path / "s", splits, TOKENIZER)
     with pytest.raises(AssertionError):
         check_every_document_is_there_once(tmp_path / "s", TEXTS)
     with pytest.raises(AssertionError):
@@ -172,7 +172,7 @@ def die_after(pieces, run=Workers.map):
 
 source, tokenizer, output, options, pieces = sys.argv[1:]
 if pieces == "all":
-    preparation.token_store.finish_store = die
+    preparation.store_writer.finish_store = die
 else:
     Workers.map = die_after(int(pieces))
 preparation.prepare(source, tokenizer, output, num_workers=2, **json.loads(options))
@@ -272,7 +272,7 @@ def test_a_finished_store_is_returned_at_once_and_another_one_is_not_touched(
 ):
     made = prepare(str(source), TOKENIZER, tmp_path / "s", num_workers=0, **OPTIONS)
     monkeypatch.setattr(preparation, "_tokenize", None)  # nothing is tokenized
-    monkeypatch.setattr(token_store, "sha256_of", None)  # nor are unchanged sources read
+    monkeypatch.setattr(preparation, "sha256_of", None)  # nor are unchanged sources read
     assert prepare(str(source), TOKENIZER, tmp_path / "s", num_workers=3, **OPTIONS) == made
     before = files_of(tmp_path / "s")
     with pytest.raises(FileExistsError, match="(?s)seed: found 0, asked for 1"):

@@ -6,8 +6,12 @@ import pickle
 import numpy as np
 import pytest
 
-from jaxlm.data import token_store
-from jaxlm.data.token_store import TokenStore, write_store
+from jaxlm.data import store_format
+from jaxlm.data.store_format import PARTS
+from jaxlm.data.store_writer import write_store
+from jaxlm.data.token_store import TokenStore
+from jaxlm.exits import Damaged
+from jaxlm.sealed import seal
 from jaxlm.tokenizers import make_tokenizer
 
 TOKENIZER = make_tokenizer("bytes", num_sentinels=0)
@@ -61,7 +65,7 @@ def test_every_range_reads_what_was_written(path):
 def test_a_store_that_forgets_the_shard_border_fails(tmp_path):
     class OneShard(TokenStore):
         def tokens(self, start, stop):
-            return self._part(0, "tokens")[start:stop].astype(np.int32)
+            return self._part(0, "tokens").read(start, stop).astype(np.int32)
 
     write_store(tmp_path / "s", {"train": DOCUMENTS}, TOKENIZER, shard_tokens=30)
     with pytest.raises(AssertionError):
@@ -128,48 +132,48 @@ def test_a_store_travels_to_another_process_as_its_path(path):
     assert pickle.loads(data).num_tokens == store.num_tokens
 
 
-def check_damage_is_found(path):
-    with pytest.raises(ValueError, match="train-00000"):
-        TokenStore(path).verify()
-
-
-@pytest.mark.parametrize("part", token_store.PARTS)
-def test_one_flipped_bit_is_found_by_verify(part, path):
-    TokenStore(path).verify()
-    file = path / f"train-00000.{part}.npy"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    check_damage_is_found(path)
-
-
-def test_an_unharmed_store_has_no_damage_to_find(path):
-    with pytest.raises(pytest.fail.Exception):
-        check_damage_is_found(path)
-
-
 def test_missing_and_short_files_are_all_named_when_the_store_is_opened(path):
     (path / "train-00000.documents.npy").unlink()
     tokens = path / "train-00000.tokens.npy"
     tokens.write_bytes(tokens.read_bytes()[:20])
-    with pytest.raises(ValueError) as error:
+    (path / "train-00000.sentences.npy").rename(path / "moved")
+    (path / "train-00000.sentences.npy").symlink_to("/etc/passwd")
+    with pytest.raises(Damaged) as error:
         TokenStore(path)
     assert "documents.npy: missing" in str(error.value)
     assert "tokens.npy: 20 bytes" in str(error.value)
+    assert "sentences.npy: a link" in str(error.value)
 
 
 def test_a_pickle_in_place_of_a_shard_is_not_loaded(path):
     file = path / "train-00000.tokens.npy"
+    size = file.stat().st_size
     np.save(file, np.array([{"x": 1}] * 1000, object), allow_pickle=True)
-    with pytest.raises(ValueError, match="Python objects|allow_pickle"):
+    file.write_bytes((file.read_bytes() + bytes(size))[:size])
+    as_schema_1(path)
+    with pytest.raises(Damaged, match="found object .*, the manifest says uint16"):
         TokenStore(path).tokens(0, 1)
 
 
-def edit_manifest(path, edit):
+def edit_manifest(path, edit, seal=seal):
+    """Changes a manifest; it is sealed again, as somebody who means harm would."""
     file = path / "manifest.json"
     manifest = json.loads(file.read_text())
     edit(manifest)
-    file.write_text(json.dumps(manifest))
+    file.write_text(json.dumps(seal(manifest)))
+
+
+def as_schema_1(path):
+    """Makes of a store what was one before there were blocks."""
+
+    def older(manifest):
+        manifest.update(schema_version=1)
+        for entry in manifest["splits"].values():
+            for shard in entry["shards"]:
+                del shard["sha256"]["blocks"]
+        del manifest["other_files"], manifest["sha256"]
+
+    edit_manifest(path, older, seal=lambda manifest: manifest)
 
 
 def test_names_in_the_manifest_cannot_leave_the_folder(path):
@@ -182,15 +186,134 @@ def test_names_in_the_manifest_cannot_leave_the_folder(path):
 
 def test_another_schema_or_dtype_is_refused(path):
     edit_manifest(path, lambda m: m.update(schema_version=99, dtype="object"))
-    with pytest.raises(ValueError, match="(?s)schema_version 99.*'object'"):
+    with pytest.raises(ValueError, match="schema_version 99, expected 2"):
+        TokenStore(path)
+    edit_manifest(path, lambda m: m.update(schema_version=2))
+    with pytest.raises(ValueError, match="dtype 'object'"):
         TokenStore(path)
 
 
 def test_an_array_that_is_not_what_the_manifest_says_is_refused(path):
     file = path / "train-00000.tokens.npy"
-    np.save(file, np.zeros(len(np.load(file)) + 1, np.uint16))
-    with pytest.raises(ValueError, match="the manifest says"):
+    size = len(np.load(file))
+    np.save(file, np.zeros(size, np.int16))
+    with pytest.raises(Damaged, match="bytes 0 to .* are not those that were written"):
         TokenStore(path).tokens(0, 1)
+    as_schema_1(path)
+    with pytest.raises(Damaged, match="found int16 .*, the manifest says uint16"):
+        TokenStore(path).tokens(0, 1)
+    np.save(file, np.zeros(size + 1, np.uint16))
+    with pytest.raises(Damaged, match="bytes, expected"):
+        TokenStore(path)
+
+
+def check_reads_nothing_else(store, expected):
+    """Each read gives what was written, or says that it is not there any more."""
+    reads = {
+        "tokens": lambda: store.tokens(0, store.num_tokens),
+        "documents": lambda: store.documents_in(0, store.num_tokens),
+        "document_of": lambda: [store.document_of(i) for i in range(store.num_tokens)],
+        "spans": lambda: [store.document_span(i) for i in range(store.num_documents)],
+        "sentences": lambda: store.sentence_starts(0, store.num_tokens),
+        "starts": store.document_starts,
+    }
+    damaged = set()
+    for name, read in reads.items():
+        try:
+            found = np.asarray(read()).tolist()
+        except Damaged as error:
+            assert "train-00000" in str(error)
+            damaged.add(name)
+        else:
+            assert found == expected.setdefault(name, found), name
+    return damaged
+
+
+PLACES = {"tokens": {"tokens"}, "sentences": {"sentences"}}
+PLACES["documents"] = {"documents", "document_of", "spans", "starts"}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_flipped_bit_is_found_by_what_reads_it_and_by_nothing_else(part, path):
+    expected = {}
+    assert check_reads_nothing_else(TokenStore(path), expected) == set()
+    file = path / f"train-00000.{part}.npy"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert check_reads_nothing_else(TokenStore(path), expected) == PLACES[part]
+    as_schema_1(path)  # whose reads are not checked
+    with pytest.raises(AssertionError):
+        check_reads_nothing_else(TokenStore(path), expected)
+
+
+def test_a_search_that_a_flipped_bit_leads_astray_is_found(tmp_path):
+    """Also where the block that it ends in is whole."""
+    documents = [TOKENIZER.encode("ab")] * 50_000
+    write_store(tmp_path / "s", {"train": documents}, TOKENIZER)
+    file = tmp_path / "s" / "train-00000.documents.npy"
+    data = bytearray(file.read_bytes())
+    middle = 128 + 8 * 25_000
+    data[middle + 3] ^= 1  # the first number that a search looks at, by 2**24
+    file.write_bytes(data)
+    store = TokenStore(tmp_path / "s")
+    assert store.documents_in(10, 30).tolist() == [
+        12,
+        16,
+        20,
+        24,
+        28,
+    ]  # below: the search goes left
+    with pytest.raises(Damaged, match="bytes 196,608 to 262,144"):
+        store.documents_in(180_000, 180_010)
+
+
+def test_a_changed_manifest_is_found(path):
+    edit_manifest(path, lambda m: m.update(vocab_size=262), seal=lambda manifest: manifest)
+    with pytest.raises(Damaged, match="manifest.json: its sha256 is not the one in it"):
+        TokenStore(path)
+
+
+@pytest.mark.parametrize(
+    "edit, says",
+    [
+        (lambda m: m["splits"]["train"].update(num_tokens=5), "num_tokens 5 is not the sum"),
+        (lambda m: m["splits"]["train"]["shards"][0].update(num_tokens=-1), "expected counts"),
+        (lambda m: m["splits"]["train"]["shards"][0].update(num_tokens=1 << 60), "expected counts"),
+        (lambda m: m["splits"]["train"]["shards"][0].update(sha256="../x"), "expected a sha256"),
+        (lambda m: m["splits"].update(train=[]), "names no shards"),
+        (lambda m: m.update(splits=3), "names no splits"),
+        (lambda m: m.update(vocab_size=1 << 20), "do not fit one another"),
+        (lambda m: m.update(fingerprint="0" * 64), "fingerprint is not that of its files"),
+    ],
+)
+def test_numbers_and_names_that_no_store_has_are_refused_before_they_are_used(path, edit, says):
+    edit_manifest(path, edit)
+    with pytest.raises(ValueError, match=says):
+        TokenStore(path)
+
+
+def test_a_manifest_that_is_no_json_or_too_large_is_damage(path, monkeypatch):
+    file = path / "manifest.json"
+    whole = file.read_bytes()
+    for content in (b"", b"\xff" + whole, whole[:-9], b"[" * 100_000, b"[1]"):
+        file.write_bytes(content)
+        with pytest.raises(Damaged, match=r"manifest.json: found"):
+            TokenStore(path)
+    file.write_bytes(whole)
+    monkeypatch.setattr(store_format, "_MANIFEST_BYTES", len(whole) - 1)
+    with pytest.raises(Damaged, match="more than"):
+        TokenStore(path)
+
+
+def test_a_large_shard_may_be_declared_but_is_compared_with_its_file_first(path):
+    def larger(manifest):
+        for counts in (manifest["splits"]["train"], manifest["splits"]["train"]["shards"][0]):
+            counts["num_tokens"] += 1 << 40
+
+    edit_manifest(path, larger)
+    with pytest.raises(Damaged, match="tokens.npy: .* bytes, expected 2,199"):
+        TokenStore(path)
 
 
 def test_an_unknown_split_lists_the_known_ones(path):

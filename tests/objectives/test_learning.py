@@ -8,7 +8,8 @@ import optax
 import pytest
 
 from jaxlm.data.pipeline import TrainBatches
-from jaxlm.data.token_store import TokenStore, write_store
+from jaxlm.data.store_writer import write_store
+from jaxlm.data.token_store import TokenStore
 from jaxlm.models import MODELS
 from jaxlm.objectives import OBJECTIVES, Mixture
 from jaxlm.objectives.mixture import FOR_DECODERS, FOR_ENCODER_DECODERS
