@@ -4,6 +4,11 @@ Numbers are those of sysexits.h where it has the meaning. From RETRY on, the sam
 from the newest checkpoint.
 """
 
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 DONE = 0
 FAILED = 1  # any other error, with its traceback
 DAMAGED = (
@@ -43,7 +48,13 @@ class Damaged(RunError):
 
 
 class Diverged(RunError, FloatingPointError):
+    """bad_steps: a record of each of the steps in a row that led here: {"step": …, metric: its value}."""
+
     status = DIVERGED
+
+    def __init__(self, message: str, bad_steps: Sequence[Mapping[str, Any]]):
+        super().__init__(message)
+        self.bad_steps = bad_steps
 
 
 class Corrupted(RunError):
@@ -60,3 +71,17 @@ class NotSaved(RunError):
 
 class Stopped(RunError):
     status = STOPPED
+
+
+def with_status(main: Callable[..., Any]) -> Callable[..., Any]:
+    """`main` of a program; a RunError becomes its message, without a traceback, and its status."""
+
+    @functools.wraps(main)
+    def run(*arguments: Any) -> Any:
+        try:
+            return main(*arguments)
+        except RunError as error:
+            print(error, file=sys.stderr, flush=True)
+            sys.exit(error.status)
+
+    return run

@@ -95,8 +95,15 @@ class Program:
 
     def new_state(self, params: PyTree) -> TrainState:
         trained, frozen = partition.split(params, self.is_trained)
-        ema = self.config.ema_decay > 0
-        return new_state(trained, self.optimizer, ema=ema, plateau=self.plateau, frozen=frozen)
+        guards = self.config.guards
+        return new_state(
+            trained,
+            self.optimizer,
+            ema=self.config.ema_decay > 0,
+            plateau=self.plateau,
+            frozen=frozen,
+            spike_window=guards.spike_window if guards.spike_factor else 0,
+        )
 
     def evaluated_params(self, state: TrainState) -> tuple[PyTree, str]:
         """What evaluation takes: the averaged parameters where there are some; and 'ema' or 'raw'."""
@@ -129,6 +136,7 @@ class Program:
             accumulation_steps=config.accumulation_steps,
             grad_clip_norm=config.optimizer.grad_clip_norm,
             ema_decay=config.ema_decay,
+            spike_factor=config.guards.spike_factor,
         )
         shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
         if config.offload_optimizer:

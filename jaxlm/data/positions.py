@@ -67,7 +67,11 @@ def read_rewinds(workdir: Path) -> list[Rewind]:
 
 
 def write_rewinds(workdir: Path, rewinds: Sequence[Rewind]) -> None:
-    write_text(workdir / FILE, json.dumps([r._asdict() for r in rewinds], indent=1) + "\n")
+    write_text(workdir / FILE, json.dumps(as_json(rewinds), indent=1) + "\n")
+
+
+def as_json(rewinds: Sequence[Rewind]) -> list[dict[str, Any]]:
+    return [{**rewind._asdict(), "bad_steps": list(rewind.bad_steps)} for rewind in rewinds]
 
 
 class StepBatches:

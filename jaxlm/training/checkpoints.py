@@ -2,28 +2,40 @@
 
 `params` (and `ema`, where the run averages) stand alone, so that fine-tuning, evaluation and export read them without
 knowing which optimizer made them; where a part of the parameters did not train, it is in `frozen`, and together they
-are the model's. `opt_state` holds every other array of the state. `manifest` is JSON.
+are the model's. `opt_state` holds every other array of the state. `manifest` is JSON (see `stored`).
+
+    checkpoints/300.orbax-checkpoint-tmp-0/   being written; an unfinished one is removed when a run opens the folder
+    checkpoints/deleting/                     old ones, removed after each save
+    checkpoints.damaged/300-1/                set aside, for people to look at, with 300-1.txt, which says why
 """
 
-import json
+import functools
+import logging
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from jaxlm.files import absolute, as_path, is_remote
+from jaxlm.exits import Damaged, NotSaved
+from jaxlm.files import absolute, as_path, is_remote, write_text
+from jaxlm.parallel import processes
 from jaxlm.parallel.mesh import path_names
-from jaxlm.training import partition
+from jaxlm.training import partition, stored
+from jaxlm.training.guards import finite_problems
 from jaxlm.training.state import TrainState
 
 PyTree = Any
+log = logging.getLogger("jaxlm")
+FOLDER, DAMAGED, DELETING = "checkpoints", "checkpoints.damaged", "deleting"
 
 
 class Checkpoints:
-    """The checkpoints of one workdir: saved in the background, restored exactly.
+    """The checkpoints of one workdir: saved in the background, restored exactly, from the newest that is whole.
 
     Args:
       workdir: the run's folder.
@@ -42,10 +54,15 @@ class Checkpoints:
         best_metric: str = "",
         best_mode: str = "min",
     ):
-        self.directory = absolute(workdir) / "checkpoints"
+        self.directory = absolute(workdir) / FOLDER
         self.best_metric = best_metric
         policies: list[Any] = [managers.LatestN(keep_last)]
-        options = {"enable_async_checkpointing": True}
+        options = {
+            "enable_async_checkpointing": True,
+            "cleanup_tmp_directories": True,
+            # A folder loses its name at once, and not file by file: what has a step's name is whole.
+            "todelete_subdir": DELETING,
+        }
         if keep_every:
             policies.append(managers.EveryNSteps(keep_every))
         if best_metric:
@@ -63,16 +80,90 @@ class Checkpoints:
             # Without best_fn a reopened manager does not read the metrics back and drops the best.
             options |= {"best_fn": value, "best_mode": best_mode}
         options["preservation_policy"] = managers.AnyPreservationPolicy(policies)
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(**options)
-        )
+        self._options = ocp.CheckpointManagerOptions(**options)
+        self._manager: ocp.CheckpointManager | None = None
+        self._thread = ThreadPoolExecutor(1, "after_save")
+        self._writing: Future | None = None
+
+    # ------------------------------------------------------------ restoring
+
+    def steps(self) -> list[int]:
+        """The steps that are there, whole or damaged."""
+        return find_steps(self.directory)
+
+    def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """(state, manifest) of the newest step that is whole, placed by the shardings of `abstract_state`.
+
+        Damaged steps are named and, once a whole one is found, set aside. None if there are no steps at all.
+
+        Raises:
+          Damaged: if no step is whole; nothing is changed then.
+          ValueError: a repair list, if the newest whole step has other names, shapes or dtypes.
+        """
+        damage: dict[int, str] = {}
+        steps = self.steps()
+        for step in reversed(steps):
+            step_dir = self.directory / str(step)
+            try:
+                state = restore_state(step_dir, abstract_state)
+                manifest = stored.read_manifest(step_dir)
+                refuse_not_finite(step_dir, state)
+            except Damaged as error:
+                log.error("checkpoint %d is damaged: %s", step, error)
+                damage[step] = str(error)
+                continue
+            if not stored.has_checksums(manifest):
+                log.warning("checkpoint %d is of an older version, which kept no checksums", step)
+            self._set_aside(damage | self._damaged_manifests(steps[: steps.index(step)]))
+            self._open()
+            return state, manifest
+        if damage:
+            raise Damaged(
+                f"{self.directory} has steps {steps}, and none of them can be restored:\n"
+                + "\n".join(damage.values())
+                + "\nNothing was changed. Bring the folder back from a copy, or start anew in another --workdir."
+            )
+        return None
+
+    def set_aside(self, steps: Iterable[int], reason: str) -> None:
+        """Moves steps out of the way, to `checkpoints.damaged`; all processes must call."""
+        self.wait()
+        if self._manager:
+            self._manager.close()
+            self._manager = None  # it remembers what steps there were
+        self._set_aside(dict.fromkeys(steps, reason))
+
+    def _damaged_manifests(self, steps: list[int]) -> dict[int, str]:
+        """The steps whose manifest does not hold; Orbax would trip over those that have nothing else, either."""
+        found = {}
+        for step in steps:
+            step_dir = self.directory / str(step)
+            try:
+                stored.together(step_dir, functools.partial(stored.read_manifest, step_dir))
+            except Damaged as error:
+                found[step] = str(error)
+        return found
+
+    def _set_aside(self, reasons: Mapping[int, str]) -> None:
+        for step, reason in reasons.items() if processes.is_main() else ():
+            folder = self.directory.parent / DAMAGED
+            folder.mkdir(exist_ok=True)
+            number = 1 + sum(path.name.startswith(f"{step}-") for path in folder.glob("*.txt"))
+            target = folder / f"{step}-{number}"
+            write_text(target.with_name(f"{target.name}.txt"), reason + "\n")
+            (self.directory / str(step)).rename(target)  # of a bucket: a copy of each object
+            log.error("checkpoint %d is set aside, as %s", step, target)
+        processes.barrier("damaged checkpoints are set aside")
+
+    # ------------------------------------------------------------ saving
 
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        return self._open().latest_step()
 
     def best_step(self) -> int | None:
         """The step with the best metric so far; the newest one if none competed."""
-        return self._manager.best_step() if self.best_metric else self._manager.latest_step()
+        manager = self._open()
+        return manager.best_step() if self.best_metric else manager.latest_step()
 
     def save(
         self, step: int, state: TrainState, manifest: dict, metrics: dict[str, float] | None
@@ -80,32 +171,92 @@ class Checkpoints:
         """Starts to save; returns when the arrays are copied off the devices.
 
         `metrics` are those of the evaluation at this very step (None: the step does not compete for best).
+
+        Raises:
+          NotSaved: if this cannot be saved, or what was saved before could not.
+          Corrupted: if devices hold different copies of one array.
         """
+        self.wait()
         competes = bool(self.best_metric) and metrics is not None
         if competes and self.best_metric not in metrics:
             raise ValueError(
                 f"checkpoint.best_metric {self.best_metric!r} is not among the evaluation metrics "
                 f"{sorted(metrics)}"
             )
-        items = {name: ocp.args.StandardSave(tree) for name, tree in split_state(state).items()}
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(**items, manifest=ocp.args.JsonSave(manifest)),
-            metrics={self.best_metric: metrics[self.best_metric]} if competes else None,
-        )
-        if not saved:
-            raise RuntimeError(
-                f"Orbax refused to save step {step} into {self.directory}, where the newest step is "
-                f"{self.latest_step()}: two runs may be writing to one workdir"
+        best = {self.best_metric: metrics[self.best_metric]} if competes else None
+        items = split_state(state)
+        content = stored.seal(manifest | {"metrics": best}, items)
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        manager = self._open()
+        try:
+            saved = manager.save(
+                step,
+                args=ocp.args.Composite(**arrays, manifest=ocp.args.JsonSave(content)),
+                metrics=best,
             )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._not_saved(f"step {step}", error) from error
+        if not saved:
+            raise NotSaved(
+                f"Orbax refused to save step {step} into {self.directory}, where the newest step is "
+                f"{manager.latest_step()}: two runs may be writing to one workdir"
+            )
+        self._writing = self._thread.submit(self._after_save, manager)
+
+    def check(self) -> None:
+        """Raises NotSaved if what was saved in the background has failed; costs nothing to speak of."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Blocks until what was saved is on disk.
+
+        Raises:
+          NotSaved: what went wrong in the background.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except (OSError, ValueError, RuntimeError) as error:
+            self._manager = None  # it counts the step that failed: another one looks at what is there
+            raise self._not_saved("the newest step", error) from error
 
     def close(self) -> None:
-        self._manager.close()
+        self.wait()
+        if self._manager:
+            self._manager.close()
+        self._thread.shutdown()
+
+    def _open(self) -> ocp.CheckpointManager:
+        """Orbax's manager, made when it is needed first: it reads what steps there are, and trips over damaged ones."""
+        if self._manager is None:
+            self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+            self._delete()
+        return self._manager
+
+    def _after_save(self, manager: ocp.CheckpointManager) -> None:
+        manager.wait_until_finished()
+        self._delete()
+
+    def _delete(self) -> None:
+        if processes.is_main() and not is_remote(self.directory):
+            shutil.rmtree(self.directory / DELETING, ignore_errors=True)
+
+    def _not_saved(self, what: str, error: Exception) -> NotSaved:
+        free = "" if is_remote(self.directory) else _free_space(self.directory)
+        found = self.steps()
+        return NotSaved(
+            f"{what} could not be saved into {self.directory}{free}: {type(error).__name__}: {error}\n"
+            f"Saved and whole is step {found[-1] if found else '(none)'}; make room or mend the disk, and start the same "
+            "command again."
+        )
+
+
+def _free_space(folder: Path) -> str:
+    usage = shutil.disk_usage(folder)
+    return f", on whose disk {usage.free / 1e9:.2f} of {usage.total / 1e9:.2f} GB are free"
 
 
 def split_state(state: TrainState) -> dict[str, PyTree]:
@@ -116,6 +267,8 @@ def split_state(state: TrainState) -> dict[str, PyTree]:
         "plateau": state.plateau,
         "skipped": state.skipped,
     }
+    if state.spikes is not None:  # checkpoints of runs without that guard have no such arrays
+        rest["spikes"] = state.spikes
     items = {"params": state.params, "opt_state": rest, "ema": state.ema, "frozen": state.frozen}
     return {name: tree for name, tree in items.items() if tree is not None}
 
@@ -125,13 +278,21 @@ def evaluated_item(step_dir: Path) -> str:
     return "ema" if (step_dir / "ema").is_dir() else "params"
 
 
+def refuse_not_finite(step_dir: Path, state: TrainState) -> None:
+    """Raises Damaged, naming the arrays from which no step would recover. What plateau keeps may be infinite."""
+    if lines := finite_problems(split_state(state.replace(plateau=None))):
+        raise Damaged(f"{step_dir} was saved with numbers that are none:\n  " + "\n  ".join(lines))
+
+
 def restore_state(step_dir: Path, abstract_state: TrainState) -> TrainState:
     """The whole state of one checkpoint, placed by the shardings of `abstract_state`.
 
     Raises:
+      Damaged: if it is not what was saved.
       ValueError: a repair list, if the stored names, shapes or dtypes are others.
     """
-    loaded = _load(step_dir, split_state(abstract_state))
+    items = split_state(abstract_state)
+    loaded = stored.read(step_dir, lambda there: fitting(step_dir, items, there))
     rest = loaded["opt_state"]
     parts = {name: loaded.get(name) for name in ("params", "ema", "frozen")}
     return abstract_state.replace(**parts, **rest)
@@ -144,14 +305,19 @@ def load_item(step_dir: Path, abstract_tree: PyTree, item: str = "params") -> Py
     same way whatever part of them was trained.
 
     Raises:
+      Damaged: if it is not what was saved.
       ValueError: a repair list, if the stored arrays are others.
     """
-    items = {item: abstract_tree}
-    if (step_dir / item).is_dir() and (step_dir / "frozen").is_dir():
-        own = stored_arrays(step_dir / item)
-        items[item], rest = partition.split(abstract_tree, lambda path: path in own)
-        items |= {"frozen": rest} if rest else {}
-    loaded = _load(step_dir, items)
+
+    def choose(there: dict[str, PyTree]) -> dict[str, PyTree]:
+        items = {item: abstract_tree}
+        if item in there and "frozen" in there:
+            own = stored.describe(there[item])
+            items[item], rest = partition.split(abstract_tree, lambda path: path in own)
+            items |= {"frozen": rest} if rest else {}
+        return fitting(step_dir, items, there)
+
+    loaded = stored.read(step_dir, choose)
     return partition.join(loaded.pop(item), loaded.get("frozen"))
 
 
@@ -160,6 +326,9 @@ def load_tree(step_dir: Path, item: str, like: PyTree) -> PyTree:
 
     like: ShapeDtypeStructs with shardings; an array of the same path and shape gets its sharding, any other array the
     sharding of a scalar on the same devices.
+
+    Raises:
+      Damaged: if it is not what was saved.
     """
     leaves = {"/".join(path_names(p)): x for p, x in jax.tree_util.tree_leaves_with_path(like)}
     mesh = next(iter(leaves.values())).sharding.mesh
@@ -170,62 +339,51 @@ def load_tree(step_dir: Path, item: str, like: PyTree) -> PyTree:
         sharding = twin.sharding if twin is not None and twin.shape == x.shape else replicated
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    checkpointer = ocp.StandardCheckpointer()
-    trees = []
-    for folder in (step_dir / item, step_dir / "frozen"):
-        if folder.is_dir():
-            stored = checkpointer.metadata(folder).item_metadata
-            wanted = jax.tree_util.tree_map_with_path(place, stored)
-            trees.append(checkpointer.restore(folder, wanted))
-    return partition.join(trees[0], trees[1] if len(trees) > 1 else None)
+    loaded = stored.read(
+        step_dir,
+        lambda there: {
+            name: jax.tree_util.tree_map_with_path(place, there[name])
+            for name in (item, "frozen")
+            if name in there
+        },
+    )
+    return partition.join(loaded.pop(item), loaded.get("frozen"))
 
 
-def read_manifest(step_dir: Path) -> dict:
-    """What the run wrote about itself when it saved this checkpoint."""
-    return json.loads((step_dir / "manifest" / "metadata").read_text(encoding="utf-8"))
-
-
-def _load(step_dir: Path, items: dict[str, PyTree]) -> dict[str, PyTree]:
-    # Orbax casts dtypes in silence, so they are compared here, too.
-    problems = [line for name, tree in items.items() for line in mismatches(step_dir / name, tree)]
-    if problems:
+def fitting(
+    step_dir: Path, wanted: dict[str, PyTree], there: dict[str, PyTree]
+) -> dict[str, PyTree]:
+    """`wanted`, if the stored arrays of these items have its names, shapes and dtypes; a ValueError with a list if not."""
+    lines = []
+    for item, tree in wanted.items():
+        if item not in there:
+            lines.append(f"  {item}: not in the checkpoint")
+            continue
+        found, expected = stored.describe(there[item]), stored.describe(tree)
+        lines += [
+            f"  {item}/{name}: stored {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
+            for name in sorted(found.keys() | expected.keys())
+            if found.get(name) != expected.get(name)
+        ]
+    if lines:
         raise ValueError(
-            f"{step_dir} does not fit this model and optimizer:\n" + "\n".join(problems)
+            f"{step_dir} does not fit this model and optimizer:\n" + "\n".join(lines)
         )
-    checkpointer = ocp.StandardCheckpointer()
-    return {name: checkpointer.restore(step_dir / name, tree) for name, tree in items.items()}
+    return wanted
 
 
-def stored_arrays(item: Path) -> dict[str, str]:
-    """Path -> 'float32[8, 4]' of every array in the folder of an item."""
-    return describe(ocp.StandardCheckpointer().metadata(item).item_metadata)
-
-
-def describe(tree: PyTree) -> dict[str, str]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(path_names(p)): f"{np.dtype(x.dtype).name}{list(x.shape)}" for p, x in leaves}
-
-
-def mismatches(item: Path, wanted_tree: PyTree) -> list[str]:
-    """Where the arrays stored in `item` differ from `wanted_tree` in name, shape or dtype: a line each."""
-    if not item.is_dir():
-        return [f"  {item.name}: not in the checkpoint"]
-    stored, wanted = stored_arrays(item), describe(wanted_tree)
-    return [
-        f"  {item.name}/{name}: stored {stored.get(name, 'nothing')}, "
-        f"expected {wanted.get(name, 'nothing')}"
-        for name in sorted(stored.keys() | wanted.keys())
-        if stored.get(name) != wanted.get(name)
-    ]
+def evaluated_item(step_dir: Path) -> str:
+    """The parameters that evaluation and use take: 'ema' where the run averaged them, else 'params'."""
+    return "ema" if (step_dir / "ema").is_dir() else "params"
 
 
 def find_step(path: str | Path, step: int | None = None) -> Path:
-    """The folder of one checkpoint: `path` is a workdir, its checkpoints folder, or the step itself."""
+    """The folder of one checkpoint, whole or damaged: `path` is a workdir, its checkpoints folder, or the step itself."""
     path = as_path(path)
-    if (path / "params").is_dir():
+    if (path / "params").is_dir() or (path / "manifest").is_dir():
         return absolute(path)
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and _is_whole(p))
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    steps = find_steps(folder)
     wanted = step if step is not None else (steps[-1] if steps else None)
     if wanted not in steps:
         raise FileNotFoundError(
@@ -234,7 +392,15 @@ def find_step(path: str | Path, step: int | None = None) -> Path:
     return absolute(folder / str(wanted))
 
 
-def _is_whole(step_dir: Path) -> bool:
-    """Orbax gives a folder its name when it is whole; on a bucket it puts a file there then."""
-    finished = not is_remote(step_dir) or (step_dir / "commit_success.txt").is_file()
-    return finished and (step_dir / "params").is_dir()
+def find_steps(folder: Path) -> list[int]:
+    """The steps in a folder of checkpoints, in order.
+
+    Orbax gives a folder its name when it is complete; on a bucket it puts a file there then.
+    """
+    return sorted(
+        int(path.name)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.name.isdigit()
+        and path.is_dir()
+        and (not is_remote(path) or (path / "commit_success.txt").is_file())
+    )

@@ -42,12 +42,14 @@ class BadSteps:
         self.row.append({"step": step} | {name: _mean(pair) for name, pair in metrics.items()})
         if lost:
             raise Diverged(
-                f"the parameters are not finite after step {step}: lower optimizer.learning_rate or raise warmup_steps"
+                f"the parameters are not finite after step {step}: lower optimizer.learning_rate or raise warmup_steps",
+                tuple(self.row),
             )
         if len(self.row) >= self.limit:
             raise Diverged(
                 f"the loss or gradient was not finite in {len(self.row)} steps in a row, up to step {step}: lower "
-                "optimizer.learning_rate, raise warmup_steps, or look at the data of these steps"
+                "optimizer.learning_rate, raise warmup_steps, or look at the data of these steps",
+                tuple(self.row),
             )
         return {name: value for name, value in metrics.items() if name in STAY}
 

@@ -6,6 +6,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from jaxlm.training.spikes import Spikes, new_spikes
+
 PyTree = Any
 
 
@@ -22,6 +24,7 @@ class TrainState:
       frozen: parameters that do not train (see `partition`), outside gradients and optimizer, or None. What the model
         is called with is `partition.join(params, frozen)`.
       skipped: int32, how many steps were not applied because their loss or gradient was not finite.
+      spikes: what the guard against spikes of the gradient has seen, or None.
     """
 
     step: jax.Array
@@ -31,12 +34,22 @@ class TrainState:
     plateau: PyTree = None
     frozen: PyTree = None
     skipped: Any = 0
+    spikes: Spikes | None = None
 
 
 def new_state(
-    params: PyTree, optimizer, *, ema: bool = False, plateau=None, frozen: PyTree | None = None
+    params: PyTree,
+    optimizer,
+    *,
+    ema: bool = False,
+    plateau=None,
+    frozen: PyTree | None = None,
+    spike_window: int = 0,
 ) -> TrainState:
-    """The state before the first step. Call it under jit: nothing is placed on a device by hand."""
+    """The state before the first step. Call it under jit: nothing is placed on a device by hand.
+
+    spike_window: steps that the guard against spikes looks back on; 0 is without it.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -45,4 +58,5 @@ def new_state(
         plateau=plateau.init() if plateau else None,
         frozen=frozen or None,
         skipped=jnp.zeros((), jnp.int32),
+        spikes=new_spikes(spike_window) if spike_window else None,
     )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlm.training import spikes
 from jaxlm.training.optimizers import clip_scale, ema_update, global_norm
 from jaxlm.training.partition import join
 from jaxlm.training.state import TrainState
@@ -26,12 +27,14 @@ def make_train_step(
     accumulation_steps: int = 1,
     grad_clip_norm: float = 0.0,
     ema_decay: float = 0.0,
+    spike_factor: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A function (state, batch) -> (state, metrics), to be jitted with the state donated.
 
     The loss of a batch is the sum of its totals over the sum of its weights, so it does not depend on
     how rows are spread over devices or micro-batches. A step whose loss or gradient is not finite leaves
-    everything but `step` and `skipped` as it was. `state.frozen` passes through untouched.
+    everything but `step` and `skipped` as it was, and so does a spike of the gradient, where the state has
+    `spikes`; it is counted there. `state.frozen` passes through untouched.
 
     Args:
       model: a Linen module, `apply({'params': p}, batch, deterministic, rngs) -> outputs`.
@@ -42,6 +45,7 @@ def make_train_step(
       accumulation_steps: micro-batches per step; must divide the batch's rows.
       grad_clip_norm: largest global gradient norm; 0 does not clip.
       ema_decay: decay of the averaged parameters; 0 keeps none.
+      spike_factor: over how many times the median of the last gradient norms a norm is a spike.
 
     Returns:
       metrics of the step: name -> (total, weight), to be summed over steps and divided once.
@@ -80,8 +84,11 @@ def make_train_step(
             return state.replace(skipped=state.skipped + 1)
 
         # A branch and not a select: a select made XLA:CPU copy all parameters and moments, and took twice as long.
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"][0])
-        new_state = jax.lax.cond(finite, update, skip, state.replace(frozen=None))
+        good = finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"][0])
+        if state.spikes is not None:
+            spike = finite & spikes.is_spike(state.spikes, grad_norm, spike_factor)
+            good = finite & ~spike
+        new_state = jax.lax.cond(good, update, skip, state.replace(frozen=None, spikes=None))
         new_state = new_state.replace(step=state.step + 1, frozen=state.frozen)
         scalars = {
             "learning_rate": learning_rate,
@@ -89,6 +96,10 @@ def make_train_step(
             "param_norm": optax.tree.norm(new_state.params),
             "skipped": 1.0 - finite,
         }
+        if state.spikes is not None:
+            seen = spikes.see(state.spikes, grad_norm, spike)
+            new_state = new_state.replace(skipped=state.skipped + ~finite, spikes=seen)
+            scalars["spikes"] = spike
         metrics |= {name: (jnp.float32(value), jnp.float32(1)) for name, value in scalars.items()}
         return new_state, metrics
 
