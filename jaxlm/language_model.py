@@ -19,7 +19,7 @@ from jaxlm.interop.safetensors_io import inside, read_json
 from jaxlm.interop.source import read_config
 from jaxlm.models import MODELS, TransformerConfig
 from jaxlm.parallel import mesh as meshes
-from jaxlm.training.checkpoints import read_manifest
+from jaxlm.training.stored import read_manifest
 from jaxlm.tuning import Repair, Source
 from jaxlm.tuning.source import find_decoder_start, find_prefix, split_step
 

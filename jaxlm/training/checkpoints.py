@@ -220,7 +220,9 @@ class Checkpoints:
         try:
             writing.result()
         except (OSError, ValueError, RuntimeError) as error:
-            self._manager = None  # it counts the step that failed: another one looks at what is there
+            self._manager = (
+                None  # it counts the step that failed: another one looks at what is there
+            )
             raise self._not_saved("the newest step", error) from error
 
     def close(self) -> None:
@@ -271,11 +273,6 @@ def split_state(state: TrainState) -> dict[str, PyTree]:
         rest["spikes"] = state.spikes
     items = {"params": state.params, "opt_state": rest, "ema": state.ema, "frozen": state.frozen}
     return {name: tree for name, tree in items.items() if tree is not None}
-
-
-def evaluated_item(step_dir: Path) -> str:
-    """The parameters that evaluation and use take: 'ema' where the run averaged them, else 'params'."""
-    return "ema" if (step_dir / "ema").is_dir() else "params"
 
 
 def refuse_not_finite(step_dir: Path, state: TrainState) -> None:
@@ -366,9 +363,7 @@ def fitting(
             if found.get(name) != expected.get(name)
         ]
     if lines:
-        raise ValueError(
-            f"{step_dir} does not fit this model and optimizer:\n" + "\n".join(lines)
-        )
+        raise ValueError(f"{step_dir} does not fit this model and optimizer:\n" + "\n".join(lines))
     return wanted
 
 

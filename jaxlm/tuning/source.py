@@ -15,7 +15,8 @@ from jaxlm import build, tokenizers
 from jaxlm.interop import convert, hub, tokenizer_files
 from jaxlm.interop.source import read_config
 from jaxlm.models import BODIES, TransformerConfig, lora
-from jaxlm.training.checkpoints import evaluated_item, find_step, load_tree, read_manifest
+from jaxlm.training.checkpoints import evaluated_item, find_step, load_tree
+from jaxlm.training.stored import read_manifest
 
 PyTree = Any
 
