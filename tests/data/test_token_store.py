@@ -13,6 +13,7 @@ from jaxlm.data.token_store import TokenStore
 from jaxlm.exits import Damaged
 from jaxlm.sealed import seal
 from jaxlm.tokenizers import make_tokenizer
+from tests.fixtures.make import as_schema_1
 
 TOKENIZER = make_tokenizer("bytes", num_sentinels=0)
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
@@ -161,19 +162,6 @@ def edit_manifest(path, edit, seal=seal):
     manifest = json.loads(file.read_text())
     edit(manifest)
     file.write_text(json.dumps(seal(manifest)))
-
-
-def as_schema_1(path):
-    """Makes of a store what was one before there were blocks."""
-
-    def older(manifest):
-        manifest.update(schema_version=1)
-        for entry in manifest["splits"].values():
-            for shard in entry["shards"]:
-                del shard["sha256"]["blocks"]
-        del manifest["other_files"], manifest["sha256"]
-
-    edit_manifest(path, older, seal=lambda manifest: manifest)
 
 
 def test_names_in_the_manifest_cannot_leave_the_folder(path):
