@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -292,8 +292,13 @@ class Run(Program):
     def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         return meshes.put_batch(self.mesh, batch)
 
-    def evaluate(self, params: PyTree) -> dict[str, float]:
-        """Metrics over the fixed held-out set: of all text together, and as `source/metric` for each source."""
+    def evaluate(
+        self, params: PyTree, did_batch: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Metrics over the fixed held-out set: of all text together, and as `source/metric` for each source.
+
+        did_batch: called after each batch; what it raises ends the evaluation.
+        """
         results: dict[str, float] = {}
         pooled = MetricSums()
         for name, batches in self.eval_batches.items():
@@ -303,6 +308,7 @@ class Run(Program):
                 for index in range(len(batches))
             ):
                 sums.add(metrics)
+                did_batch()
             pooled.merge(sums)
             if len(self.eval_batches) > 1:
                 means = with_perplexity(sums.means())

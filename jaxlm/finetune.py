@@ -5,28 +5,22 @@ The same command again goes on from the newest checkpoint. At the end the best c
 file and on the test file, if there is one. Read `finetune` from top to bottom.
 """
 
+import contextlib
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
-from absl import app
-from absl import flags as absl_flags
-from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from jaxlm import reports, tuning
-from jaxlm.compiled import keep_compiled_programs
-from jaxlm.files import as_path
-from jaxlm.flags import process_options
-from jaxlm.host import keep_freed_memory
+from jaxlm.entrypoint import launch
 from jaxlm.parallel import processes
 from jaxlm.training import checkpoints as checkpointing
 from jaxlm.training.metrics import read_metrics
 from jaxlm.training.plots import plot_run
-from jaxlm.workdir import accept_config, define_flags, open_writer, start_or_resume, train
-
-log = logging.getLogger("jaxlm")
+from jaxlm.training.session import Session
+from jaxlm.training.stopping import Stop
+from jaxlm.workdir import accept_config, begun, open_writer, start_or_resume, train
 
 
 def finetune(
@@ -35,49 +29,66 @@ def finetune(
     *,
     allow_config_change: bool = False,
     profile_steps: str = "",
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
-    """Trains for `config.num_epochs`, or until the best metric stands still, and returns what report.json says."""
-    with processes.main_first("data"):
-        prepared = tuning.prepare(config, workdir)
-    config = prepared.config
-    accept_config(config, workdir, allow_config_change)
-    with processes.main_first("run"):
-        run = tuning.make_run(prepared, workdir)
-    tuning.add_reference(run, prepared.source)
-    best = {name: config.checkpoint[name] for name in ("best_metric", "best_mode")}
-    store = checkpointing.Checkpoints(workdir, **config.checkpoint)
-    state, window = start_or_resume(run, store, lambda: tuning.initial_state(run, prepared.source))
-    writer = open_writer(run, int(state.step))
-    stopping = EarlyStopping(config.patience, **best)
-    for line in read_metrics(workdir):
-        if line["split"] == "eval":
-            stopping.see(line)
+    """Trains for `config.num_epochs`, or until the best metric stands still, and returns what report.json says.
 
-    def evaluate(state, step):
-        params, says = run.evaluated_params(state)
-        metrics = {"params": says, **run.evaluate(params)}
-        stopping.see(metrics)
-        return metrics
+    Raises:
+      RunError: where the run ends before; see `exits`. stop: what asks for that.
+    """
+    with begun(config, workdir, stop) as session:
+        with processes.main_first("data"):
+            prepared = tuning.prepare(config, workdir)
+        config = prepared.config
+        accept_config(config, workdir, allow_config_change)
+        with processes.main_first("run"):
+            run = tuning.make_run(prepared, workdir)
+        tuning.add_reference(run, prepared.source)
+        best_dir = attempt(run, prepared.source, session, profile_steps)
+        if processes.is_main():
+            plot_run(workdir)
+        item = checkpointing.evaluated_item(best_dir)
+        params = checkpointing.load_item(best_dir, run.param_shapes, item)
+        return reports.write_reports(run, params, int(best_dir.name), workdir)
 
-    if not stopping.is_over:
-        train(
-            run,
-            state,
-            store,
-            writer,
-            evaluate=evaluate,
-            should_stop=lambda: stopping.is_over,
-            window=window,
-            profile_steps=profile_steps,
-        )
-    best_dir = checkpointing.find_step(workdir, store.best_step())
-    store.close()
-    writer.close()
-    if processes.is_main():
-        plot_run(workdir)
-    item = checkpointing.evaluated_item(best_dir)
-    params = checkpointing.load_item(best_dir, run.param_shapes, item)
-    return reports.write_reports(run, params, int(best_dir.name), workdir)
+
+def attempt(
+    run: tuning.TaskRun, source: tuning.Source, session: Session, profile_steps: str
+) -> Path:
+    """Trains from the newest checkpoint on, if there is one, and returns the folder of the best."""
+    config = run.config
+    with contextlib.ExitStack() as opened:
+        store = checkpointing.Checkpoints(run.workdir, **config.checkpoint)
+        opened.callback(store.close)
+        with session.ledger.spend("restore"):
+            state, resumed = start_or_resume(run, store, lambda: tuning.initial_state(run, source))
+        writer = open_writer(run, int(state.step), resumed.evaluation_left)
+        opened.callback(writer.close)
+        best = {name: config.checkpoint[name] for name in ("best_metric", "best_mode")}
+        stopping = EarlyStopping(config.patience, **best)
+        for line in read_metrics(run.workdir):
+            if line["split"] == "eval":
+                stopping.see(line)
+
+        def evaluate(state, step):
+            params, says = run.evaluated_params(state)
+            metrics = {"params": says, **run.evaluate(params, session.did_batch)}
+            stopping.see(metrics)
+            return state, metrics
+
+        if not stopping.is_over:
+            train(
+                run,
+                state,
+                store,
+                writer,
+                session,
+                profile_steps,
+                evaluate=evaluate,
+                is_over=lambda: stopping.is_over,
+                resumed=resumed,
+            )
+        return checkpointing.find_step(run.workdir, store.best_step())
 
 
 @dataclasses.dataclass
@@ -106,23 +117,5 @@ class EarlyStopping:
         return 0 < self.patience <= self.waited
 
 
-def main(argv):
-    del argv
-    args = absl_flags.FLAGS
-    # Of libraries: Orbax warns of a file that nothing needs.
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    keep_freed_memory()
-    keep_compiled_programs(args.workdir)
-    log.setLevel(logging.INFO)
-    with processes.joined(**process_options(args)):
-        finetune(
-            args.config,
-            as_path(args.workdir),
-            allow_config_change=args.allow_config_change,
-            profile_steps=args.profile_steps,
-        )
-
-
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    launch(finetune)

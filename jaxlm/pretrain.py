@@ -4,27 +4,22 @@ The same command again goes on from the newest checkpoint. Started by srun, mpir
 find one another (jaxlm/parallel/launchers.py). Read `main` from top to bottom.
 """
 
-import logging
+import contextlib
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from jaxlm import build
-from jaxlm.compiled import keep_compiled_programs
-from jaxlm.files import as_path
-from jaxlm.flags import process_options
-from jaxlm.host import keep_freed_memory
+from jaxlm.entrypoint import launch
 from jaxlm.inference.samples import make_sampler
 from jaxlm.parallel import processes
 from jaxlm.training import checkpoints as checkpointing
 from jaxlm.training.metrics import drop_after
 from jaxlm.training.plots import plot_run
-from jaxlm.workdir import accept_config, define_flags, open_writer, start_or_resume, train
-
-log = logging.getLogger("jaxlm")
+from jaxlm.training.session import Session
+from jaxlm.training.stopping import Stop
+from jaxlm.workdir import accept_config, begun, open_writer, start_or_resume, train
 
 
 def pretrain(
@@ -33,63 +28,58 @@ def pretrain(
     *,
     allow_config_change: bool = False,
     profile_steps: str = "",
+    stop: Stop | None = None,
 ) -> dict[str, float]:
-    """Trains to `config.num_train_steps` and returns the last held-out metrics."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    accept_config(config, workdir, allow_config_change)
-    with processes.main_first("data"):
-        run = build.make_run(config, workdir)
-    store = checkpointing.Checkpoints(workdir, **config.checkpoint)
-    state, window = start_or_resume(run, store, lambda: build.initial_state(run))
-    start_step = int(state.step)
-    writer = open_writer(run, start_step)
-    if processes.is_main():
-        drop_after(workdir / "samples.jsonl", start_step)
-    last_eval: dict[str, Any] = {}
+    """Trains to `config.num_train_steps` and returns the last held-out metrics.
 
-    def evaluate(state, step):
-        params, says = run.evaluated_params(state)
-        metrics = run.evaluate(params)
-        last_eval.update(metrics)
-        return {"params": says, **metrics}
-
-    def on_evaluation(state, metrics):
-        return run.update_plateau(state, metrics["loss"]) if run.plateau else state
-
-    train(
-        run,
-        state,
-        store,
-        writer,
-        evaluate=evaluate,
-        on_evaluation=on_evaluation,
-        callbacks=[make_sampler(run, writer)],
-        window=window,
-        profile_steps=profile_steps,
-    )
-    store.close()
-    writer.close()
-    if processes.is_main():
-        plot_run(workdir)
-    return last_eval
+    Raises:
+      RunError: where the run ends before; see `exits`. stop: what asks for that.
+    """
+    with begun(config, workdir, stop) as session:
+        accept_config(config, workdir, allow_config_change)
+        with processes.main_first("data"):
+            run = build.make_run(config, workdir)
+        metrics = attempt(run, session, profile_steps)
+        if processes.is_main():
+            plot_run(workdir)
+        return metrics
 
 
-def main(argv):
-    del argv
-    args = flags.FLAGS
-    absl_logging.set_verbosity(absl_logging.WARNING)  # of libraries: Orbax writes dozens of lines
-    keep_freed_memory()
-    keep_compiled_programs(args.workdir)
-    log.setLevel(logging.INFO)
-    with processes.joined(**process_options(args)):
-        pretrain(
-            args.config,
-            as_path(args.workdir),
-            allow_config_change=args.allow_config_change,
-            profile_steps=args.profile_steps,
+def attempt(run: build.Run, session: Session, profile_steps: str) -> dict[str, float]:
+    """Trains from the newest checkpoint on, if there is one, and returns the last held-out metrics."""
+    with contextlib.ExitStack() as opened:
+        store = checkpointing.Checkpoints(run.workdir, **run.config.checkpoint)
+        opened.callback(store.close)
+        with session.ledger.spend("restore"):
+            state, resumed = start_or_resume(run, store, lambda: build.initial_state(run))
+        writer = open_writer(run, int(state.step), resumed.evaluation_left)
+        opened.callback(writer.close)
+        if processes.is_main():
+            samples = run.workdir / "samples.jsonl"
+            drop_after(samples, int(state.step), evaluation_left=resumed.evaluation_left)
+        sample, last_eval = make_sampler(run, writer), dict[str, Any]()
+
+        def evaluate(state, step):
+            params, says = run.evaluated_params(state)
+            metrics = run.evaluate(params, session.did_batch)
+            last_eval.update(metrics)
+            if run.plateau:
+                state = run.update_plateau(state, metrics["loss"])
+            sample(state, step)
+            return state, {"params": says, **metrics}
+
+        train(
+            run,
+            state,
+            store,
+            writer,
+            session,
+            profile_steps,
+            evaluate=evaluate,
+            resumed=resumed,
         )
+        return last_eval
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    launch(pretrain)

@@ -2,29 +2,34 @@
 environment.json, checkpoint manifests), where it goes on, and the loop over it.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import logging
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
 from ml_collections import ConfigDict
 
-from jaxlm import build
+from jaxlm import build, sealed
+from jaxlm.exits import Stopped
 from jaxlm.files import write_text
-from jaxlm.flags import define_config_flag, define_process_flags
+from jaxlm.lock import held
 from jaxlm.parallel import processes
-from jaxlm.training.checkpoints import Checkpoints, find_step, read_manifest, restore_state
+from jaxlm.training.checkpoints import Checkpoints
+from jaxlm.training.goodput import Ledger
 from jaxlm.training.guards import BadSteps
-from jaxlm.training.loop import Intervals, Work, fit
-from jaxlm.training.metrics import MetricSums, MetricWriter
+from jaxlm.training.loop import Intervals, Loop, Resumed, Work
+from jaxlm.training.metrics import MetricWriter
 from jaxlm.training.profile import Profile, parse_steps
+from jaxlm.training.session import Session
 from jaxlm.training.state import TrainState
+from jaxlm.training.stopping import Stop
+from jaxlm.training.watchdog import Watchdog
 
 log = logging.getLogger("jaxlm")
 
@@ -72,19 +77,18 @@ def refuse_another_config(config: ConfigDict, path: Path) -> None:
 
 def start_or_resume(
     run: build.Run, store: Checkpoints, start: Callable[[], TrainState]
-) -> tuple[TrainState, MetricSums | None]:
-    """(state, open log window) of the newest checkpoint; what `start` makes, and None, where there is none."""
+) -> tuple[TrainState, Resumed]:
+    """The state of the newest whole checkpoint, and what was open there; what `start` makes, where there is none."""
     processes.meet(run.mesh)
-    latest = store.latest_step()
-    if latest is None:
-        return start(), None
-    step_dir = find_step(run.workdir, latest)
-    state = restore_state(step_dir, run.state_shape)
-    log.info("resumed from step %d", latest)
-    return state, MetricSums(read_manifest(step_dir)["window"])
+    restored = store.restore(run.state_shape)
+    if restored is None:
+        return start(), Resumed()
+    state, about = restored
+    log.info("resumed from step %d", int(state.step))
+    return state, Resumed.of(about)
 
 
-def open_writer(run: build.Run, start_step: int) -> MetricWriter:
+def open_writer(run: build.Run, start_step: int, evaluation_left: bool) -> MetricWriter:
     """Writes environment.json, says how large the run is, and opens its metrics."""
     peak, peak_says = run.peak
     if processes.is_main():
@@ -99,6 +103,7 @@ def open_writer(run: build.Run, start_step: int) -> MetricWriter:
     writer = MetricWriter(
         run.workdir,
         start_step=start_step,
+        evaluation_left=evaluation_left,
         tensorboard=run.config.log.tensorboard,
         wandb=run.config.log.wandb,
         config=run.config.to_dict(),
@@ -107,23 +112,42 @@ def open_writer(run: build.Run, start_step: int) -> MetricWriter:
     return writer
 
 
+@contextlib.contextmanager
+def begun(config: ConfigDict, workdir: Path, stop: Stop | None = None) -> Iterator[Session]:
+    """One process's life of the run: no other run has the workdir meanwhile; at the end it is said where the time went.
+
+    Raises:
+      Locked: another run has it.
+    """
+    with held(workdir):
+        ledger = Ledger(workdir / "goodput.jsonl" if processes.is_main() else None)
+        watchdog = Watchdog(config.guards.watchdog_seconds, workdir)
+        try:
+            yield Session(stop or Stop(), watchdog, ledger)
+        finally:
+            log.info("%s", ledger.close())
+
+
 def train(
     run: build.Run,
     state: TrainState,
     store: Checkpoints,
     writer: MetricWriter,
+    session: Session,
     profile_steps: str = "",
     **hooks: Any,
 ) -> TrainState:
-    """`fit` with all that follows from the run. hooks: its further arguments (evaluate, callbacks, window, …).
+    """The loop with all that follows from the run. hooks: its further fields (evaluate, is_over, resumed).
 
     profile_steps: 'FIRST:LAST' of the steps to trace into `workdir/profile`, '' for none.
+
+    Raises:
+      Stopped: a signal asked for it; what was done is saved.
     """
     config, steps = run.config, parse_steps(profile_steps)
-    return fit(
-        state,
+    session.leaves_evaluation = not store.best_metric
+    loop = Loop(
         train_step=run.train_step,
-        batches=run.device_batches(int(state.step)),
         num_train_steps=config.num_train_steps,
         intervals=Intervals(
             config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps
@@ -137,25 +161,41 @@ def train(
         manifest=lambda step: manifest(run, step),
         progress=config.log.progress and processes.is_main(),
         profile=Profile(*steps, run.workdir / "profile") if steps and processes.is_main() else None,
-        bad_steps=BadSteps(config.guards.max_bad_steps),
+        bad_steps=BadSteps(config.guards.max_bad_steps, hooks["resumed"].bad_steps),
+        session=session,
         **hooks,
     )
+    state = loop.fit(state, run.device_batches(int(state.step)))
+    if session.stop.asked:
+        raise Stopped(
+            f"stopped by {session.stop.asked} after step {int(state.step)} of {config.num_train_steps}, which is saved; the "
+            "same command goes on"
+        )
+    return state
 
 
 def manifest(run: build.Run, step: int) -> dict[str, Any]:
-    """What a checkpoint says about itself."""
+    """What a checkpoint says about itself, besides its arrays."""
+    config = json.loads(run.config.to_json())
     return {
         "step": step,
         "tokens_seen": round(step * run.step_tokens),
-        "config": json.loads(run.config.to_json()),
+        "config": config,
+        "config_sha256": sealed.digest(config),
         "tokenizer_sha256": run.tokenizer.sha256,
         "data": run.data_fingerprint,
+        "mesh": dict(run.mesh.shape),
+        "packages": package_versions(),
     }
+
+
+def package_versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def write_environment(workdir: Path, run: build.Run, peak_says: str) -> None:
     """environment.json: what one needs to know to run this again."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     git = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
         capture_output=True,
@@ -163,7 +203,7 @@ def write_environment(workdir: Path, run: build.Run, peak_says: str) -> None:
     )
     content = {
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in names},
+        "packages": package_versions(),
         "git_revision": git.stdout.strip() or None,
         "devices": [str(d) for d in jax.devices()],
         "processes": jax.process_count(),
@@ -173,20 +213,3 @@ def write_environment(workdir: Path, run: build.Run, peak_says: str) -> None:
         "mfu_peak": peak_says,
     }
     write_text(workdir / "environment.json", json.dumps(content, indent=2) + "\n")
-
-
-def define_flags() -> None:
-    define_config_flag()
-    define_process_flags()
-    flags.DEFINE_string(
-        "workdir", None, "Folder of the run, or gs://…: all that it makes lies there."
-    )
-    flags.DEFINE_bool(
-        "allow_config_change", False, "Resume although fields that define the run have changed."
-    )
-    flags.DEFINE_string(
-        "profile_steps",
-        "",
-        "FIRST:LAST: traces these steps into W/profile, for xprof (TensorBoard).",
-    )
-    flags.mark_flags_as_required(["config", "workdir"])

@@ -43,7 +43,7 @@ def train_ours(
     """Trains through the loop that users run, `steps` steps a turn, until the run ends."""
     from jaxlm import build, tuning
     from jaxlm.host import keep_freed_memory
-    from jaxlm.training.loop import Intervals, Work, fit
+    from jaxlm.training.loop import Intervals, Loop, Work
 
     keep_freed_memory()
     fields = baselines.our_fields(run, files, model)
@@ -54,15 +54,14 @@ def train_ours(
     device_batches, batches = task_run.device_batches(0), task_run.train_batches
     for first in range(0, task_run.config.num_train_steps - steps, steps):
         began = time.perf_counter()
-        state = fit(
-            state,
+        loop = Loop(
             train_step=task_run.train_step,
-            batches=device_batches,
             num_train_steps=first + steps,
             intervals=Intervals(0, 0, 0),
             work=Work(task_run.step_tokens, task_run.step_flops, 1.0),
             progress=False,
         )
+        state = loop.fit(state, device_batches)
         seconds = time.perf_counter() - began
         ids = [i for k in range(first, first + steps) for i in batches.ids(k)]
         wait((int(batches.examples.lengths[ids].sum()), seconds))

@@ -30,7 +30,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.exits import FAILED, PEER_LOST
+from jaxlm.exits import FAILED, PEER_LOST, RunError
 from jaxlm.parallel.launchers import (
     TPU_ON_GKE,
     TPU_VM,
@@ -43,6 +43,7 @@ from jaxlm.parallel.launchers import (
 log = logging.getLogger("jaxlm")
 
 _FOREVER_MS = 365 * 86_400_000
+_TOGETHER_MS = 10_000
 _counts: Counter[str] = Counter()
 
 
@@ -176,15 +177,6 @@ def hear(name: str) -> str:
         return ""
 
 
-def largest(name: str, value: int) -> int:
-    """The largest `value` of all processes, which all have to ask, once for a name; no device is used."""
-    if jax.process_count() == 1:
-        return value
-    _client().key_value_set(f"jaxlm/{name}/values/{jax.process_index()}", str(value))
-    barrier(name)
-    return max(int(said) for _, said in _client().key_value_dir_get(f"jaxlm/{name}/values/"))
-
-
 def barrier(name: str) -> None:
     """Waits until all processes are here, however long it takes; no device is used. A process that is gone is an error."""
     if jax.process_count() == 1:
@@ -279,8 +271,9 @@ class _Watch:
     """
 
     def __init__(self):
-        self.barriers = ["jaxlm/main has ended", "jaxlm/others have ended"]
-        own, self.last = self.barriers if not is_main() else reversed(self.barriers)
+        barriers = ["jaxlm/main has ended", "jaxlm/others have ended"]
+        own, self.last = barriers if not is_main() else reversed(barriers)
+        self.watching = True
         self.thread = threading.Thread(target=self._wait, args=(own,), daemon=True)
         self.thread.start()
 
@@ -288,14 +281,15 @@ class _Watch:
         try:
             _client().wait_at_barrier(name, _FOREVER_MS)
         except RuntimeError as error:
-            _end(error, FAILED)
+            if self.watching:
+                _end(error, FAILED)
 
     def end_together(self) -> None:
         """All of the run ends by an error that is its own: waits a little for the others, so that each has its own status.
 
         One that is alone with its error leaves, and the others end because it is gone.
         """
-        self.barriers.clear()
+        self.watching = False
         with contextlib.suppress(RuntimeError):
             _client().wait_at_barrier("jaxlm/ended by an error", _TOGETHER_MS)
             jax.distributed.shutdown()
@@ -320,6 +314,8 @@ def _end(error: BaseException, status: int) -> None:
         )
     elif isinstance(error, SystemExit):
         text = f"{error.code}\n" if isinstance(error.code, str) else ""
+    elif isinstance(error, RunError):
+        text = f"{who}: {error}\n"
     else:
         text = f"{who} failed:\n" + "".join(traceback.format_exception(error))
     _leave(text, status)

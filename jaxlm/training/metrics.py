@@ -61,8 +61,8 @@ def with_perplexity(means: dict[str, float]) -> dict[str, float]:
 class MetricWriter:
     """Appends to `metrics.jsonl`, TensorBoard and, if asked, Weights & Biases.
 
-    On opening, lines after `start_step` are dropped: they belong to steps that a resumed run does again.
-    Only process 0 writes.
+    On opening, lines after `start_step` are dropped: they belong to steps that a resumed run does again. So is the evaluation
+    of that step, if `evaluation_left` says that it is made again. Only process 0 writes.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class MetricWriter:
         workdir: str | Path,
         *,
         start_step: int = 0,
+        evaluation_left: bool = False,
         tensorboard: bool = True,
         wandb: bool = False,
         config: Mapping | None = None,
@@ -81,7 +82,7 @@ class MetricWriter:
         if not self.is_writer:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        drop_after(self.path, start_step)
+        drop_after(self.path, start_step, evaluation_left=evaluation_left)
         self._file = Appender(self.path)
         if tensorboard:
             self._tensorboard = _open_tensorboard(workdir, start_step + 1)
@@ -120,8 +121,11 @@ class MetricWriter:
             self._wandb.finish()
 
 
-def drop_after(path: str | Path, step: int) -> None:
-    """Removes the lines of a JSON-lines file whose `step` is larger, and a line cut off by a kill; atomically."""
+def drop_after(path: str | Path, step: int, *, evaluation_left: bool = False) -> None:
+    """Removes the lines of a JSON-lines file whose `step` is larger, and a line cut off by a kill; atomically.
+
+    evaluation_left: also those of the evaluation of `step`, which are all that are not of split 'train'.
+    """
     path = as_path(path)
     if not path.exists():
         return
@@ -129,7 +133,9 @@ def drop_after(path: str | Path, step: int) -> None:
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if not line.endswith("\n"):
             continue
-        if json.loads(line)["step"] <= step:
+        content = json.loads(line)
+        again = evaluation_left and content.get("split") != "train"
+        if content["step"] <= step - again:
             kept.append(line)
     write_text(path, "".join(kept))
 

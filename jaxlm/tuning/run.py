@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -208,9 +208,16 @@ class TaskRun(build.Run):
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         return self.predictor.scored(params, self.splits[name], self.eval_batches[name], most)
 
-    def evaluate(self, params: PyTree) -> dict[str, float]:
-        """Scores of the development split; of a task that writes with as many texts as `eval.dev_texts` says."""
-        return self.scored(params, "dev", self.config.eval.get("dev_texts"))[0]
+    def evaluate(
+        self, params: PyTree, did_batch: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Scores of the development split; of a task that writes with as many texts as `eval.dev_texts` says.
+
+        did_batch: called once, when all is done: these scores decide which checkpoint is the best.
+        """
+        scores, _ = self.scored(params, "dev", self.config.eval.get("dev_texts"))
+        did_batch()
+        return scores
 
 
 def make_run(

@@ -9,9 +9,10 @@ import optax
 import pytest
 
 from jaxlm.training import loop
-from jaxlm.training.checkpoints import Checkpoints, find_step, read_manifest, restore_state
-from jaxlm.training.metrics import MetricSums, MetricWriter, read_metrics
+from jaxlm.training.checkpoints import Checkpoints, find_step, restore_state
+from jaxlm.training.metrics import MetricWriter, read_metrics
 from jaxlm.training.state import new_state
+from jaxlm.training.stored import read_manifest
 
 WORK = loop.Work(tokens_per_step=8, flops_per_step=1e3, peak_flops=1e9)
 
@@ -34,25 +35,22 @@ def train_step(state, batch):
     return state.replace(step=state.step + 1, params=params), metrics
 
 
-def run(tmp_path, *, steps, state=None, window=None, batches=None, save_every=3, **options):
+def run(tmp_path, *, steps, state=None, batches=None, save_every=3, **options):
     state = make_state() if state is None else state
     writer = MetricWriter(tmp_path, start_step=int(state.step), tensorboard=False)
     checkpoints = Checkpoints(tmp_path, keep_last=10)
     batches = itertools.islice(batches or itertools.repeat(jnp.float32(2)), int(state.step), None)
     try:
-        return loop.fit(
-            state,
+        return loop.Loop(
             train_step=train_step,
-            batches=batches,
             num_train_steps=steps,
             intervals=loop.Intervals(log=4, evaluate=5, checkpoint=save_every),
             work=WORK,
             checkpoints=checkpoints,
             writer=writer,
-            window=window,
             progress=False,
             **options,
-        )
+        ).fit(state, batches)
     finally:
         writer.close()
         checkpoints.close()
@@ -68,24 +66,24 @@ def test_each_window_is_logged_once_as_its_mean(tmp_path):
     assert train_lines(tmp_path) == [(4, 2.5), (8, 6.5), (10, 9.5)]
 
 
-def check_resumed_log(tmp_path, read_window):
+def check_resumed_log(tmp_path, read_open):
     """A run that stops between two log lines and resumes writes the lines of the unbroken run."""
     run(tmp_path / "whole", steps=10)
     run(tmp_path / "broken", steps=7)
     step_dir = find_step(tmp_path / "broken", 6)
     state = restore_state(step_dir, jax.eval_shape(make_state))
-    run(tmp_path / "again", steps=10, state=state, window=read_window(step_dir))
+    run(tmp_path / "again", steps=10, state=state, resumed=read_open(step_dir))
     expected = [line for line in train_lines(tmp_path / "whole") if line[0] > 6]
     assert train_lines(tmp_path / "again") == expected
 
 
 def test_a_resumed_run_logs_what_the_unbroken_run_logs(tmp_path):
-    check_resumed_log(tmp_path, lambda step_dir: MetricSums(read_manifest(step_dir)["window"]))
+    check_resumed_log(tmp_path, lambda step_dir: loop.Resumed.of(read_manifest(step_dir)))
 
 
 def test_the_resume_law_fails_without_the_saved_window(tmp_path):
     with pytest.raises(AssertionError):
-        check_resumed_log(tmp_path, lambda step_dir: None)
+        check_resumed_log(tmp_path, lambda step_dir: loop.Resumed())
 
 
 def test_evaluation_comes_before_the_checkpoint_and_after_the_step(tmp_path):
@@ -94,26 +92,12 @@ def test_evaluation_comes_before_the_checkpoint_and_after_the_step(tmp_path):
     def evaluate(state, step):
         assert int(state.step) == step
         seen.append(step)
-        return {"loss": 1.0}
+        return state.replace(skipped=state.skipped + 100), {"loss": 1.0}
 
-    def lower(state, values):
-        return state.replace(skipped=state.skipped + 100)
-
-    run(tmp_path, steps=10, save_every=5, evaluate=evaluate, on_evaluation=lower)
+    run(tmp_path, steps=10, save_every=5, evaluate=evaluate)
     assert seen == [5, 10]
     restored = restore_state(find_step(tmp_path, 5), jax.eval_shape(make_state))
     assert int(restored.skipped) == 100  # what the evaluation changed is in the checkpoint
-
-
-def test_callbacks_see_the_evaluated_state(tmp_path):
-    seen = []
-    run(
-        tmp_path,
-        steps=5,
-        evaluate=lambda state, step: {"loss": 0.0},
-        callbacks=[lambda state, step: seen.append((step, float(state.params["w"][0])))],
-    )
-    assert seen == [(5, 10.0)]
 
 
 def test_a_step_without_finite_loss_leaves_the_mean_of_the_others(tmp_path):

@@ -1,0 +1,55 @@
+"""How the command lines of pretraining and fine-tuning start, alike: flags, the processes of the run, signals, exit status."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from jaxlm import exits
+from jaxlm.compiled import keep_compiled_programs
+from jaxlm.files import as_path
+from jaxlm.flags import define_config_flag, define_process_flags, process_options
+from jaxlm.host import keep_freed_memory
+from jaxlm.parallel import processes
+from jaxlm.training import stopping
+
+log = logging.getLogger("jaxlm")
+
+
+def launch(train: Callable[..., Any]) -> None:
+    """Runs `train` as a program's main function. train: as `pretrain.pretrain`."""
+    define_config_flag()
+    define_process_flags()
+    flags.DEFINE_string(
+        "workdir", None, "Folder of the run, or gs://…: all that it makes lies there."
+    )
+    flags.DEFINE_bool(
+        "allow_config_change", False, "Resume although fields that define the run have changed."
+    )
+    flags.DEFINE_string(
+        "profile_steps",
+        "",
+        "FIRST:LAST: traces these steps into W/profile, for xprof (TensorBoard).",
+    )
+    flags.mark_flags_as_required(["config", "workdir"])
+
+    @exits.with_status
+    def main(argv: list[str]) -> None:
+        del argv
+        args = flags.FLAGS
+        absl_logging.set_verbosity(absl_logging.ERROR)  # of libraries: Orbax writes dozens of lines
+        keep_freed_memory()
+        keep_compiled_programs(args.workdir)
+        log.setLevel(logging.INFO)
+        with processes.joined(**process_options(args)), stopping.signals() as stop:
+            train(
+                args.config,
+                as_path(args.workdir),
+                allow_config_change=args.allow_config_change,
+                profile_steps=args.profile_steps,
+                stop=stop,
+            )
+
+    app.run(main)
