@@ -13,6 +13,7 @@ are taken modulo 2**32: elements that far apart could be exchanged.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,7 +120,7 @@ def _summing(mesh: Mesh, shardings: tuple[NamedSharding, ...]) -> Any:
     """A jitted function: arrays -> (devices of the mesh …, array, mixer) uint32, the sums of each device's shards."""
 
     def sums(shards: list[jax.Array]) -> jax.Array:
-        rows = [_sum_shard(x, s.spec) for x, s in zip(shards, shardings, strict=True)]
+        rows = [_sum_shard(x, s) for x, s in zip(shards, shardings, strict=True)]
         return jnp.stack(rows).reshape([1] * mesh.devices.ndim + [len(rows), len(MIXERS)])
 
     on_devices = [NamedSharding(mesh, s.spec) for s in shardings]
@@ -134,15 +135,15 @@ def _summing(mesh: Mesh, shardings: tuple[NamedSharding, ...]) -> Any:
     return jax.jit(lambda arrays: sums(jax.device_put(arrays, on_devices)))
 
 
-def _sum_shard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+def _sum_shard(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     """Both sums over the elements of one device's shard."""
-    index, stride = jnp.zeros((), jnp.uint32), 1
-    for axis in reversed(range(x.ndim)):
-        names = spec[axis] if axis < len(spec) else None
+    index, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis, names in reversed(list(enumerate(_axes(sharding, x.ndim)))):
+        shards = math.prod(sharding.mesh.shape[name] for name in names)
         first = jax.lax.axis_index(names) * x.shape[axis] if names else 0
         own = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.uint32(first)
-        index = jnp.broadcast_to(index, x.shape) + own * np.uint32(stride % 2**32)
-        stride *= x.shape[axis] * (jax.lax.axis_size(names) if names else 1)
+        index += own * np.uint32(stride % 2**32)
+        stride *= x.shape[axis] * shards
     word = _word(x.dtype)
     bits = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, word)
     mixed = mix(bits.astype(jnp.uint32), index)
@@ -152,26 +153,25 @@ def _sum_shard(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jnp.stack(jax.lax.reduce(mixed, zeros, add, range(x.ndim)))
 
 
+def _axes(sharding: NamedSharding, ndim: int) -> list[tuple[str, ...]]:
+    """The mesh axes that share each axis of an array; () where none does."""
+    entries = [*sharding.spec, *[None] * ndim][:ndim]
+    return [x if isinstance(x, tuple) else (x,) if x else () for x in entries]
+
+
 def _join(row: np.ndarray, sharding: NamedSharding) -> tuple[np.ndarray, list[str]]:
     """(sums over the whole array, a line for each shard of which devices hold different copies).
 
     row: (devices of the mesh …, mixer).
     """
-    names = sharding.mesh.axis_names
-    used = {
-        name
-        for entry in sharding.spec
-        for name in (entry if isinstance(entry, tuple) else (entry,))
-    }
-    axes = sorted(range(len(names)), key=lambda axis: names[axis] not in used)
-    num_shards = int(np.prod([sharding.mesh.shape[name] for name in names if name in used]))
+    sizes = sharding.mesh.shape
+    used = {name for names in _axes(sharding, len(sharding.spec)) for name in names}
+    axes = sorted(range(len(sizes)), key=lambda axis: list(sizes)[axis] not in used)
+    num_shards = math.prod(sizes[name] for name in used)
     copies = row.transpose(*axes, row.ndim - 1).reshape(num_shards, -1, len(MIXERS))
     devices = sharding.mesh.devices.transpose(axes).reshape(num_shards, -1)
     lines = [
-        ", ".join(
-            f"{device} has {_digits(x)}"
-            for device, x in zip(devices[shard], copies[shard], strict=True)
-        )
-        for shard in np.flatnonzero((copies != copies[:, :1]).any((1, 2)))
+        ", ".join(f"{d} has {_digits(x)}" for d, x in zip(devices[i], copies[i], strict=True))
+        for i in np.flatnonzero((copies != copies[:, :1]).any((1, 2)))
     ]
     return copies[:, 0].sum(0, dtype=np.uint64), lines
