@@ -21,7 +21,7 @@ from jaxlm import tokenizers
 from jaxlm.data import prepare as preparation
 from jaxlm.data import sources as text_sources
 from jaxlm.data.pipeline import EvalBatches, TrainBatches, make_iterator
-from jaxlm.data.positions import Rewind, StepBatches, read_rewinds
+from jaxlm.data.positions import Rewind, StepBatches, position, read_rewinds
 from jaxlm.data.token_store import TokenStore
 from jaxlm.files import as_path, is_remote, new_folder, write_text
 from jaxlm.interop import convert, tokenizer_files
@@ -276,6 +276,10 @@ class Run(Program):
     def documents(self, k: int) -> list[dict[str, Any]]:
         """Where the rows of batch k come from, as JSON has it."""
         return self.train_batches.documents(k)
+
+    def epochs_seen(self, step: int) -> dict[str, float]:
+        """How often each source has been read after so many steps; batches that were left out count as read."""
+        return self.train_batches.epochs_seen(position(step, self.rewinds))
 
     def device_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
         """The batches of steps `start_step`, `start_step` + 1, … on the devices."""

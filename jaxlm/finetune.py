@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from jaxlm import reports, tuning
 from jaxlm.entrypoint import launch
 from jaxlm.parallel import processes
+from jaxlm.rewind import until_done
 from jaxlm.training import checkpoints as checkpointing
 from jaxlm.training.metrics import read_metrics
 from jaxlm.training.plots import plot_run
@@ -44,7 +45,7 @@ def finetune(
         with processes.main_first("run"):
             run = tuning.make_run(prepared, workdir)
         tuning.add_reference(run, prepared.source)
-        best_dir = attempt(run, prepared.source, session, profile_steps)
+        best_dir = until_done(run, lambda: attempt(run, prepared.source, session, profile_steps))
         if processes.is_main():
             plot_run(workdir)
         item = checkpointing.evaluated_item(best_dir)

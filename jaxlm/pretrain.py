@@ -14,6 +14,7 @@ from jaxlm import build
 from jaxlm.entrypoint import launch
 from jaxlm.inference.samples import make_sampler
 from jaxlm.parallel import processes
+from jaxlm.rewind import until_done
 from jaxlm.training import checkpoints as checkpointing
 from jaxlm.training.metrics import drop_after
 from jaxlm.training.plots import plot_run
@@ -39,7 +40,7 @@ def pretrain(
         accept_config(config, workdir, allow_config_change)
         with processes.main_first("data"):
             run = build.make_run(config, workdir)
-        metrics = attempt(run, session, profile_steps)
+        metrics = until_done(run, lambda: attempt(run, session, profile_steps))
         if processes.is_main():
             plot_run(workdir)
         return metrics

@@ -16,16 +16,19 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxlm import build, sealed
+from jaxlm.data.positions import as_json
 from jaxlm.exits import Stopped
 from jaxlm.files import write_text
 from jaxlm.lock import held
 from jaxlm.parallel import processes
+from jaxlm.rewind import check_rewinds
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.goodput import Ledger
 from jaxlm.training.guards import BadSteps
 from jaxlm.training.loop import Intervals, Loop, Resumed, Work
 from jaxlm.training.metrics import MetricWriter
 from jaxlm.training.profile import Profile, parse_steps
+from jaxlm.training.self_check import SelfCheck
 from jaxlm.training.session import Session
 from jaxlm.training.state import TrainState
 from jaxlm.training.stopping import Stop
@@ -84,6 +87,7 @@ def start_or_resume(
     if restored is None:
         return start(), Resumed()
     state, about = restored
+    check_rewinds(run, about)
     log.info("resumed from step %d", int(state.step))
     return state, Resumed.of(about)
 
@@ -145,9 +149,12 @@ def train(
       Stopped: a signal asked for it; what was done is saved.
     """
     config, steps = run.config, parse_steps(profile_steps)
+    start_step, train_step = int(state.step), run.train_step
+    if every := config.guards.self_check_every_steps:
+        train_step = SelfCheck(train_step, every, start_step)
     session.leaves_evaluation = not store.best_metric
     loop = Loop(
-        train_step=run.train_step,
+        train_step=train_step,
         num_train_steps=config.num_train_steps,
         intervals=Intervals(
             config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps
@@ -156,7 +163,7 @@ def train(
         checkpoints=store,
         writer=writer,
         describe=lambda step: {
-            f"epochs/{name}": value for name, value in run.train_batches.epochs_seen(step).items()
+            f"epochs/{name}": value for name, value in run.epochs_seen(step).items()
         },
         manifest=lambda step: manifest(run, step),
         progress=config.log.progress and processes.is_main(),
@@ -165,7 +172,7 @@ def train(
         session=session,
         **hooks,
     )
-    state = loop.fit(state, run.device_batches(int(state.step)))
+    state = loop.fit(state, run.device_batches(start_step))
     if session.stop.asked:
         raise Stopped(
             f"stopped by {session.stop.asked} after step {int(state.step)} of {config.num_train_steps}, which is saved; the "
@@ -184,6 +191,7 @@ def manifest(run: build.Run, step: int) -> dict[str, Any]:
         "config_sha256": sealed.digest(config),
         "tokenizer_sha256": run.tokenizer.sha256,
         "data": run.data_fingerprint,
+        "rewinds": as_json(run.rewinds),
         "mesh": dict(run.mesh.shape),
         "packages": package_versions(),
     }
