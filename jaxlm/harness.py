@@ -95,7 +95,7 @@ class JaxLM(TemplateLM):
         if not 2 <= self.max_length <= lm.max_len:
             raise BadInput(f"max_length={max_length}: expected 2 to {lm.max_len}")
         self.scorer = scoring.make_scorer(lm.model, lm.num_ids)
-        self.decoder = decode.make_decoder(lm.model, lm.num_tokens)
+        self.decoder = decode.make_decoder(lm.model, lm.num_tokens, **lm.writing)
 
     # --- ids ---
 

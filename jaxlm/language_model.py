@@ -41,7 +41,7 @@ class LanguageModel:
     num_ids: the rows of the vocabulary over which its probabilities are: those that its source has.
     max_len: the most tokens that it takes at a time: as long as the rows that it was trained on, or as config.json says.
     prefix: the ids that stand before a text that is to be continued or answered: bos of our decoders; what transformers
-      puts there of its models. writing: of an encoder-decoder, the options of `decode.make_decoder`.
+      puts there of its models. writing: options of `decode.make_decoder`.
     task: what the head is for that it was fine-tuned with, else ''. pooling: of a fine-tuned embedding, else ''.
     no_lm: why it cannot predict tokens, '' if it can.
     """
@@ -160,7 +160,8 @@ def find_writing(source: Source) -> tuple[tuple[int, ...], dict[str, Any]]:
     task = json.loads(task_file.read_text()) if task_file and task_file.is_file() else {}
     prefix = tuple(task["prefix"]) if "prefix" in task else find_prefix(source)
     if source.family != "encoder_decoder":
-        return prefix, {}
+        objective = (source.config or {}).get("objective", {}).get("name")
+        return prefix, {"is_prefix_lm": True} if objective == "prefix_lm" else {}
     if "start_id" in task:
         return prefix, {"start_id": task["start_id"]}
     return prefix, {"start_id": find_decoder_start(source), **find_forced(source)}

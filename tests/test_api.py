@@ -93,6 +93,13 @@ def tuned(tmp_path_factory):
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_run_of_prefix_lm_writes_as_a_prefix_lm_and_another_does_not(gpt, tmp_path):
+    trained = api.load(save_random("configs/gpt.py:tiny,objective=prefix_lm", tmp_path / "run"))
+    assert (trained.writing, gpt.writing) == ({"is_prefix_lm": True}, {})
+    both = [api.generate(lm, PROMPTS, max_new_tokens=8, temperature=0) for lm in (trained, gpt)]
+    assert both[0] != both[1], "the same parameters, and the same text however the prompt is read"
+
+
 @pytest.mark.parametrize("function", ["load", "generate", "stream", "fill_mask", "embed", "score"])
 def test_the_examples_in_the_docstrings_are_true(function, workdir, encoder):
     names = vars(api) | {"workdir": workdir, "encoder": encoder}

@@ -57,10 +57,12 @@ class Decoder:
     row; the cache that it was given is used up. Logits are float32, of the token that comes next, for `num_ids` ids.
 
     params are the model's. What `prepare` makes of them gives the same, faster where it pays.
+    is_prefix_lm: see `make_decoder`.
     """
 
-    def __init__(self, model: Any, num_ids: int):
+    def __init__(self, model: Any, num_ids: int, is_prefix_lm: bool = False):
         self.num_ids, self.is_unrolled = num_ids, jax.default_backend() == "cpu"
+        self.is_prefix_lm = is_prefix_lm
         self.must_end = False
         self.model = unrolled(model) if self.is_unrolled else model
         self.prefill = jax.jit(self._prefill, static_argnames="size")
@@ -103,6 +105,8 @@ class Decoder:
     def _prefill(self, params, tokens_BP, segment_ids_BP, size):
         cache = make_cache(self.model.config, *tokens_BP.shape)
         batch = {"tokens": tokens_BP, "segment_ids": segment_ids_BP}
+        if self.is_prefix_lm:
+            batch["is_prefix"] = segment_ids_BP > 0
         logits_BV, cache = self._read(params, cache, batch)
         return logits_BV, grow(cache, size)
 
@@ -198,6 +202,7 @@ def make_decoder(
     model: Any,
     num_ids: int | None = None,
     *,
+    is_prefix_lm: bool = False,
     start_id: int = 0,
     first_id: int = -1,
     must_end: bool = False,
@@ -205,6 +210,7 @@ def make_decoder(
     """The decoder of a Linen model; the same one each time.
 
     num_ids: the tokenizer's; ids past it, of a padded vocabulary, are never drawn. None = all.
+    is_prefix_lm: the tokens of a prompt see one another, as those of a prefix did in training (`objectives.prefix_lm`).
     Of an encoder-decoder: start_id is what its decoder reads first; first_id, what it then writes whatever it thinks, -1:
     what it likes; must_end: the last of the tokens that it may write is eos, if none was before.
 
@@ -220,7 +226,7 @@ def make_decoder(
     num_ids = num_ids or model.config.vocab_size
     if isinstance(model, EncoderDecoder):
         return SourceDecoder(model, num_ids, start_id, first_id, must_end)
-    return Decoder(model, num_ids)
+    return Decoder(model, num_ids, is_prefix_lm)
 
 
 @flax.struct.dataclass

@@ -25,13 +25,17 @@ def continue_prompts(
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 0,
+    is_prefix_lm: bool = False,
 ) -> list[str]:
-    """The continuation of each prompt by a decoder. A prompt that leaves no room keeps its last tokens."""
+    """The continuation of each prompt by a decoder. A prompt that leaves no room keeps its last tokens.
+
+    is_prefix_lm: see `decode.make_decoder`.
+    """
     room = max_len - min(max_new_tokens, max_len // 2)
     bos = np.array([tokenizer.bos_id], np.int32)
     ids = [np.concatenate([bos, tokenizer.encode(prompt)])[-room:] for prompt in prompts]
     new = decode.generate(
-        decode.make_decoder(model, tokenizer.vocab_size),
+        decode.make_decoder(model, tokenizer.vocab_size, is_prefix_lm=is_prefix_lm),
         params,
         ids,
         max_new_tokens=max_new_tokens,
@@ -89,6 +93,7 @@ def make_sampler(run: Any, writer: Any):
                 max_new_tokens=config.eval.sample_tokens,
                 max_len=config.seq_len,
                 seed=config.seed,
+                is_prefix_lm=config.objective.name == "prefix_lm",
             )
         if not writer.is_writer:
             return

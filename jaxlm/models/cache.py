@@ -81,16 +81,22 @@ def add_segments(cache: KVCache, segment_ids_BT: jax.Array) -> KVCache:
     return cache.replace(segment_ids=jax.lax.dynamic_update_slice(cache.segment_ids, new, at))
 
 
-def slot_mask(cache: KVCache, segment_ids_BT: jax.Array, window: int) -> jax.Array:
+def slot_mask(
+    cache: KVCache, segment_ids_BT: jax.Array, window: int, is_prefix_BT: jax.Array | None = None
+) -> jax.Array:
     """Boolean (B, T, S), True = attend: `layers.attention_mask` (causal) and `layers.window_mask` of the new tokens
-    over the slots. window 0: no limit."""
+    over the slots. window 0: no limit. is_prefix_BT: those of the new tokens that also see the later ones among them."""
     slot_S = jnp.arange(cache.size)
     place_T = cache.end + jnp.arange(segment_ids_BT.shape[1])
     behind_TS = place_T[:, None] - slot_S[None, :]
-    seen_TS = behind_TS >= 0
+    seen_BTS = (behind_TS >= 0)[None]
+    if is_prefix_BT is not None:
+        slots_BS = jnp.zeros(cache.segment_ids.shape, bool)
+        slots_BS = jax.lax.dynamic_update_slice(slots_BS, is_prefix_BT, (0, cache.end))
+        seen_BTS = seen_BTS | (is_prefix_BT[:, :, None] & slots_BS[:, None, :])
     if window:
-        seen_TS &= behind_TS < window
-    return (segment_ids_BT[:, :, None] == cache.segment_ids[:, None, :]) & seen_TS[None]
+        seen_BTS = seen_BTS & (jnp.abs(behind_TS) < window)[None]
+    return (segment_ids_BT[:, :, None] == cache.segment_ids[:, None, :]) & seen_BTS
 
 
 def write_layer(

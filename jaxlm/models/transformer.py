@@ -216,7 +216,7 @@ def make_view(
     theta, scaling = c.rope_theta, c.rope_scaling
     is_fused = c.attention_kernel != REFERENCE and cache is None and is_prefix_BT is None
     if cache is not None:
-        mask_BTS = slot_mask(cache, segment_ids_BT, window)
+        mask_BTS = slot_mask(cache, segment_ids_BT, window, is_prefix_BT)
     elif not is_fused:
         mask_BTS = attention_mask(segment_ids_BT, causal=causal, is_prefix_BT=is_prefix_BT)
         if window:
@@ -372,7 +372,7 @@ def apply_layers(
     """Runs all layers (parameters `layers`, stacked on axis 0), then, unless in post-norm models, `final_norm`.
 
     source: an encoder's output (B, S, D) and its segment ids (B, S), for cross attention. A cache with a `memory` is filled
-    from it, and serves in its place from then on. is_prefix_BT: see `attention_mask`; without a cache only.
+    from it, and serves in its place from then on. is_prefix_BT: see `attention_mask`.
     Returns x, the cache, and what the routers add to the loss; None where there is none.
 
     Call it inside a module's compact method. Masks and rotary angles are made once, outside the loop.

@@ -51,28 +51,43 @@ def tokens_of(continuations):
 
 
 @jax.jit
-def all_log_probs(tokens_BT):
-    return jax.nn.log_softmax(get_logits(MODEL, PARAMS, {"tokens": tokens_BT}))
+def all_log_probs(tokens_BT, is_prefix_BT):
+    batch = {"tokens": tokens_BT, "is_prefix": is_prefix_BT}
+    return jax.nn.log_softmax(get_logits(MODEL, PARAMS, batch))
 
 
-def check_greedy(continuations):
+def check_greedy(continuations, is_prefix_lm=False):
     """Each new token is the likeliest one after all tokens before it, in a row of its own, with its log-probability."""
-    rows = np.zeros((3, 16), np.int32)
-    for row, prompt, new in zip(rows, PROMPTS, continuations, strict=True):
+    rows, is_prefix = np.zeros((3, 16), np.int32), np.zeros((3, 16), bool)
+    for row, prefix, prompt, new in zip(rows, is_prefix, PROMPTS, continuations, strict=True):
         assert len(new.tokens) == 6 and new.finish == "length"
         row[: len(prompt) + 6] = [*prompt, *new.tokens]
-    logs_BTV = np.asarray(all_log_probs(rows))
+        prefix[: len(prompt)] = is_prefix_lm
+    logs_BTV = np.asarray(all_log_probs(rows, is_prefix))
     for logs_TV, prompt, new in zip(logs_BTV, PROMPTS, continuations, strict=True):
         here = logs_TV[len(prompt) - 1 :][:6]
         assert here.argmax(-1).tolist() == new.tokens.tolist(), "not the likeliest"
         np.testing.assert_allclose(new.logprobs, here.max(-1), atol=1e-4)
 
 
+def generate_greedily(**options):
+    return decode.generate(
+        make_decoder(MODEL, **options), PARAMS, PROMPTS, max_new_tokens=6, max_len=16, sampling=GREEDY
+    )  # fmt: skip
+
+
 @pytest.mark.core
 def test_greedy_generation_is_the_repeated_argmax_of_the_whole_forward_pass():
-    check_greedy(decode.generate(
-        make_decoder(MODEL), PARAMS, PROMPTS, max_new_tokens=6, max_len=16, sampling=GREEDY
-    ))  # fmt: skip
+    check_greedy(generate_greedily())
+
+
+def test_a_prefix_lm_reads_its_prompt_in_both_directions():
+    check_greedy(generate_greedily(is_prefix_lm=True), is_prefix_lm=True)
+
+
+def test_the_check_of_the_prefix_fails_for_a_prompt_that_is_read_causally():
+    with pytest.raises(AssertionError):
+        check_greedy(generate_greedily(), is_prefix_lm=True)
 
 
 def test_the_greedy_check_fails_for_sampled_text():
@@ -228,7 +243,7 @@ def check_alternatives(continuations, num):
     for prompt, new in zip(PROMPTS, continuations, strict=True):
         row = np.zeros((3, 16), np.int32)
         row[0, : len(prompt) + 6] = [*prompt, *new.tokens]
-        here = np.asarray(all_log_probs(row))[0, len(prompt) - 1 :][:6]
+        here = np.asarray(all_log_probs(row, np.zeros((3, 16), bool)))[0, len(prompt) - 1 :][:6]
         ids, logprobs = new.alternatives
         assert ids.shape == logprobs.shape == (6, num)
         np.testing.assert_allclose(logprobs, -np.sort(-here, axis=-1)[:, :num], atol=1e-4)

@@ -80,20 +80,20 @@ def test_logits_with_a_cache_are_those_without_at_each_step(name):
 
 
 def no_window(real):
-    return lambda stored, segment_ids, window: real(stored, segment_ids, 0)
+    return lambda stored, segment_ids, window, prefix: real(stored, segment_ids, 0, prefix)
 
 
 def sees_padding(real):
-    def mask(stored, segment_ids, window):
+    def mask(stored, segment_ids, window, prefix):
         everywhere = stored.replace(segment_ids=jnp.ones_like(stored.segment_ids))
-        return real(everywhere, jnp.ones_like(segment_ids), window)
+        return real(everywhere, jnp.ones_like(segment_ids), window, prefix)
 
     return mask
 
 
 def sees_the_next_slot(real):
-    def mask(stored, segment_ids, window):
-        return real(stored.replace(end=stored.end + 1), segment_ids, window)
+    def mask(stored, segment_ids, window, prefix):
+        return real(stored.replace(end=stored.end + 1), segment_ids, window, prefix)
 
     return mask
 
