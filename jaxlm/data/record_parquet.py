@@ -7,6 +7,8 @@ from typing import Any
 
 from jaxlm.data.record_base import MAX_FILE_BYTES, Found, ReadOptions, Record, log
 
+_BATCH_ROWS = 64
+
 
 def read_parquet(path: Path, options: ReadOptions) -> Found:
     """One record a row. Class numbers become names where the `datasets` library has left the names."""
@@ -16,23 +18,31 @@ def read_parquet(path: Path, options: ReadOptions) -> Found:
         raise ImportError(f"{path} needs pyarrow: pip install -e '.[parquet]'") from error
     try:
         with contextlib.closing(parquet.ParquetFile(path)) as file:
-            meta = file.metadata
-            size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-            if size > MAX_FILE_BYTES:
-                raise ValueError(
-                    f"{size:,} bytes when unpacked; expected: at most {MAX_FILE_BYTES:,}"
-                )
-            table = file.read()
+            schema = file.schema_arrow
+            rows = _read_rows(file)
     except (ValueError, OSError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise ValueError(f"found: {path} cannot be read as Parquet: {error}") from error
-    names = _class_names(table.schema.metadata or {})
-    for column in names.keys() & set(table.column_names):
+    names = _class_names(schema.metadata or {})
+    for column in names.keys() & set(schema.names):
         log.info("%s: the numbers of %s are read as class names", path, column)
     records = []
-    for number, row in enumerate(table.to_pylist(), 1):
+    for number, row in enumerate(rows, 1):
         fields = {k: _named(v, names[k]) if k in names else v for k, v in row.items()}
         records.append(Record(str(path), number, fields))
     return records, []
+
+
+def _read_rows(file: Any) -> list[dict[str, Any]]:
+    """All rows, in batches: what the file says of its own size is not believed, and a dictionary can make a few bytes of it
+    any number of long texts."""
+    rows: list[dict[str, Any]] = []
+    left = MAX_FILE_BYTES
+    for batch in file.iter_batches(_BATCH_ROWS):
+        left -= batch.nbytes
+        if left < 0:
+            raise ValueError(f"it has more than {MAX_FILE_BYTES:,} bytes when unpacked")
+        rows += batch.to_pylist()
+    return rows
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:

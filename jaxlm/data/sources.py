@@ -27,6 +27,15 @@ from jaxlm.files import as_path, is_remote, local_copy
 
 MAX_DOCUMENT_BYTES = 4 << 20  # of text files: a book is whole, and a 2 GB file fits no memory
 MAX_LINE_BYTES = 64 << 20
+# A compressed file may be a bomb: text becomes 2 to 30 times smaller, zeros 1,000 (gzip) or 30,000 times (zstd).
+FREE_EXPANSION, MAX_EXPANSION = (
+    1 << 28,
+    256,
+)  # so many bytes come out of any, then so many for each of the file's
+_ZSTD_PIECE = (
+    2 << 10
+)  # of the file at once: a block of 128 KiB takes 4 bytes or more, so 64 MiB come out at most
+_BATCH_ROWS = 64  # of Parquet: a dictionary makes many long texts of one
 _CUT_WINDOW = 64 << 10  # where an end of line is looked for, before a cut between two characters
 _NOT_LIBRARY = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -323,7 +332,7 @@ def _read_rows(span: Span, text_field: str) -> Iterator[Document | Bad]:
             yield Bad("missing_field", span.path, found, max(rows, 1))
             return
         row = span.line
-        for batch in file.iter_batches(1024, row_groups=groups, columns=[text_field]):
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[text_field]):
             for value in batch.column(0).to_pylist():
                 yield _checked(value, f"{span.path}:{row}")
                 row += 1
@@ -350,11 +359,34 @@ def _checked(text: Any, origin: str) -> Document | Bad:
 
 
 def _open(path: Path) -> BinaryIO:
-    if compression_of(path) == ".gz":
-        return gzip.open(path, "rb")
-    if compression_of(path) == ".zst":
-        return io.BufferedReader(_ZstdFile(path), 1 << 20)
-    return open(path, "rb")
+    unpack = {"": None, ".gz": gzip.GzipFile, ".zst": _ZstdFile}[compression_of(path)]
+    if unpack is None:
+        return open(path, "rb")
+    limit = FREE_EXPANSION + MAX_EXPANSION * path.stat().st_size
+    return io.BufferedReader(_Bounded(unpack(path), limit), 1 << 20)
+
+
+class _Bounded(io.RawIOBase):
+    """A stream that raises ValueError after so many bytes."""
+
+    def __init__(self, stream: Any, limit: int):
+        self._stream, self._limit, self._left = stream, limit, limit
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        count = self._stream.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise ValueError(
+                f"more than {self._limit:,} bytes come out of it, which is no text: unpack it yourself if it is"
+            )
+        return count
+
+    def close(self):
+        self._stream.close()
+        super().close()
 
 
 class _ZstdFile(io.RawIOBase):
@@ -372,7 +404,7 @@ class _ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer):
         while not self._ready:
-            self._compressed = self._compressed or self._file.read(16 << 10)
+            self._compressed = self._compressed or self._file.read(_ZSTD_PIECE)
             if not self._compressed:
                 if self._frame is not None:
                     raise EOFError("the file ends inside a zstd frame")

@@ -53,9 +53,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def find_family(model_type: str) -> Family:
+def find_family(model_type: object) -> Family:
     """Raises BadModel with the known families for any other."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise BadModel(f"unknown model_type {str(model_type)[:100]!r}: known are {known}")
     return FAMILIES[model_type]

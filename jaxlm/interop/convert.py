@@ -47,7 +47,7 @@ from jaxlm.interop.mapping import (
 )
 from jaxlm.interop.safetensors_io import DTYPES, repair_list
 from jaxlm.interop.source import Source, Stored, open_source, read_config
-from jaxlm.interop.task_heads import TASKS, head_fields, task_of
+from jaxlm.interop.task_heads import TASKS, class_names, head_fields, task_of
 from jaxlm.models import MODELS, Head, TransformerConfig
 from jaxlm.parallel.mesh import path_names
 
@@ -441,7 +441,7 @@ def from_hf(
             "source": source,
             "commit": commit,
             "model_type": incoming.family.model_type,
-            "architecture": (incoming.source.config.get("architectures") or [""])[0],
+            "architecture": next(iter(class_names(incoming.source.config)), ""),
             "vocab_size": incoming.options["vocab_size"],
             "token_ids": {
                 k: v for k, v in incoming.source.config.items() if k.endswith("_token_id")

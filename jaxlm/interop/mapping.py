@@ -244,7 +244,7 @@ def config_from_hf(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
         for key, allowed in family.expected.items()
         if key in hf and hf[key] not in allowed
     ]
-    options = dict(family.fixed)
+    options, unsaid = dict(family.fixed), []
     for field in family.fields:
         value = hf.get(field.theirs)
         if value is None:
@@ -254,7 +254,9 @@ def config_from_hf(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 value = field.default(hf) if callable(field.default) else field.default
             except (KeyError, TypeError, ZeroDivisionError):
-                continue  # what it is made from is missing or wrong, and listed
+                # mostly because what it is made from is missing or wrong, and listed itself
+                unsaid.append(f"{field.theirs}: missing, and no other key says it")
+                continue
         if field.values is not None:
             if not isinstance(value, str | bool) or value not in field.values:
                 problems.append(
@@ -274,6 +276,7 @@ def config_from_hf(family: Family, hf: Mapping[str, Any]) -> dict[str, Any]:
     except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
         if not problems:  # else it is what is listed already
             problems.append(f"{type(error).__name__}: {error}")
+    problems = problems or unsaid
     if not problems:
         try:
             TransformerConfig(**options)

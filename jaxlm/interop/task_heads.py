@@ -157,10 +157,14 @@ TASKS: dict[str, dict[str, Task]] = {
 
 def task_of(family: Family, hf: Mapping[str, Any]) -> str:
     """The class with a task's head that config.json names, or '' if it names none."""
-    names = hf.get("architectures")
     known = TASKS.get(family.model_type, {})
-    named = [name for name in names if name in known] if isinstance(names, list) else []
-    return named[0] if named else ""
+    return next((name for name in class_names(hf) if name in known), "")
+
+
+def class_names(hf: Mapping[str, Any]) -> list[str]:
+    """The classes of transformers that a config.json names."""
+    names = hf.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def with_head(family: Family, name: str) -> Family:
