@@ -20,7 +20,9 @@ FINE = {"refused", "counted", "loaded"}
 MOST_ENDS = 5  # a child that dies is started again, after what it died of, so often
 
 
-def read_all(plan: list[str], folder, timeout: float) -> tuple[dict[str, str], list[str]]:
+def read_all(
+    plan: list[str], folder, timeout: float, seconds: float = 10
+) -> tuple[dict[str, str], list[str]]:
     """(how each item of the plan ended, what ended the child): an item at which it dies is in both."""
     outcomes: dict[str, str] = {}
     ends: list[str] = []
@@ -28,7 +30,7 @@ def read_all(plan: list[str], folder, timeout: float) -> tuple[dict[str, str], l
     while len(outcomes) < len(plan) and len(ends) < MOST_ENDS:
         rest = plan[len(outcomes) :]
         child = subprocess.run(
-            [sys.executable, untrusted.__file__, str(folder), *rest],
+            [sys.executable, untrusted.__file__, str(folder), str(seconds), *rest],
             env=environment,
             cwd=tiny.ROOT,
             capture_output=True,
@@ -44,10 +46,10 @@ def read_all(plan: list[str], folder, timeout: float) -> tuple[dict[str, str], l
     return outcomes, ends
 
 
-def check_inputs(kinds: Iterable[str], seeds: Iterable[int], folder, timeout: float):
+def check_inputs(kinds: Iterable[str], seeds: Iterable[int], folder, **limits: float):
     """Counts how the mutated inputs of these kinds ended; none may be a fault."""
     plan = [f"{kind}:{seed}" for seed, kind in itertools.product(seeds, kinds)]
-    outcomes, _ = read_all(plan, folder, timeout)
+    outcomes, _ = read_all(plan, folder, **limits)
     faults = [f"{item}: {outcome}" for item, outcome in outcomes.items() if outcome not in FINE]
     assert not faults, f"{len(faults)} of {len(plan)} mutated inputs:\n" + "\n".join(faults)
     assert outcomes.keys() == set(plan)
@@ -84,4 +86,4 @@ CAUGHT = {
 def test_a_reader_that_believes_what_it_reads_is_caught(kind, tmp_path):
     seen, seeds = CAUGHT[kind]
     with pytest.raises(AssertionError, match=f"{kind}:.*{seen}"):
-        check_inputs([kind], seeds, tmp_path, timeout=200)
+        check_inputs([kind], seeds, tmp_path, timeout=100, seconds=1)
