@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.exits import Diverged
+from jaxlm.parallel import offload
 from jaxlm.parallel.mesh import path_names
 
 PyTree = Any
@@ -64,12 +65,18 @@ def _mean(pair: tuple[Any, Any]) -> float | str:
 def finite_problems(tree: PyTree) -> list[str]:
     """A line for each array of `tree` that holds NaN or an infinity; sharded arrays are looked at where they lie."""
     leaves = {
-        "/".join(path_names(path)): x
+        "/".join(path_names(path)): _on_device(x)
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
         if jnp.issubdtype(x.dtype, jnp.inexact)
     }
     finite = jax.device_get(jax.jit(_are_finite)(leaves))
     return [f"{name} is not finite" for name in leaves if not finite[name]]
+
+
+def _on_device(x: jax.Array) -> jax.Array:
+    """Of an array that waits in the host's memory a copy that can be computed with."""
+    waits = x.sharding.memory_kind == offload.HOST
+    return jax.device_put(x, offload.on_device(x.sharding)) if waits else x
 
 
 def _are_finite(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

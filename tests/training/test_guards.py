@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.exits import Corrupted, Diverged
+from jaxlm.parallel import offload
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.training import self_check, spikes
 from jaxlm.training.guards import BadSteps, finite_problems
@@ -70,8 +71,12 @@ def test_arrays_that_are_not_finite_are_named():
         "b": jnp.array([1.0, jnp.nan], jnp.bfloat16),
         "good": jnp.full(3, 3e38),
         "count": jnp.int32(2**31 - 1),
+        "waits": jax.device_put(
+            bad, NamedSharding(mesh, PartitionSpec(), memory_kind=offload.HOST)
+        ),
     }
-    assert finite_problems(tree) == ["a/kernel is not finite", "b is not finite"]
+    expected = [f"{name} is not finite" for name in ("a/kernel", "b", "waits")]
+    assert finite_problems(tree) == expected
     assert finite_problems({"good": tree["good"], "count": tree["count"]}) == []
 
 
@@ -208,6 +213,9 @@ def sharded_state():
     params = {
         "whole": jax.device_put(jnp.ones(3), NamedSharding(mesh, PartitionSpec())),
         "shared": jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, PartitionSpec("fsdp"))),
+        "waits": jax.device_put(
+            jnp.ones((4, 2)), NamedSharding(mesh, PartitionSpec("fsdp"), memory_kind=offload.HOST)
+        ),
     }
     state = new_state(params, optax.identity())
     place = lambda x: x if x.ndim else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
@@ -216,7 +224,9 @@ def sharded_state():
 
 def test_differences_name_arrays_and_the_devices_that_hold_other_bits():
     state = sharded_state()
-    assert self_check.differences(state, self_check.copy(state)) == {}
+    copy = self_check.copy(state)
+    assert self_check.differences(state, copy) == {}
+    assert copy.params["waits"].sharding == state.params["waits"].sharding
     shared = np.ones((8, 2), np.float32)
     shared[5, 1] = np.nextafter(np.float32(1), np.float32(2))
     mesh, sharding = state.step.sharding.mesh, state.params["shared"].sharding

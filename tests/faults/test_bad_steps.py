@@ -1,0 +1,160 @@
+"""Steps that go bad, from data that makes them so: left out, counted, the end of the run, or the way back.
+
+The text is real, and so is what goes wrong: an objective that divides by how much a row's tokens differ, and a source whose
+tokens do not; a label in a file that no float can square; a change of the text that makes the gradient fifty times as large.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import build
+from jaxlm.data.store_writer import write_store
+from jaxlm.data.token_store import TokenStore
+from jaxlm.exits import DIVERGED, Diverged
+from jaxlm.objectives import OBJECTIVES
+from jaxlm.objectives.causal import CausalLM
+from jaxlm.pretrain import pretrain
+from jaxlm.tokenizers import make_tokenizer
+from jaxlm.training.checkpoints import find_step, restore_state
+from jaxlm.training.guards import finite_problems
+from tests import tiny
+
+
+class PerSpread(CausalLM):
+    """Next-token prediction, weighted by how much the tokens of a row differ: 0 / 0 for a row of one token."""
+
+    def loss(self, outputs, batch):
+        (total, weight), metrics = super().loss(outputs, batch)
+        tokens_BT = batch["tokens"]
+        spread = (tokens_BT.max(axis=1) - tokens_BT.min(axis=1)).min().astype(jnp.float32)
+        total, weight = total / spread, weight / spread
+        return (total, weight), {**metrics, "loss": (total, weight)}
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """Text, and documents of one letter each; both with the same held-out text."""
+    folder = tmp_path_factory.mktemp("stores")
+    text = tiny.make_store(folder / "text")
+    tokenizer = make_tokenizer("bytes", num_sentinels=0)
+    documents = [tokenizer.encode(letter * 400) for letter in "abcdefgh"]
+    held_out = TokenStore(text, "validation")
+    spans = map(held_out.document_span, range(held_out.num_documents))
+    validation = [held_out.tokens(start + 1, stop - 1) for start, stop in spans]
+    write_store(folder / "letters", {"train": documents, "validation": validation}, tokenizer)
+    return text, folder / "letters"
+
+
+@pytest.fixture
+def per_spread(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "per_spread", PerSpread)
+
+
+def make_config(stores, letters=(), **overrides):
+    """A tiny run on text, and on letters in the steps [first, stop) of `letters`, counted from 1."""
+    text, other = stores
+    weights = ["0:1,0"]
+    for first, stop in letters:
+        weights += [f"{first - 1}:0,1", f"{stop - 1}:1,0"]
+    fields = dict(
+        data__sources=(f"text={text}", f"letters={other}"),
+        data__weights=tuple(weights),
+        objective__name="per_spread",
+        eval_every_steps=0,
+        eval__num_batches=1,
+        checkpoint__keep_last=10,
+        log_every_steps=1,
+        guards__max_bad_steps=10,
+    )
+    spec = "configs/gpt.py:tiny,optimizer=adamw,schedule=constant"
+    return tiny.tiny_config(spec, text, **fields | overrides)
+
+
+def kept(state):
+    """On the host, all that a bad step must leave as it was."""
+    return jax.device_get((state.params, state.opt_state, state.ema))
+
+
+def same(one, other):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, one, other)))
+
+
+# --- gradients that are not finite ------------------------------------------------------------------------------------
+
+
+def check_bad_steps(run, bad):
+    """The steps in `bad` leave parameters, moments and averages bit by bit and are counted; all others train."""
+    state, count = run.init_state(), 0
+    batches = run.device_batches(0)
+    for step in range(1, max(bad) + 3):
+        before = kept(state)
+        state, metrics = run.train_step(state, next(batches))
+        count += step in bad
+        assert float(metrics["skipped"][0]) == (step in bad), step
+        assert same(before, kept(state)) == (step in bad), step
+        assert int(state.skipped) == count and int(state.step) == step
+        assert np.isfinite(metrics["loss"][0]) == (step not in bad), step
+    assert not finite_problems(state)
+
+
+SPANS = [(3, 4), (6, 9)]  # one bad step, and three in a row
+BAD = {3, 6, 7, 8}
+
+
+@pytest.fixture
+def bad_run(stores, per_spread, tmp_path):
+    return build.make_run(make_config(stores, SPANS, ema_decay=0.9), tmp_path / "run")
+
+
+def test_one_bad_step_and_three_in_a_row_leave_the_state_and_training_goes_on(bad_run):
+    check_bad_steps(bad_run, BAD)
+
+
+def test_the_law_of_bad_steps_fails_for_a_step_that_takes_every_gradient(bad_run, monkeypatch):
+    monkeypatch.setattr("jaxlm.training.step.jnp.isfinite", lambda x: jnp.ones((), bool))
+    with pytest.raises(AssertionError):
+        check_bad_steps(bad_run, BAD)
+
+
+def check_dump(workdir, first, count, source):
+    """The folder has the batch of the first bad step, and of each where its rows are from."""
+    (folder,) = (workdir / "bad_steps").iterdir()
+    assert folder.name == f"{first}-{first - 1}"
+    said = json.loads((folder / "documents.json").read_text())
+    assert [entry["step"] for entry in said] == list(range(first, first + count))
+    batch = np.load(folder / "batch.npz", allow_pickle=False)
+    for row in said[0]["rows"]:
+        assert row["source"] == source
+        start, _ = row["examples"][0]["tokens"]
+        store = TokenStore(row["store"], row["split"])
+        found = batch["tokens"][row["row"]][: batch["segment_ids"][row["row"]].astype(bool).sum()]
+        np.testing.assert_array_equal(found, store.tokens(start, start + len(found)))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert [entry["step"] for entry in metrics] == list(range(first, first + count))
+    assert {entry["loss"] for entry in metrics} <= {"nan", "inf"}
+
+
+def test_a_run_ends_at_ten_bad_steps_in_a_row_also_over_a_resume_and_leaves_what_made_them(
+    stores, per_spread, tmp_path
+):
+    config = make_config(stores, [(4, 100)], num_train_steps=8, checkpoint_every_steps=3)
+    workdir = tmp_path / "run"
+    pretrain(config, workdir)  # ends, and is saved, among the bad steps
+    config.num_train_steps = 100
+    with pytest.raises(Diverged, match="10 steps in a row, up to step 13.*bad_steps/4-3") as error:
+        pretrain(config, workdir)
+    assert error.value.status == DIVERGED
+    check_dump(workdir, first=4, count=10, source="letters")
+    evaluated = restore_state(find_step(workdir, 12), build.make_run(config, workdir).state_shape)
+    before = restore_state(find_step(workdir, 3), build.make_run(config, workdir).state_shape)
+    assert same(kept(before), kept(evaluated)) and int(evaluated.skipped) == 9
+    documents = workdir / "bad_steps" / "4-3" / "documents.json"
+    said = json.loads(documents.read_text())
+    said[0]["rows"] = said[1]["rows"]  # of the batch after it
+    documents.write_text(json.dumps(said))
+    with pytest.raises(AssertionError):  # the law, of another step's rows
+        check_dump(workdir, first=4, count=10, source="letters")
