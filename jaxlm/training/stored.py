@@ -185,7 +185,8 @@ def together(step_dir: Path, read: Callable[[], T]) -> T:
     except (RunError, *NO_DAMAGE):
         raise
     except Exception as error:  # Orbax, tensorstore and zarr have no common type
-        problem = f"{step_dir} cannot be read: {type(error).__name__}: {str(error)[:500]}"
+        says = str(error).partition(" [tensorstore_spec=")[0][:500]
+        problem = f"{step_dir} cannot be read: {type(error).__name__}: {says}"
     said = list(dict.fromkeys(filter(None, processes.gather("damage", problem))))
     if said:
         raise Damaged("\n".join(said))

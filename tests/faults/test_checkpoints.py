@@ -1,0 +1,253 @@
+"""Checkpoints that are hurt on purpose: never restored wrong, always named, and the run goes on from what is whole."""
+
+import json
+import logging
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlm.exits import Damaged
+from jaxlm.training import stored
+from jaxlm.training.checkpoints import Checkpoints, find_step
+from jaxlm.training.state import new_state
+
+OPTIMIZER = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1))
+SHAPES = {"embed": (64, 32), "layers": {"up": (2, 16, 64), "bias": (2, 16)}}
+# What Orbax leaves behind when a file cannot be read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def make_state(step):
+    """A state as a run has it: two layers, moments, an average, and some parameters in bfloat16."""
+    keys = iter(jax.random.split(jax.random.key(step), 3))
+    normal = lambda shape: jax.random.normal(next(keys), shape)
+    params = jax.tree.map(normal, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+    params["embed"] = params["embed"].astype(jnp.bfloat16)
+    state = new_state(params, OPTIMIZER, ema=True)
+    grads = jax.tree.map(jnp.ones_like, params)
+    _, opt_state = OPTIMIZER.update(grads, state.opt_state, params)
+    return state.replace(step=jnp.int32(step), opt_state=opt_state)
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+ABSTRACT = abstract(make_state(0))
+
+
+def about(step):
+    return {"step": step, "window": {"loss": [step / 3, 4.0]}}
+
+
+def save(workdir, steps):
+    checkpoints = Checkpoints(workdir, keep_last=9, best_metric="loss")
+    for step in steps:
+        checkpoints.save(step, make_state(step), about(step), {"loss": 1.0 / step})
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with steps 10, 20 and 30."""
+    workdir = tmp_path_factory.mktemp("saved")
+    save(workdir, [10, 20, 30])
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def restore(workdir):
+    """(state, manifest) as a run gets them."""
+    checkpoints = Checkpoints(workdir, keep_last=9, best_metric="loss")
+    try:
+        return checkpoints.restore(ABSTRACT)
+    finally:
+        checkpoints.close()
+
+
+def differences(restored, step):
+    """What is not, bit by bit, what was saved at that step."""
+    state, manifest = restored
+    leaves = lambda tree: [
+        (np.asarray(x).dtype, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)
+    ]
+    wrong = [] if leaves(state) == leaves(make_state(step)) else ["the state"]
+    wrong += [key for key, value in about(step).items() if manifest[key] != value]
+    return wrong
+
+
+def files(step_dir):
+    return sorted(path for path in step_dir.rglob("*") if path.is_file())
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in files(folder)}
+
+
+# ---------------------------------------------------------------- a damaged newest step
+
+
+def data_file(step_dir, item="params"):
+    """The largest file of an item: its arrays."""
+    return max(files(step_dir / item), key=lambda path: path.stat().st_size)
+
+
+def edit(path, change):
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.write_bytes(data)
+
+
+def zero(data):
+    data[:] = bytes(len(data))
+
+
+def halve(data):
+    del data[len(data) // 2 :]
+
+
+def edit_manifest(step_dir, **changes):
+    path = step_dir / "manifest" / "metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def of_another_step(step_dir, item):
+    shutil.rmtree(step_dir / item)
+    shutil.copytree(step_dir.parent / "20" / item, step_dir / item)
+
+
+DAMAGE = {
+    "an empty folder": lambda d: (shutil.rmtree(d), d.mkdir()),
+    "no data": lambda d: data_file(d).unlink(),
+    "half of the data": lambda d: edit(data_file(d, "opt_state"), halve),
+    "zeros for data": lambda d: edit(data_file(d, "ema"), zero),
+    "no parameters": lambda d: shutil.rmtree(d / "params"),
+    "no average": lambda d: shutil.rmtree(d / "ema"),
+    "bad metadata": lambda d: (d / "params" / "_METADATA").write_text("{"),
+    "no index": lambda d: (d / "opt_state" / "manifest.ocdbt").unlink(),
+    "no manifest": lambda d: shutil.rmtree(d / "manifest"),
+    "an edited manifest": lambda d: edit_manifest(d, step=31),
+    "the parameters of another step": lambda d: of_another_step(d, "params"),
+    "the metrics of another step": lambda d: of_another_step(d, "metrics"),
+}
+
+
+def check_falls_back(workdir, caplog, step_restored=20, broken=30):
+    before = contents(workdir / "checkpoints" / str(broken))
+    with caplog.at_level(logging.WARNING, "jaxlm"):
+        restored = restore(workdir)
+    assert not differences(restored, step_restored)
+    said = [record.getMessage() for record in caplog.records]
+    assert any(f"checkpoint {broken} is damaged" in line for line in said), said
+    aside = workdir / "checkpoints.damaged" / f"{broken}-1"
+    assert contents(aside) == before
+    assert aside.with_name(f"{broken}-1.txt").read_text().strip()
+    assert int(find_step(workdir).name) == step_restored
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_newest_step_is_named_and_set_aside(workdir, caplog, damage):
+    DAMAGE[damage](workdir / "checkpoints" / "30")
+    check_falls_back(workdir, caplog)
+    save(workdir, [30, 40])  # the run comes there again, and is not refused
+    assert not differences(restore(workdir), 40)
+    assert Checkpoints(workdir).steps() == [10, 20, 30, 40]
+
+
+def test_the_same_step_may_be_damaged_twice(workdir, caplog):
+    for _ in range(2):
+        (workdir / "checkpoints" / "30" / "manifest" / "metadata").unlink()
+        assert not differences(restore(workdir), 20)
+        save(workdir, [30])
+    names = {path.name for path in (workdir / "checkpoints.damaged").iterdir()}
+    assert names == {"30-1", "30-1.txt", "30-2", "30-2.txt"}
+
+
+def test_numbers_that_are_none_are_not_resumed_from(workdir, caplog):
+    checkpoints = Checkpoints(workdir)
+    state = make_state(40)
+    moments = jax.tree.map(lambda x: x * jnp.nan, state.opt_state[0].mu)
+    opt_state = (state.opt_state[0]._replace(mu=moments), *state.opt_state[1:])
+    checkpoints.save(40, state.replace(opt_state=opt_state), about(40), None)
+    checkpoints.close()
+    check_falls_back(workdir, caplog, step_restored=30, broken=40)
+    assert "opt_state/0/mu/embed" in caplog.text
+
+
+def test_a_broken_manifest_of_an_older_step_is_set_aside_too(workdir, caplog):
+    (workdir / "checkpoints" / "10" / "metrics" / "metrics").write_text("{")
+    assert not differences(restore(workdir), 30)
+    assert "checkpoint 10 is set aside" in caplog.text
+    assert Checkpoints(workdir).steps() == [20, 30]
+
+
+@pytest.mark.smoke
+def test_if_every_step_is_damaged_nothing_is_changed(workdir):
+    for number, name in enumerate(["no parameters", "zeros for data", "an empty folder"], start=1):
+        DAMAGE[name](workdir / "checkpoints" / f"{number}0")
+    before = contents(workdir)
+    with pytest.raises(Damaged, match=r"has steps \[10, 20, 30\], and none") as error:
+        restore(workdir)
+    assert error.value.status == 65
+    assert all(f"checkpoints/{step}" in str(error.value) for step in (10, 20, 30))
+    assert contents(workdir) == before
+
+
+# ---------------------------------------------------------------- flipped bits
+
+
+def flip_a_bit(step_dir, seed):
+    """Flips one bit and says which: of an even seed in any file alike, of an odd one of all bytes alike."""
+    draw, paths = random.Random(seed), files(step_dir)
+    sizes = [path.stat().st_size for path in paths]
+    (path,) = draw.choices(paths, [1] * len(paths) if seed % 2 == 0 else sizes)
+    bit = draw.randrange(path.stat().st_size * 8)
+
+    def flip(data):
+        data[bit // 8] ^= 1 << bit % 8
+
+    edit(path, flip)
+    return f"seed {seed}: bit {bit} of {path.relative_to(step_dir)}"
+
+
+def check_no_flip_is_restored(saved, tmp_path, seeds, restore=restore):
+    """A flipped bit in any file of the newest step is seen, or has changed nothing of what is restored."""
+    seen = 0
+    for seed in seeds:
+        workdir = shutil.copytree(saved, tmp_path / f"flip {seed}")
+        flip = flip_a_bit(workdir / "checkpoints" / "30", seed)
+        restored = restore(workdir)
+        fell_back = (workdir / "checkpoints.damaged" / "30-1").is_dir()
+        wrong = differences(restored, 20 if fell_back else 30)
+        assert not wrong, f"{flip}: {', '.join(wrong)} restored wrong"
+        seen += fell_back
+        shutil.rmtree(workdir)
+    print(
+        f"{len(seeds)} flipped bits: {seen} seen, {len(seeds) - seen} without effect, 0 restored wrong"
+    )
+    return seen
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(60), pytest.param(range(60, 600), marks=pytest.mark.slow)], ids=len
+)
+def test_no_flipped_bit_is_restored(saved, tmp_path, seeds):
+    assert check_no_flip_is_restored(saved, tmp_path, seeds) > len(seeds) / 2
+
+
+def test_flipped_bits_are_restored_where_nothing_is_compared(saved, tmp_path, monkeypatch):
+    """The law fails where the checksums are not compared, so it is they that keep it."""
+    monkeypatch.setattr(stored, "compare", lambda *_: None)
+    with pytest.raises(AssertionError, match="the state restored wrong"):
+        check_no_flip_is_restored(saved, tmp_path, range(60))
