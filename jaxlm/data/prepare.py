@@ -257,6 +257,7 @@ def _tokenize(
     missing = [number for number in range(len(pieces)) if number not in done]
     if num_workers < 0:
         num_workers = (os.cpu_count() or 1) if len(missing) > 1 else 0
+    num_workers = min(num_workers, len(missing))
     bar = tqdm.tqdm(
         desc="tokenizing",
         total=sum(sizes),
@@ -269,7 +270,7 @@ def _tokenize(
         if num_workers == 0:
             made = (workers.prepare_piece(work, n, pieces[n], tokenizer, recipe) for n in missing)
         else:
-            pool = workers.Workers(work, min(num_workers, len(missing)))
+            pool = workers.Workers(work, num_workers)
             made = stack.enter_context(pool).map((n, pieces[n]) for n in missing)
         for summary in made:
             done[summary["number"]] = summary

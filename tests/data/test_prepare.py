@@ -221,6 +221,12 @@ def test_a_run_killed_while_it_writes_the_store_leaves_no_half_store(source, tmp
     check_resumes(tmp_path, source, prepare)
 
 
+def test_a_run_with_workers_goes_on_though_no_piece_is_left_for_them(source, tmp_path):
+    kill_after("all", source, tmp_path)
+    prepare(str(source), TOKENIZER, tmp_path / "s", num_workers=2, **OPTIONS)
+    check_every_document_is_there_once(tmp_path / "s", TEXTS)
+
+
 def test_a_resume_that_starts_over_fails(source, tmp_path):
     def start_over(*arguments, **options):
         for marker in (tmp_path / "s.partial").glob("piece-*"):
