@@ -4,20 +4,19 @@
     text       <bos>[user]↵Hi↵[assistant]↵Hello!<eos>          by DEFAULT_TEMPLATE
     answers                               ^^^^^^^^^^^
 
-A template comes from a model's folder, so it is somebody else's program: it runs in Jinja's sandbox, where it can change
-nothing and reach nothing. What a message says stays text, also where it spells a special token.
+A template comes from a model's folder, so it is somebody else's program: it runs in Jinja's sandbox, in a process of its own
+(`chat_renderer`). What a message says stays text, also where it spells a special token.
 """
 
 from __future__ import annotations
 
-import datetime
-import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from jaxlm.tasks.chat_renderer import BEGIN, END, renderer
 
 Message = Mapping[str, str]
 
@@ -35,9 +34,8 @@ DEFAULT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{- '[assistant]\\n' }}{% endif %}
 """
 
-# Noncharacters of Unicode, which no text has: before and after an answer, and inside what a message spells like a special
-# token. They are taken out of messages first.
-BEGIN, END, GUARD = "\ufdd0", "\ufdd1", "\ufdd2"
+# Another noncharacter of Unicode: inside what a message spells like a special token. They are taken out of messages first.
+GUARD = "\ufdd2"
 _MARKS = re.compile(f"[{BEGIN}{END}{GUARD}]")
 
 
@@ -67,7 +65,6 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: Any):
         self.source, self.tokenizer = source, tokenizer
-        self._template = _compiled(source)
         self._names = {f"{r}_token": tokenizer.token(i) for r, i in tokenizer.roles.items()}
         self._special = {tokenizer.token(i): i for i in tokenizer.special_ids if tokenizer.token(i)}
         longest_first = sorted(self._special, key=len, reverse=True)
@@ -118,15 +115,9 @@ class ChatTemplate:
         return np.concatenate([self._encode(part.text) for part in parts])
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        import jinja2
-
         guarded = [{key: self._guard(value) for key, value in m.items()} for m in messages]
-        try:
-            return self._template.render(
-                messages=guarded, add_generation_prompt=add_generation_prompt, **self._names
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
-            raise ValueError(f"the chat template refuses it: {error}") from error
+        variables = dict(messages=guarded, add_generation_prompt=add_generation_prompt)
+        return renderer.render(self.source, variables | self._names)
 
     def _guard(self, text: str) -> str:
         return self._pattern.sub(lambda m: m[0][0] + GUARD + m[0][1:], _MARKS.sub("", text))
@@ -169,38 +160,3 @@ class ChatTemplate:
                 "that none would ever end; write {{ eos_token }} after the assistant's content"
             )
         return answer[-1]
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> Any:
-    """The template with what transformers gives to its own: loop controls, `raise_exception`, `strftime_now`, a `tojson`
-    that does not escape, and {% generation %}."""
-    import jinja2
-    from jinja2 import ext, nodes, sandbox
-
-    class Generation(ext.Extension):
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
-
-        def _marked(self, caller):
-            return BEGIN + caller() + END
-
-    def refuse(message):
-        raise jinja2.TemplateError(message)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals |= {
-        "raise_exception": refuse,
-        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-    }
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"this chat template is not Jinja: {error}") from error
