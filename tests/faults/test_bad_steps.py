@@ -5,6 +5,7 @@ tokens do not; a label in a file that no float can square; a change of the text 
 """
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,19 @@ import numpy as np
 import pytest
 
 from jaxlm import build
+from jaxlm.data.positions import Rewind, as_json, position, read_rewinds
 from jaxlm.data.store_writer import write_store
 from jaxlm.data.token_store import TokenStore
-from jaxlm.exits import DIVERGED, Diverged
+from jaxlm.exits import DIVERGED, Damaged, Diverged
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.objectives.causal import CausalLM
+from jaxlm.parallel.mesh import make_mesh
 from jaxlm.pretrain import pretrain
+from jaxlm.rewind import until_done
 from jaxlm.tokenizers import make_tokenizer
-from jaxlm.training.checkpoints import find_step, restore_state
+from jaxlm.training.checkpoints import find_step, find_steps, restore_state
 from jaxlm.training.guards import finite_problems
+from jaxlm.training.stored import read_manifest
 from tests import tiny
 
 
@@ -158,3 +163,151 @@ def test_a_run_ends_at_ten_bad_steps_in_a_row_also_over_a_resume_and_leaves_what
     documents.write_text(json.dumps(said))
     with pytest.raises(AssertionError):  # the law, of another step's rows
         check_dump(workdir, first=4, count=10, source="letters")
+
+
+# --- spikes of the gradient -------------------------------------------------------------------------------------------
+
+SPIKE, WINDOW = 41, 16
+
+
+def check_spike(run, times=50):
+    """A gradient of `times` the median of those before changes nothing and is counted; the steps around it train."""
+    state, norms = run.init_state(), []
+    batches = run.device_batches(0)
+    for step in range(1, SPIKE + 4):
+        before = kept(state)
+        state, metrics = run.train_step(state, next(batches))
+        norms.append(float(metrics["grad_norm"][0]))
+        assert same(before, kept(state)) == (step == SPIKE), f"step {step} of norms {norms}"
+    assert norms[SPIKE - 1] > times * np.median(norms[SPIKE - 1 - WINDOW : SPIKE - 1])
+    assert (int(state.spikes.skipped), int(state.skipped)) == (1, 0)
+    assert int(state.spikes.seen) == len(norms)
+
+
+def spiking_run(stores, folder, devices, **overrides):
+    """A model that has learned documents of one letter, and meets one batch of text."""
+    config = make_config(
+        stores[::-1],  # letters, but for one step
+        [(SPIKE, SPIKE + 1)],
+        objective__name="causal",
+        optimizer__learning_rate=3e-2,
+        guards__spike_factor=20.0,
+        guards__spike_window=WINDOW,
+        num_train_steps=100,
+        **overrides,
+    )
+    mesh = make_mesh(**config.mesh, devices=jax.devices()[:devices])
+    return build.make_run(config, folder, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    "devices, overrides",
+    [(1, {}), (8, {"mesh__fsdp": 4}), (2, {"accumulation_steps": 4})],
+    ids=["one device", "eight devices, state sharded", "four micro-batches"],
+)
+def test_a_gradient_of_fifty_times_the_usual_norm_is_left_out(stores, tmp_path, devices, overrides):
+    check_spike(spiking_run(stores, tmp_path / "run", devices, **overrides))
+
+
+def test_the_law_of_spikes_fails_without_the_guards_branch(stores, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxlm.training.spikes.is_spike", lambda *_: jnp.zeros((), bool))
+    with pytest.raises(AssertionError, match="step 41"):
+        check_spike(spiking_run(stores, tmp_path / "run", 1))
+
+
+# --- going back -------------------------------------------------------------------------------------------------------
+
+
+def rewinding_config(stores, **overrides):
+    """Steps 8 to 10 are bad; checkpoints at 3, 6 and 9. Four batches are left out: 6 to 9, counted from 0."""
+    return make_config(
+        stores,
+        [(8, 11)],
+        num_train_steps=14,
+        checkpoint_every_steps=3,
+        guards__max_bad_steps=3,
+        guards__skip_batches=4,
+        **overrides,
+    )
+
+
+def check_trained_on(run, numbers):
+    """The newest checkpoint is bit by bit what the steps over the batches of these numbers make."""
+    state = run.init_state()
+    for number in numbers:
+        state, _ = run.train_step(state, run.put_batch(run.train_batches[number]))
+    found = restore_state(find_step(run.workdir), run.state_shape)
+    assert int(found.step) == len(numbers)
+    assert same(kept(state), kept(found))
+
+
+@pytest.fixture(scope="module")
+def rewound(stores, tmp_path_factory):
+    """A run that went back, was stopped after three more steps, and resumed."""
+    workdir = tmp_path_factory.mktemp("rewound") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(OBJECTIVES, "per_spread", PerSpread)
+        config = rewinding_config(stores)
+        config.num_train_steps = 11
+        pretrain(config, workdir)
+        config.num_train_steps = 14
+        pretrain(config, workdir)
+    return config, workdir
+
+
+def test_a_run_goes_back_and_leaves_batches_out_and_is_then_a_run_over_the_others(
+    rewound, per_spread
+):
+    config, workdir = rewound
+    run = build.make_run(config, workdir)
+    check_trained_on(run, [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15, 16, 17])
+    with pytest.raises(AssertionError):  # the law, of a run that goes on as if nothing had been
+        check_trained_on(run, list(range(14)))
+    assert read_rewinds(workdir) == [Rewind(step=6, batch=10, bad_steps=(8, 10))]
+    assert read_manifest(find_step(workdir))["rewinds"] == as_json(run.rewinds)
+    train = [line for line in tiny.learned(workdir) if line["split"] == "train"]
+    assert [line["step"] for line in train] == list(range(1, 15))
+    assert not any(line["skipped"] for line in train)
+    check_dump(workdir, first=8, count=3, source="letters")
+    assert [path.name for path in (workdir / "checkpoints.damaged").glob("*.txt")] == ["9-1.txt"]
+
+
+def test_a_run_that_lost_its_list_of_rewinds_is_refused(rewound, per_spread, tmp_path):
+    config, workdir = rewound
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / "rewinds.json").unlink()
+    with pytest.raises(Damaged, match="batches that were left out would come again"):
+        pretrain(config, tmp_path / "run")
+
+
+def test_a_kill_before_the_rewind_is_written_down_changes_nothing(rewound, per_spread, tmp_path):
+    """The newer checkpoints are set aside by then; the run meets its bad steps again, and goes back again."""
+    config, workdir = rewound
+    again = tmp_path / "run"
+    shutil.copytree(workdir, again)
+    (again / "rewinds.json").unlink()
+    for step in find_steps(again / "checkpoints"):
+        if step > 6:
+            shutil.rmtree(again / "checkpoints" / str(step))
+    pretrain(config, again)
+    assert read_rewinds(again) == read_rewinds(workdir)
+    states = (
+        restore_state(find_step(w), build.make_run(config, w).state_shape) for w in (again, workdir)
+    )
+    assert same(*map(kept, states))
+
+
+def test_a_run_goes_back_no_more_often_than_its_config_allows(stores, per_spread, tmp_path):
+    run = build.make_run(rewinding_config(stores, guards__max_rewinds=2), tmp_path / "run")
+    attempts = iter([(8, 9, 10), (7, 8, 9), (20, 21, 22)])
+
+    def attempt():
+        steps = next(attempts)
+        raise Diverged("bad", [{"step": step, "loss": "nan"} for step in steps])
+
+    with pytest.raises(Diverged, match="bad after 2 rewinds"):
+        until_done(run, attempt)
+    rewinds = read_rewinds(tmp_path / "run")
+    assert [(rewind.step, rewind.batch) for rewind in rewinds] == [(6, 10), (5, 13)]
+    folders = {path.name for path in (tmp_path / "run" / "bad_steps").iterdir()}
+    assert folders == {"8-7", "7-10", f"20-{position(19, rewinds)}"}
