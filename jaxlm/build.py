@@ -1,7 +1,6 @@
 """From a ConfigDict to the parts of a run: `program` makes what needs no data, this the rest. These two and `tuning` are
 the only modules that know configs."""
 
-import dataclasses
 import functools
 import importlib.util
 import json
@@ -24,8 +23,8 @@ from jaxlm.data.pipeline import EvalBatches, TrainBatches, make_iterator
 from jaxlm.data.positions import Rewind, StepBatches, position, read_rewinds
 from jaxlm.data.token_store import TokenStore
 from jaxlm.files import as_path, is_remote, new_folder, write_text
+from jaxlm.identity import accept_changes
 from jaxlm.interop import convert, tokenizer_files
-from jaxlm.models.transformer import TransformerConfig
 from jaxlm.parallel import mesh as meshes
 from jaxlm.parallel import processes
 from jaxlm.program import (
@@ -36,6 +35,7 @@ from jaxlm.program import (
     make_program,
     sharded_shapes,
 )
+from jaxlm.sealed import read_object
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_item, restore_state
 from jaxlm.training.metrics import MetricSums, one_behind, with_perplexity
 from jaxlm.training.state import TrainState
@@ -43,31 +43,6 @@ from jaxlm.training.throughput import peak_flops
 
 PyTree = Any
 log = logging.getLogger("jaxlm")
-
-# A run may be resumed with other values of these: they change how it runs, not what it computes.
-EXECUTION_FIELDS = (
-    "num_train_steps",  # may be raised; schedules read it
-    "log_every_steps",
-    "eval_every_steps",
-    "checkpoint_every_steps",
-    "init_from",
-    "init",
-    "mesh",
-    "remat",
-    "offload_optimizer",
-    "unroll",
-    "attention_kernel",
-    "compiler_flags",
-    "checkpoint",
-    "eval",
-    "log",
-    "guards.max_bad_steps",
-    "guards.self_check_every_steps",
-    "guards.watchdog_seconds",
-    "data.num_workers",
-    "data.prefetch",
-    "data.cache_dir",
-)
 
 # Fields that are younger than some runs, and what these did when there was none.
 YOUNGER_FIELDS: dict[str, Any] = {
@@ -85,6 +60,7 @@ YOUNGER_FIELDS: dict[str, Any] = {
     ),
 }
 
+MAX_CONFIG_BYTES = 16 << 20
 HUGGING_FACE = "hf:"  # what an `init_from` begins with that is no run of ours
 
 
@@ -115,8 +91,8 @@ def saved_config(path: str | Path) -> ConfigDict:
             return {key: tuples(item) for key, item in value.items()}
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    text = as_path(path).read_text(encoding="utf-8")
-    config = ConfigDict(tuples(json.loads(text)), convert_dict=True)
+    content = read_object(as_path(path), MAX_CONFIG_BYTES)
+    config = ConfigDict(tuples(content), convert_dict=True)
     for name, value in YOUNGER_FIELDS.items():
         *groups, field = name.split(".")
         group = functools.reduce(lambda at, key: at.get(key), groups, config)
@@ -127,37 +103,6 @@ def saved_config(path: str | Path) -> ConfigDict:
 
 def write_config(config: ConfigDict, path: str | Path) -> None:
     write_text(path, config.to_json(indent=2, sort_keys=False) + "\n")
-
-
-def config_changes(old: ConfigDict, new: ConfigDict) -> tuple[list[str], list[str]]:
-    """The differing fields as lines 'field: old -> new': (identity fields, execution fields)."""
-    # A field of the model that is younger than the run has the value that it had before it was one.
-    defaults = {
-        f"model.{field.name}": field.default
-        for field in dataclasses.fields(TransformerConfig)
-        if field.default is not dataclasses.MISSING
-    }
-    defaults = json.loads(json.dumps(defaults))
-    before, after = (defaults | _flatten(json.loads(c.to_json())) for c in (old, new))
-    identity, execution = [], []
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) == after.get(name):
-            continue
-        free = any(name == f or name.startswith(f + ".") for f in EXECUTION_FIELDS)
-        (execution if free else identity).append(
-            f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
-        )
-    return identity, execution
-
-
-def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def make_tokenizer(config: ConfigDict, workdir: Path) -> Any:
@@ -209,25 +154,34 @@ def is_store(path: str) -> bool:
     return (as_path(path) / "manifest.json").is_file()
 
 
-def make_stores(config: ConfigDict, tokenizer: Any, workdir: Path) -> dict[str, Path]:
-    """The token store of each source: the given one, or prepared from text under `workdir/store`."""
+def make_stores(
+    config: ConfigDict, tokenizer: Any, workdir: Path, allow_change: bool = False
+) -> dict[str, Path]:
+    """The token store of each source: the given one, or prepared from text under `workdir/store`.
+
+    allow_change: a store of other text that lies there stays, and is used.
+    """
     stores = {}
     for name, source in named_sources(config.data.sources):
         store = as_path(source) if is_store(source) else workdir / "store" / name
         if not is_store(source):
-            preparation.prepare(
-                [source],
-                tokenizer,
-                store,
-                split=config.data.split,
-                validation_fraction=config.data.validation_fraction,
-                text_field=config.data.text_field,
-                seed=config.seed,
-                cache_dir=config.data.cache_dir,
-                progress=config.log.progress,
-            )
-        manifest = open_store(config, store, "train").manifest
-        if manifest["tokenizer_sha256"] != tokenizer.sha256:
+            try:
+                preparation.prepare(
+                    [source],
+                    tokenizer,
+                    store,
+                    split=config.data.split,
+                    validation_fraction=config.data.validation_fraction,
+                    text_field=config.data.text_field,
+                    seed=config.seed,
+                    cache_dir=config.data.cache_dir,
+                    progress=config.log.progress,
+                )
+            except preparation.OtherStore as error:
+                changes = [f"data of {name}: {line}" for line in error.differences]
+                then = f" Then {store} is used as it is."
+                accept_changes(workdir, changes, allowed=allow_change, then=then)
+        if read_manifest(store)["tokenizer_sha256"] != tokenizer.sha256:
             raise ValueError(
                 f"{store} was prepared with another tokenizer than the run's: prepare it again with "
                 f"--tokenizer={workdir / 'tokenizer'}, or set tokenizer.path={store / 'tokenizer'}"
@@ -325,9 +279,15 @@ class Run(Program):
 
 
 def make_run(
-    config: ConfigDict, workdir: str | Path, *, mesh: jax.sharding.Mesh | None = None
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    allow_change: bool = False,
 ) -> Run:
     """Builds every part of the run that `config` describes; text is tokenized and stored if it is not yet.
+
+    allow_change: the text may be another than the one that was stored; what was stored is read.
 
     Raises:
       ValueError: with what to change, if fields do not fit one another, the tokenizer or the mesh.
@@ -337,7 +297,7 @@ def make_run(
     mesh = mesh or meshes.make_mesh(**config.mesh)
     tokenizer = make_tokenizer(config, workdir)
     check_config(config, mesh, tokenizer)
-    stores = make_stores(config, tokenizer, workdir)
+    stores = make_stores(config, tokenizer, workdir, allow_change)
     program = make_program(config, mesh, tokenizer)
 
     train = {name: open_store(config, path, "train") for name, path in stores.items()}

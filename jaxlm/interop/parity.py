@@ -295,6 +295,7 @@ def run_theirs(
         dtype=torch.float32,
         attn_implementation="eager",
         use_safetensors=True,
+        trust_remote_code=False,  # without it transformers asks
         output_loading_info=True,
     )
     # Poolers are made new where a class wants one that the folder's does not have.

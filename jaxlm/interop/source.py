@@ -158,7 +158,10 @@ def read_pickle(path: Path) -> dict[str, Held]:
         raise ImportError(
             f"{path.name} needs torch: pip install torch, or take safetensors"
         ) from error
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or a hostile one makes of torch
+        raise BadFile(f"{path}: torch makes no tensors of it: {str(error)[:300]}") from error
     tensors = {}
     for name, tensor in state.items():
         if tensor.dtype == torch.bfloat16:

@@ -17,6 +17,7 @@ from jaxlm.inference import decode
 from jaxlm.inference.batches import in_batches
 from jaxlm.inference.beam import beam_search
 from jaxlm.inference.sampling import make_sampling
+from jaxlm.interop.safetensors_io import inside, read_json
 from jaxlm.objectives.losses import cross_entropy
 from jaxlm.tasks.chat import DEFAULT_TEMPLATE
 from jaxlm.tasks.writing import Writer
@@ -63,10 +64,11 @@ def find_template(path: str, source: Source) -> str:
     folder = source.folder or source.hf_files
     if folder is None:
         return DEFAULT_TEMPLATE
-    if (file := folder / "chat_template.jinja").is_file():
-        return _read(file)
+    if (folder / "chat_template.jinja").is_file():
+        return _read(inside(folder, "chat_template.jinja"))
     settings = folder / "tokenizer_config.json"
-    template = json.loads(_read(settings)).get("chat_template") if settings.is_file() else None
+    said = read_json(inside(folder, settings.name)) if settings.is_file() else {}
+    template = said.get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         if not isinstance(named.get("default"), str):
