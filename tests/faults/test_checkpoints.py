@@ -1,9 +1,14 @@
 """Checkpoints that are hurt on purpose: never restored wrong, always named, and the run goes on from what is whole."""
 
+import contextlib
 import json
 import logging
+import os
 import random
+import resource
 import shutil
+import subprocess
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm.exits import Damaged
+from jaxlm.exits import Damaged, NotSaved
 from jaxlm.training import stored
 from jaxlm.training.checkpoints import Checkpoints, find_step
 from jaxlm.training.state import new_state
@@ -251,3 +256,106 @@ def test_flipped_bits_are_restored_where_nothing_is_compared(saved, tmp_path, mo
     monkeypatch.setattr(stored, "compare", lambda *_: None)
     with pytest.raises(AssertionError, match="the state restored wrong"):
         check_no_flip_is_restored(saved, tmp_path, range(60))
+
+
+# ---------------------------------------------------------------- a disk that does not take a checkpoint
+
+
+@contextlib.contextmanager
+def full(disk):
+    """All of the small disk is taken."""
+    filler = disk / "filler"
+    with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(1 << 16)):
+            pass
+    yield "No space left on device"
+    filler.unlink()
+
+
+@contextlib.contextmanager
+def read_only(disk):
+    mount = ["mount", "-o", "remount", str(disk)]
+    subprocess.run([*mount, "-r"], check=True)
+    try:
+        yield "Read-only file system"
+    finally:
+        subprocess.run([*mount, "-w"], check=True)
+
+
+@contextlib.contextmanager
+def small_files(disk):
+    """No file of this process may be larger than half a megabyte: a write fails when its folder is there already."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, hard))
+    try:
+        yield "File too large"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 8 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a disk of its own")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def large_state(step):
+    return make_state(step).replace(
+        frozen={"table": jax.random.normal(jax.random.key(step), (1 << 19,))}
+    )
+
+
+def check_a_failed_save_is_told(disk, breaking, make=Checkpoints, patience=60):
+    """NotSaved by the next looks, with the system's reason; the step before stays; and later ones are saved."""
+    checkpoints = make(disk / "run", keep_last=9)
+    checkpoints.save(10, large_state(10), about(10), None)
+    checkpoints.wait()
+    with breaking(disk) as reason, pytest.raises(NotSaved, match=reason) as error:
+        checkpoints.save(20, large_state(20), about(20), None)
+        until = time.monotonic() + patience
+        while time.monotonic() < until:
+            checkpoints.check()
+            time.sleep(0.01)
+        raise AssertionError(f"nobody was told in {patience} s")
+    assert error.value.status == 74 and "GB are free" in str(error.value)
+    assert checkpoints.steps() == [10] and checkpoints.latest_step() == 10
+    checkpoints.save(30, large_state(30), about(30), None)
+    checkpoints.close()
+    again = Checkpoints(disk / "run", keep_last=9)
+    state, _ = again.restore(abstract(large_state(0)))
+    again.close()
+    assert again.steps() == [10, 30] and int(state.step) == 30
+    names = sorted(path.name for path in (disk / "run" / "checkpoints").iterdir())
+    assert names == ["10", "30"], "nothing unfinished is left"
+
+
+@pytest.mark.parametrize("breaking", [full, read_only])
+def test_a_disk_that_is_full_or_read_only_is_told(disk, breaking):
+    check_a_failed_save_is_told(disk, breaking)
+
+
+class Careless(Checkpoints):
+    def check(self):
+        """Looks at nothing."""
+
+
+def test_a_write_that_fails_in_the_background_is_told(tmp_path):
+    check_a_failed_save_is_told(tmp_path, small_files)
+    with pytest.raises(AssertionError, match="nobody was told"):
+        check_a_failed_save_is_told(tmp_path / "careless", small_files, Careless, patience=2)
+
+
+def test_the_next_save_tells_of_a_failed_write_too(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    with small_files(tmp_path):
+        checkpoints.save(10, large_state(10), about(10), None)
+        with pytest.raises(NotSaved, match="File too large"):
+            checkpoints.save(20, large_state(20), about(20), None)
+    checkpoints.close()
+    assert checkpoints.steps() == []
