@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from jaxlm import tokenizers
@@ -21,12 +22,14 @@ from jaxlm.data import prepare as preparation
 from jaxlm.data import sources as text_sources
 from jaxlm.data.pipeline import EvalBatches, TrainBatches, make_iterator
 from jaxlm.data.positions import Rewind, StepBatches, position, read_rewinds
+from jaxlm.data.store_format import read_manifest
 from jaxlm.data.token_store import TokenStore
 from jaxlm.files import as_path, is_remote, new_folder, write_text
 from jaxlm.identity import accept_changes
 from jaxlm.interop import convert, tokenizer_files
 from jaxlm.parallel import mesh as meshes
 from jaxlm.parallel import processes
+from jaxlm.private import refuse_secrets
 from jaxlm.program import (
     ONE_TOKEN,
     Program,
@@ -102,6 +105,8 @@ def saved_config(path: str | Path) -> ConfigDict:
 
 
 def write_config(config: ConfigDict, path: str | Path) -> None:
+    """Writes config.json. Raises ValueError if a field holds a secret."""
+    refuse_secrets(flatten_dict(config.to_dict(), sep="."))
     write_text(path, config.to_json(indent=2, sort_keys=False) + "\n")
 
 

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jaxlm.private import keep_private, redact
+
 DONE = 0
 FAILED = 1  # any other error, with its traceback
 DAMAGED = (
@@ -74,14 +76,16 @@ class Stopped(RunError):
 
 
 def with_status(main: Callable[..., Any]) -> Callable[..., Any]:
-    """`main` of a program; a RunError becomes its message, without a traceback, and its status."""
+    """`main` of a program; a RunError becomes its message, without a traceback, and its status. The process keeps to itself
+    what is its own (`private`)."""
 
     @functools.wraps(main)
     def run(*arguments: Any) -> Any:
+        keep_private()
         try:
             return main(*arguments)
         except RunError as error:
-            print(error, file=sys.stderr, flush=True)
+            print(redact(str(error)), file=sys.stderr, flush=True)
             sys.exit(error.status)
 
     return run

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jaxlm.exits import Damaged
+from jaxlm.private import redact
 
 # Scheme -> (what epath reads it with: any one of these, what to install).
 SCHEMES = {"gs": (("gcsfs", "tensorflow"), "pip install 'gcsfs>=2026.2'")}
@@ -48,7 +49,9 @@ def as_path(path: str | os.PathLike) -> Path:
     scheme = url[1].lower()
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise ValueError(f"{text}: found the scheme {scheme}://, expected a local path or {known}")
+        raise ValueError(
+            f"{redact(text)}: found the scheme {scheme}://, expected a local path or {known}"
+        )
     packages, install = SCHEMES[scheme]
     if not any(map(importlib.util.find_spec, packages)):
         raise ImportError(f"{text} needs {packages[0]}: {install}")

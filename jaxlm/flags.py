@@ -11,15 +11,27 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxlm import saved_config
+from jaxlm.private import refuse_secrets
 
 
 def define_config_flag():
     """`--config=configs/NAME.py:ARGUMENT` or `--config=W/config.json`, with `--config.field=value`."""
+    named = {_name_of(place, arg): arg for place, arg in enumerate(sys.argv[1:], 1)}
+    try:
+        refuse_secrets(named)
+    except ValueError as error:
+        sys.exit(str(error))
     # ml_collections loads Python files only, so a JSON path becomes the argument of one that reads it.
     sys.argv = [through_saved_config(arg) for arg in sys.argv]
     return config_flags.DEFINE_config_file(
         "config", None, "configs/NAME.py:ARGUMENT or a run's W/config.json", lock_config=True
     )
+
+
+def _name_of(place: int, arg: str) -> str:
+    """What an argument is called where its value must not be shown."""
+    name, equals, _ = arg.partition("=")
+    return name if equals and name.startswith("-") else f"argument {place}"
 
 
 def through_saved_config(arg: str) -> str:

@@ -13,10 +13,11 @@ PEERS = {"models", "objectives", "tasks", "data"}
 THIRD_PARTY_ONLY: frozenset[str] = frozenset()
 ALLOWED: dict[str, frozenset[str]] = {
     "compat": THIRD_PARTY_ONLY,
-    "files": frozenset({"exits"}),
-    "exits": THIRD_PARTY_ONLY,
+    "files": frozenset({"exits", "private"}),
+    "exits": frozenset({"private"}),
+    "private": THIRD_PARTY_ONLY,
     "sealed": frozenset({"exits"}),
-    "parallel": frozenset({"compat", "exits"}),
+    "parallel": frozenset({"compat", "exits", "private"}),
     "tokenizers": frozenset({"compat", "files", "exits", "sealed"}),
     "models.layers": frozenset({"compat"}),
     "models": frozenset({"compat", "models.layers"}),

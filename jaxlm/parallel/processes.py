@@ -39,6 +39,7 @@ from jaxlm.parallel.launchers import (
     find_place,
     share_of_gpus,
 )
+from jaxlm.private import redact
 
 log = logging.getLogger("jaxlm")
 
@@ -323,7 +324,7 @@ def _end(error: BaseException, status: int) -> None:
 
 def _leave(text: str, status: int) -> None:
     with contextlib.suppress(OSError):
-        os.write(2, text.encode())  # at once: sys.stderr may be locked by another thread
+        os.write(2, redact(text).encode())  # at once: sys.stderr may be locked by another thread
         sys.stdout.flush()
     os._exit(status)
 
