@@ -5,7 +5,9 @@ tokens do not; a label in a file that no float can square; a change of the text 
 """
 
 import json
+import re
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +25,9 @@ from jaxlm.parallel.mesh import make_mesh
 from jaxlm.pretrain import pretrain
 from jaxlm.rewind import until_done
 from jaxlm.tokenizers import make_tokenizer
-from jaxlm.training.checkpoints import find_step, find_steps, restore_state
-from jaxlm.training.guards import finite_problems
+from jaxlm.training.checkpoints import Checkpoints, find_step, find_steps, restore_state
 from jaxlm.training.stored import read_manifest
+from jaxlm.workdir import manifest, start_or_resume
 from tests import tiny
 
 
@@ -103,7 +105,7 @@ def check_bad_steps(run, bad):
         assert same(before, kept(state)) == (step in bad), step
         assert int(state.skipped) == count and int(state.step) == step
         assert np.isfinite(metrics["loss"][0]) == (step not in bad), step
-    assert not finite_problems(state)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept(state)))
 
 
 SPANS = [(3, 4), (6, 9)]  # one bad step, and three in a row
@@ -311,3 +313,118 @@ def test_a_run_goes_back_no_more_often_than_its_config_allows(stores, per_spread
     assert [(rewind.step, rewind.batch) for rewind in rewinds] == [(6, 10), (5, 13)]
     folders = {path.name for path in (tmp_path / "run" / "bad_steps").iterdir()}
     assert folders == {"8-7", "7-10", f"20-{position(19, rewinds)}"}
+
+
+# --- parameters that are not finite -----------------------------------------------------------------------------------
+
+
+def with_nan(state, part):
+    """The state with one NaN in the last array of one of its parts."""
+    tree = {"params": state.params, "moments": state.opt_state, "ema": state.ema}[part]
+    leaves, structure = jax.tree.flatten(tree)
+    place = max(i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating))
+    bad = np.asarray(leaves[place]).copy()
+    bad.flat[bad.size // 2] = np.nan
+    leaves[place] = jax.device_put(bad, leaves[place].sharding)
+    field = {"moments": "opt_state"}.get(part, part)
+    return state.replace(**{field: structure.unflatten(leaves)})
+
+
+def check_nan_is_not_restored(run, part, restore):
+    """Of two checkpoints of which the newer was saved with a NaN the older is restored, and the log names the array."""
+    state = run.init_state()
+    store = Checkpoints(run.workdir)
+    for step in (3, 6):
+        saved = with_nan(state, part) if step == 6 else state
+        store.save(step, saved.replace(step=jnp.int32(step)), manifest(run, step) | OPEN, None)
+    store.wait()
+    restored = restore(run, store)
+    store.close()
+    assert int(restored.step) == 3
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept(restored)))
+    assert find_steps(run.workdir / "checkpoints") == [3]
+    (reason,) = (run.workdir / "checkpoints.damaged").glob("6-*.txt")
+    assert re.search(
+        rf"{'opt_state' if part == 'moments' else part}/.* is not finite", reason.read_text()
+    )
+
+
+OPEN = {"window": {}, "bad_steps": [], "evaluation_left": False}
+
+
+def resumed(run, store):
+    return start_or_resume(run, store, run.init_state)[0]
+
+
+@pytest.mark.parametrize("part", ["params", "moments", "ema"])
+def test_a_checkpoint_with_nan_is_set_aside_and_the_one_before_it_restored(stores, tmp_path, part):
+    config = make_config(stores, objective__name="causal", ema_decay=0.9)
+    check_nan_is_not_restored(build.make_run(config, tmp_path), part, resumed)
+
+
+def test_the_law_of_nan_in_checkpoints_fails_for_a_plain_restore(stores, tmp_path):
+    config = make_config(stores, objective__name="causal", ema_decay=0.9)
+    plain = lambda run, store: restore_state(find_step(run.workdir), run.state_shape)
+    with pytest.raises(AssertionError):
+        check_nan_is_not_restored(build.make_run(config, tmp_path), "params", plain)
+
+
+def test_parameters_that_an_update_made_infinite_end_a_run_before_they_are_saved(stores, tmp_path):
+    config = make_config(
+        stores,
+        objective__name="causal",
+        optimizer__learning_rate=1e38,
+        optimizer__schedule__warmup_steps=0,
+        num_train_steps=6,
+        checkpoint_every_steps=1,
+    )
+    with pytest.raises(Diverged, match="parameters are not finite after step 1"):
+        pretrain(config, tmp_path / "run")
+    assert find_steps(tmp_path / "run" / "checkpoints") == []
+    assert (tmp_path / "run" / "bad_steps" / "1-0" / "batch.npz").is_file()
+
+
+# --- fine-tuning, in a process of its own -----------------------------------------------------------------------------
+
+
+def test_fine_tuning_on_labels_that_no_float_can_square_ends_with_its_status_and_names_their_lines(
+    stores, tmp_path
+):
+    tiny.save_untrained(tiny.tiny_config("configs/bert.py:tiny", stores[0]), tmp_path / "source")
+    files = {"train": 80, "dev": 8}
+    for name, size in files.items():
+        with open(tmp_path / f"{name}.csv", "w", encoding="utf-8") as file:
+            file.write("text,label\n")
+            for row in range(size):  # the second half of the training rows is bad
+                file.write(
+                    f"the {row}th text,{1e30 if row >= 40 and name == 'train' else row / 10}\n"
+                )
+    result = tiny.run(
+        [
+            sys.executable,
+            "-m",
+            "jaxlm.finetune",
+            f"--config={tiny.ROOT}/configs/finetune/classification.py:train={tmp_path}/train.csv,"
+            f"dev={tmp_path}/dev.csv,problem=regression",
+            f"--workdir={tmp_path}/run",
+            f"--config.init_from={tmp_path}/source",
+            "--config.batch_size=8",
+            "--config.seq_len=32",
+            "--config.guards.max_bad_steps=4",
+            "--config.log.tensorboard=False",
+        ],
+        check=False,
+    )
+    assert result.returncode == DIVERGED, result.stderr[-4000:]
+    assert "4 steps in a row" in result.stderr and "Traceback" not in result.stderr
+    (folder,) = (tmp_path / "run" / "bad_steps").iterdir()
+    said = json.loads((folder / "documents.json").read_text())
+    batch = np.load(folder / "batch.npz", allow_pickle=False)
+    assert len(said) == 4
+    for entry in said:
+        lines = [row["line"] for row in entry["rows"]]
+        assert len(lines) == 8 and max(lines) >= 42  # the header is line 1
+        assert {row["file"] for row in entry["rows"]} == {f"{tmp_path}/train.csv"}
+    labels = sorted(x for x in batch["example_labels"][batch["example_ids"] >= 0].tolist())
+    expected = [1e30 if row["line"] >= 42 else (row["line"] - 2) / 10 for row in said[0]["rows"]]
+    np.testing.assert_allclose(labels, sorted(expected), rtol=1e-6)
