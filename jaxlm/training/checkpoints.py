@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
@@ -262,16 +263,15 @@ def _free_space(folder: Path) -> str:
 
 
 def split_state(state: TrainState) -> dict[str, PyTree]:
-    """The array items of a checkpoint: params, ema and frozen if there are any, and opt_state with all the rest."""
+    """The array items of a checkpoint: params; ema, frozen and spikes if there are any; and opt_state with all the rest."""
     rest = {
         "step": state.step,
         "opt_state": state.opt_state,
         "plateau": state.plateau,
         "skipped": state.skipped,
     }
-    if state.spikes is not None:  # checkpoints of runs without that guard have no such arrays
-        rest["spikes"] = state.spikes
     items = {"params": state.params, "opt_state": rest, "ema": state.ema, "frozen": state.frozen}
+    items["spikes"] = state.spikes
     return {name: tree for name, tree in items.items() if tree is not None}
 
 
@@ -284,14 +284,25 @@ def refuse_not_finite(step_dir: Path, state: TrainState) -> None:
 def restore_state(step_dir: Path, abstract_state: TrainState) -> TrainState:
     """The whole state of one checkpoint, placed by the shardings of `abstract_state`.
 
+    The guard against spikes may be turned on or off where a run goes on: without `spikes` in the checkpoint it has seen none.
+
     Raises:
       Damaged: if it is not what was saved.
       ValueError: a repair list, if the stored names, shapes or dtypes are others.
     """
-    items = split_state(abstract_state)
-    loaded = stored.read(step_dir, lambda there: fitting(step_dir, items, there))
+
+    def choose(there: dict[str, PyTree]) -> dict[str, PyTree]:
+        items = split_state(abstract_state)
+        if "spikes" not in there:
+            items.pop("spikes", None)
+        return fitting(step_dir, items, there)
+
+    none_yet = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract_state.spikes
+    )
+    loaded = {"spikes": none_yet} | stored.read(step_dir, choose)
     rest = loaded["opt_state"]
-    parts = {name: loaded.get(name) for name in ("params", "ema", "frozen")}
+    parts = {name: loaded.get(name) for name in ("params", "ema", "frozen", "spikes")}
     return abstract_state.replace(**parts, **rest)
 
 

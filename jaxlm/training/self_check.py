@@ -6,6 +6,7 @@ state ──copy──▶ step ──▶ state', metrics
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -27,28 +28,28 @@ class SelfCheck:
     train_step: jitted (state, batch) -> (state, metrics); the state is donated. The same compiled program runs both times.
     every: a step is checked if its number, from 1, is a multiple.
     step: how many steps are finished.
+    spend: gives a context to which the time of the second computation is charged.
     """
 
-    def __init__(self, train_step: Callable, every: int, step: int):
-        self.train_step, self.every, self.step = train_step, every, step
+    def __init__(
+        self,
+        train_step: Callable,
+        every: int,
+        step: int,
+        spend: Callable[[str], AbstractContextManager] = nullcontext,
+    ):
+        self.train_step, self.every, self.step, self.spend = train_step, every, step, spend
 
     def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Any]:
         """Raises Corrupted, naming arrays and devices, if the two differ."""
         self.step += 1
         if self.step % self.every:
             return self.train_step(state, batch)
-        first, first_metrics = self.train_step(copy(state), batch)
-        state, metrics = self.train_step(state, batch)
-        problems = [
-            f"  {path}, on {', '.join(map(str, devices))}"
-            for path, devices in differences(first, state).items()
-        ]
-        said, again = jax.device_get((first_metrics, metrics))
-        problems += [
-            f"  metric {name}: {said[name]} and {again[name]}"
-            for name in said
-            if not _equal_bits(said[name], again[name])
-        ]
+        with self.spend("self_check"):
+            first = jax.block_until_ready(self.train_step(copy(state), batch))
+        second = self.train_step(state, batch)
+        with self.spend("self_check"):
+            problems = _problems(first, second)
         if problems:
             raise Corrupted(
                 f"step {self.step} was computed twice from the same state and batch, and gave two results:\n"
@@ -56,7 +57,7 @@ class SelfCheck:
                 + f"\nThis machine computes wrong numbers, maybe since step {max(self.step - self.every, 0)}, after which no "
                 "step was checked: go on from a checkpoint before that on other devices."
             )
-        return state, metrics
+        return second
 
 
 def copy(tree: PyTree) -> PyTree:
@@ -110,6 +111,21 @@ def _bits(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         return x
     return jax.lax.bitcast_convert_type(x, np.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def _problems(first: tuple[TrainState, Any], second: tuple[TrainState, Any]) -> list[str]:
+    """A line for each array of the state and each metric of which two results of a step differ."""
+    (state, metrics), (other_state, other_metrics) = first, second
+    lines = [
+        f"  {path}, on {', '.join(map(str, devices))}"
+        for path, devices in differences(state, other_state).items()
+    ]
+    said, again = jax.device_get((metrics, other_metrics))
+    return lines + [
+        f"  metric {name}: {said[name]} and {again[name]}"
+        for name in said
+        if not _equal_bits(said[name], again[name])
+    ]
 
 
 def _equal_bits(one: Any, other: Any) -> bool:

@@ -14,6 +14,7 @@ from jaxlm.exits import Corrupted, Diverged
 from jaxlm.parallel import offload
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.training import self_check, spikes
+from jaxlm.training.checkpoints import Checkpoints, find_step, restore_state
 from jaxlm.training.guards import BadSteps, finite_problems
 from jaxlm.training.self_check import SelfCheck
 from jaxlm.training.state import new_state
@@ -191,6 +192,28 @@ def test_a_spike_changes_neither_parameters_nor_moments_nor_averages():
 def test_the_law_fails_for_a_factor_that_lets_the_spike_through():
     with pytest.raises(AssertionError):
         check_a_spike_changes_nothing(100.0)
+
+
+def test_the_guard_may_be_turned_on_or_off_where_a_run_goes_on(tmp_path):
+    on, off = scaled_state(WINDOW), scaled_state(0)
+    mesh = make_mesh()
+    place = lambda state: jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    abstract = lambda state: jax.eval_shape(lambda s: s, place(state))
+    seen = on.replace(spikes=on.spikes.replace(seen=on.spikes.seen + 7))
+    for name, state in {"on": seen, "off": off}.items():
+        store = Checkpoints(tmp_path / name)
+        store.save(1, place(state), {"step": 1}, None)
+        store.wait()
+        store.close()
+    restored = lambda name, state: restore_state(find_step(tmp_path / name), abstract(state))
+    assert int(restored("on", on).spikes.seen) == 7
+    assert restored("on", off).spikes is None
+    fresh = restored("off", on).spikes
+    assert int(fresh.seen) == int(fresh.skipped) == 0 and fresh.norms.tolist() == [0.0] * WINDOW
+    with pytest.raises(
+        ValueError, match=r"spikes/norms: stored float32\[8\], expected float32\[9\]"
+    ):
+        restored("on", scaled_state(9))
 
 
 def test_without_the_guard_the_step_is_as_it_was():
