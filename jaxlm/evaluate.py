@@ -19,6 +19,7 @@ from absl import app, flags, logging
 
 from jaxlm import build, language_model, reports, tuning
 from jaxlm.compiled import keep_compiled_programs
+from jaxlm.exits import with_status
 from jaxlm.files import as_path
 from jaxlm.flags import define_process_flags, process_options
 from jaxlm.host import keep_freed_memory
@@ -166,6 +167,7 @@ def define_flags() -> None:
     flags.mark_flag_as_required("checkpoint")
 
 
+@with_status
 def main(argv):
     del argv
     keep_freed_memory()

@@ -23,6 +23,7 @@ from absl import app, flags, logging
 
 from jaxlm import api
 from jaxlm.compiled import keep_compiled_programs
+from jaxlm.exits import with_status
 from jaxlm.files import as_path, is_remote, write_whole
 from jaxlm.host import keep_freed_memory
 from jaxlm.inputs import read_prompts
@@ -220,6 +221,7 @@ TASKS = {
 }
 
 
+@with_status
 def main(argv: Sequence[str]) -> None:
     del argv
     keep_freed_memory()

@@ -41,6 +41,7 @@ except ImportError as error:
     raise ImportError(MISSING) from error
 
 from jaxlm.compiled import keep_compiled_programs
+from jaxlm.exits import with_status
 from jaxlm.host import keep_freed_memory
 from jaxlm.inference import decode, scoring
 from jaxlm.inference.batches import in_batches
@@ -301,6 +302,7 @@ def define_flags() -> None:
     flags.mark_flags_as_required(["checkpoint", "tasks"])
 
 
+@with_status
 def main(argv):
     del argv
     keep_freed_memory()

@@ -18,6 +18,7 @@ from absl import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jaxlm import build
+from jaxlm.exits import with_status
 from jaxlm.interop import FAMILIES, convert, export, parity
 from jaxlm.training.checkpoints import evaluated_item, find_step
 from jaxlm.tuning import best_step
@@ -101,6 +102,7 @@ def to_hf(args: argparse.Namespace) -> dict:
     )
 
 
+@with_status
 def main(argv: Sequence[str] | None = None) -> int:
     args = define_arguments().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # leave the accelerator to the run that has it

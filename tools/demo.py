@@ -48,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import logging
 
 from jaxlm import api
+from jaxlm.exits import with_status
 from jaxlm.host import keep_freed_memory
 from jaxlm.inference.fill_mask import mask_pattern
 from jaxlm.inputs import need_lm
@@ -365,6 +366,7 @@ def serve(app: Any, host: str, port: int) -> None:
             uvicorn.Server(config).run(sockets=[listener])
 
 
+@with_status
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

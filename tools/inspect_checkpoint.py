@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from jaxlm.exits import with_status
 from jaxlm.files import as_path
 from jaxlm.interop.arrays import read_theirs
 from jaxlm.interop.finetuned import open_parameters
@@ -222,6 +223,7 @@ def _unequal(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (as_bytes[0] != as_bytes[1]).any(axis=1)
 
 
+@with_status
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

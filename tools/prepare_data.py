@@ -12,6 +12,7 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jaxlm.data.prepare import prepare
 from jaxlm.data.token_store import TokenStore
+from jaxlm.exits import with_status
 
 _SOURCES = flags.DEFINE_list(
     "sources", None, "'stdlib', files, folders or globs, with commas", required=True
@@ -31,6 +32,7 @@ _BAD = flags.DEFINE_float("max_bad_fraction", 0.01, "share of unusable documents
 _FIELD = flags.DEFINE_string("text_field", "text", "the text's name in JSON lines and Parquet")
 
 
+@with_status
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, found {argv[1:]}")

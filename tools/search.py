@@ -23,6 +23,7 @@ from jaxlm import api
 from jaxlm.data.column_names import ROLES
 from jaxlm.data.columns import as_role_records, choose_columns
 from jaxlm.data.records import format_problems, read_records
+from jaxlm.exits import with_status
 from jaxlm.files import as_path
 from jaxlm.host import keep_freed_memory
 from jaxlm.inference.search import Index
@@ -83,6 +84,7 @@ def show(index: Index, lm: api.LanguageModel, queries: Iterable[str], k: int) ->
             yield f"  {cosine:.3f}  {' '.join(index.ids[place].split())}"
 
 
+@with_status
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -12,6 +12,7 @@ from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jaxlm.data.sources import Bad, read_documents
+from jaxlm.exits import with_status
 from jaxlm.tokenizers import TRAINERS, train_tokenizer
 
 _KIND = flags.DEFINE_enum(
@@ -27,6 +28,7 @@ _MAX_BYTES = flags.DEFINE_integer("max_bytes", 1 << 28, "text that is read to le
 _FIELD = flags.DEFINE_string("text_field", "text", "the text's name in JSON lines and Parquet")
 
 
+@with_status
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, found {argv[1:]}")

@@ -27,13 +27,13 @@ HEARTBEAT = 10  # seconds
 TOLERANCE = dict(rtol=2e-4, atol=1e-6)
 
 
-def start(command, count, devices=1, own_flags=()):
+def start(command, count, devices=1, own_flags=(), heartbeat=HEARTBEAT):
     """The processes of one run, on a free port of this machine. own_flags: of each process, besides its number."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
-    flags += [f"--heartbeat_timeout={HEARTBEAT}"]
+    flags += [f"--heartbeat_timeout={heartbeat}"]
     own_flags = own_flags or [[f"--process_id={i}"] for i in range(count)]
     return [
         subprocess.Popen(
