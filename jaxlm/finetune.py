@@ -21,7 +21,7 @@ from jaxlm.training.metrics import read_metrics
 from jaxlm.training.plots import plot_run
 from jaxlm.training.session import Session
 from jaxlm.training.stopping import Stop
-from jaxlm.workdir import accept_config, begun, open_writer, start_or_resume, train
+from jaxlm.workdir import accept_config, accept_data, begun, open_writer, start_or_resume, train
 
 
 def finetune(
@@ -44,6 +44,7 @@ def finetune(
         accept_config(config, workdir, allow_config_change)
         with processes.main_first("run"):
             run = tuning.make_run(prepared, workdir)
+        accept_data(run, allow_config_change)
         tuning.add_reference(run, prepared.source)
         best_dir = until_done(run, lambda: attempt(run, prepared.source, session, profile_steps))
         if processes.is_main():

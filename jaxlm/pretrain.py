@@ -20,7 +20,7 @@ from jaxlm.training.metrics import drop_after
 from jaxlm.training.plots import plot_run
 from jaxlm.training.session import Session
 from jaxlm.training.stopping import Stop
-from jaxlm.workdir import accept_config, begun, open_writer, start_or_resume, train
+from jaxlm.workdir import accept_config, accept_data, begun, open_writer, start_or_resume, train
 
 
 def pretrain(
@@ -39,7 +39,8 @@ def pretrain(
     with begun(config, workdir, stop) as session:
         accept_config(config, workdir, allow_config_change)
         with processes.main_first("data"):
-            run = build.make_run(config, workdir)
+            run = build.make_run(config, workdir, allow_change=allow_config_change)
+        accept_data(run, allow_config_change)
         metrics = until_done(run, lambda: attempt(run, session, profile_steps))
         if processes.is_main():
             plot_run(workdir)

@@ -15,14 +15,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from jaxlm import build, sealed
+from jaxlm import build, identity, sealed
 from jaxlm.data.positions import as_json
-from jaxlm.exits import Stopped
+from jaxlm.exits import Damaged, Stopped
 from jaxlm.files import write_text
 from jaxlm.lock import held
 from jaxlm.parallel import processes
 from jaxlm.rewind import check_rewinds
-from jaxlm.training.checkpoints import Checkpoints
+from jaxlm.training.checkpoints import FOLDER, Checkpoints, find_steps
 from jaxlm.training.goodput import Ledger
 from jaxlm.training.guards import BadSteps
 from jaxlm.training.loop import Intervals, Loop, Resumed, Work
@@ -32,45 +32,51 @@ from jaxlm.training.self_check import SelfCheck
 from jaxlm.training.session import Session
 from jaxlm.training.state import TrainState
 from jaxlm.training.stopping import Stop
+from jaxlm.training.stored import read_manifest
 from jaxlm.training.watchdog import Watchdog
 
 log = logging.getLogger("jaxlm")
 
 
 def accept_config(config: ConfigDict, workdir: Path, allow_change: bool) -> None:
-    """Writes config.json; on a resume, refuses a config that would make it another run.
+    """Refuses, on a resume, a config that would make it another run; a new run's is written to config.json.
 
-    Of several processes the first one writes; the others refuse another config than that, and a folder of their own.
+    A config that differs is written when the run goes on with it (`open_writer`): until then it may turn out not to fit.
     """
+    refuse_another_config(config)
     path = workdir / "config.json"
     if path.exists():
-        identity, execution = build.config_changes(build.saved_config(path), config)
-        for line in execution:
+        changes = identity.config_changes(build.saved_config(path), config)
+        kinds = {name: identity.kind_of(name) for name in changes}
+        of = lambda kind: [line for name, line in changes.items() if kinds[name] == kind]
+        for line in of("execution"):
             log.info("config changed since this run began: %s", line)
-        if identity and not allow_change:
-            raise ValueError(
-                f"{workdir} holds a run with another config:\n"
-                + "\n".join(f"  {line}" for line in identity)
-                + "\nTake another --workdir, undo the change, or pass --allow_config_change."
-            )
+        identity.accept_changes(workdir, of("identity"), of("kept"), allowed=allow_change)
     processes.barrier("config.json is read")
-    if processes.is_main():
+    if processes.is_main() and not path.exists():
         build.write_config(config, path)
     processes.barrier("config.json is written")
-    refuse_another_config(config, path)
-
-
-def refuse_another_config(config: ConfigDict, path: Path) -> None:
-    """Raises if config.json is not there, or says something else."""
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is not there although process 0 has written it: --workdir must be on a disk or bucket that all "
             "processes share"
         )
-    differing = [
-        line for lines in build.config_changes(build.saved_config(path), config) for line in lines
-    ]
-    if differing:
+
+
+def accept_data(run: build.Run, allow_change: bool) -> None:
+    """Refuses, on a resume, data, a dtype or a tokenizer that are not those of the run's newest checkpoint."""
+    folder = run.workdir / FOLDER
+    for step in reversed(find_steps(folder)):
+        with contextlib.suppress(Damaged):  # what is damaged is named when it is restored
+            about = read_manifest(folder / str(step))
+            changes, kept = identity.manifest_changes(about, manifest(run, step))
+            return identity.accept_changes(run.workdir, changes, kept, allowed=allow_change)
+
+
+def refuse_another_config(config: ConfigDict) -> None:
+    """Raises if process 0 has another config."""
+    first = json.loads(processes.gather("config", config.to_json())[0])
+    if differing := identity.config_changes(ConfigDict(first), config).values():
         raise ValueError(
             "this process has another config than process 0 (its value -> this one's):\n"
             + "\n".join(f"  {line}" for line in differing)
@@ -93,9 +99,10 @@ def start_or_resume(
 
 
 def open_writer(run: build.Run, start_step: int, evaluation_left: bool) -> MetricWriter:
-    """Writes environment.json, says how large the run is, and opens its metrics."""
+    """Writes config.json and environment.json, says how large the run is, and opens its metrics."""
     peak, peak_says = run.peak
     if processes.is_main():
+        build.write_config(run.config, run.workdir / "config.json")
         write_environment(run.workdir, run, peak_says)
     log.info(
         "%s parameters on %d devices; MFU divides by %.3g FLOP/s (%s)",
@@ -151,7 +158,7 @@ def train(
     config, steps = run.config, parse_steps(profile_steps)
     start_step, train_step = int(state.step), run.train_step
     if every := config.guards.self_check_every_steps:
-        train_step = SelfCheck(train_step, every, start_step)
+        train_step = SelfCheck(train_step, every, start_step, session.ledger.spend)
     session.leaves_evaluation = not store.best_metric
     loop = Loop(
         train_step=train_step,
@@ -191,6 +198,7 @@ def manifest(run: build.Run, step: int) -> dict[str, Any]:
         "config_sha256": sealed.digest(config),
         "tokenizer_sha256": run.tokenizer.sha256,
         "data": run.data_fingerprint,
+        "dtype": run.model.config.dtype,
         "rewinds": as_json(run.rewinds),
         "mesh": dict(run.mesh.shape),
         "packages": package_versions(),

@@ -35,6 +35,17 @@ from jaxlm.data.workers import SPLITS
 from jaxlm.files import as_path, is_remote
 from jaxlm.tokenizers import Tokenizer, load_tokenizer
 
+
+class OtherStore(FileExistsError):
+    """At the output is a store of other data. differences: a line for each of 'what: found -> asked for'."""
+
+    def __init__(self, output: Path, differences: list[str]):
+        advice = "what it is of -> what was asked for; choose another output, or delete the store"
+        lines = [f"{output} is a store of other data ({advice}):", *differences]
+        super().__init__("\n  ".join(lines))
+        self.differences = differences
+
+
 _SHOWN = 10  # how many of the bad inputs an error names
 
 
@@ -71,7 +82,7 @@ def prepare(
 
     Raises:
       FileNotFoundError: with the list of sources that name no file.
-      FileExistsError: if something else is at `output`: another store (with what differs), or no store.
+      OtherStore: if a store of other data is at `output`. FileExistsError: if something else is.
       ValueError: for too much bad input (with the list of what was wrong), an empty split, a wrong option.
     """
     if not isinstance(tokenizer, Tokenizer):
@@ -177,15 +188,12 @@ def _existing(output: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     manifest = read_manifest(output)
     found = manifest.get("recipe", {})
     differences = [
-        f"{name}: found {found.get(name)!r}, asked for {value!r}"
+        f"{name}: {found.get(name)} -> {value}"
         for name, value in recipe.items()
         if found.get(name) != value
     ]
     if differences:
-        advice = "choose another output, or delete the store"
-        raise FileExistsError(
-            "\n  ".join([f"{output} is a store of other data ({advice}):", *differences])
-        )
+        raise OtherStore(output, differences)
     return manifest
 
 

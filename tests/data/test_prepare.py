@@ -281,11 +281,11 @@ def test_a_finished_store_is_returned_at_once_and_another_one_is_not_touched(
     monkeypatch.setattr(preparation, "sha256_of", None)  # nor are unchanged sources read
     assert prepare(str(source), TOKENIZER, tmp_path / "s", num_workers=3, **OPTIONS) == made
     before = files_of(tmp_path / "s")
-    with pytest.raises(FileExistsError, match="(?s)seed: found 0, asked for 1"):
+    with pytest.raises(FileExistsError, match="seed: 0 -> 1"):
         prepare(str(source), TOKENIZER, tmp_path / "s", seed=1, num_workers=0, **OPTIONS)
     assert files_of(tmp_path / "s") == before
     other = make_tokenizer("bytes", num_sentinels=5)
-    with pytest.raises(FileExistsError, match="tokenizer_sha256: found"):
+    with pytest.raises(FileExistsError, match="tokenizer_sha256: .* -> "):
         prepare(str(source), other, tmp_path / "s", num_workers=0, **OPTIONS)
 
 
@@ -295,7 +295,7 @@ def test_changed_text_is_another_store_but_a_changed_time_or_place_is_not(source
     os.utime(moved, (1, 1))
     assert prepare(str(moved), TOKENIZER, tmp_path / "s", num_workers=0, **OPTIONS) == made
     moved.write_text(moved.read_text() + '{"text": "one more"}\n')
-    with pytest.raises(FileExistsError, match="source_fingerprint: found"):
+    with pytest.raises(FileExistsError, match="source_fingerprint: .* -> "):
         prepare(str(moved), TOKENIZER, tmp_path / "s", num_workers=0, **OPTIONS)
 
 
