@@ -386,8 +386,27 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh, tokenizer: Any) ->
             f"batch_size {config.batch_size} is not divisible by accumulation_steps "
             f"{config.accumulation_steps}"
         )
+    problems += guard_problems(config.guards)
     if problems:
         raise ValueError("this config cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def guard_problems(guards: ConfigDict) -> list[str]:
+    """A line for each field of the guards that cannot be meant."""
+    problems = []
+    if guards.max_bad_steps < 1:
+        problems.append(f"guards.max_bad_steps {guards.max_bad_steps}: set it to 1 or more")
+    if 0 < guards.skip_batches < guards.max_bad_steps:
+        problems.append(
+            f"guards.skip_batches {guards.skip_batches} is less than guards.max_bad_steps {guards.max_bad_steps}, so bad "
+            f"batches would come again: set it to {guards.max_bad_steps} or more, or to 0 for no rewinds"
+        )
+    if guards.spike_factor and (guards.spike_factor <= 1 or guards.spike_window < 1):
+        problems.append(
+            f"guards.spike_factor {guards.spike_factor} of the median of {guards.spike_window} steps: set the factor above 1 "
+            "(say, 10) and the window to 1 or more, or the factor to 0 for no such guard"
+        )
+    return problems
 
 
 def initial_state(run: Run) -> TrainState:

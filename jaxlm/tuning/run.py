@@ -112,7 +112,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
 
 def complete(config: ConfigDict, source: Source, task: Any, num_examples: int) -> ConfigDict:
     """The user's config with what the source and the data decide: family, model, head, steps and intervals."""
-    problems = []
+    problems = build.guard_problems(config.guards)
     model, tuning = source.model, config.tuning
     longest = {"seq_len": config.seq_len}
     if writes(task):

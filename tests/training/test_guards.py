@@ -10,6 +10,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from configs import common
+from jaxlm import build
 from jaxlm.exits import Corrupted, Diverged
 from jaxlm.parallel import offload
 from jaxlm.parallel.mesh import make_mesh
@@ -79,6 +81,14 @@ def test_arrays_that_are_not_finite_are_named():
     expected = [f"{name} is not finite" for name in ("a/kernel", "b", "waits")]
     assert finite_problems(tree) == expected
     assert finite_problems({"good": tree["good"], "count": tree["count"]}) == []
+
+
+def test_fields_of_the_guards_that_cannot_be_meant_are_all_named():
+    guards = common.guards()
+    assert build.guard_problems(guards) == []
+    guards.update(skip_batches=19, spike_factor=0.5)
+    problems = build.guard_problems(guards)
+    assert len(problems) == 2 and "set it to 20 or more" in problems[0]
 
 
 # --- spikes -----------------------------------------------------------------------------------------------------------
