@@ -63,6 +63,8 @@ class Checkpoints:
             "cleanup_tmp_directories": True,
             # A folder loses its name at once, and not file by file: what has a step's name is whole.
             "todelete_subdir": DELETING,
+            # Else its threads wait five minutes, also when the program ends, for a folder that could not be made.
+            "async_options": ocp.options.AsyncOptions(create_directories_asynchronously=False),
         }
         if keep_every:
             policies.append(managers.EveryNSteps(keep_every))
