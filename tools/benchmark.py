@@ -8,6 +8,7 @@
 --mode=decode         tokens/s of a decoder's prompts and of its new tokens in batches of 1 and 8, greedy, with random
                       parameters, --steps times; with --against=torch also transformers' `generate`, in turns
 --mode=cross_entropy  the chunked loss against the plain one: memory and time (needs no config)
+--mode=guards         what the guards against bad steps, hangs and signals cost in each step
 --mode=mlm_flops      FLOPs of a BERT config's step with the head at the masked positions and at all of them
 
 On a CPU, MFU divides by the best float32 matmul of 1024, 2048 and 4096 that jax, numpy or torch reaches on all
@@ -41,9 +42,10 @@ from jaxlm.inference.sampling import make_sampling
 from jaxlm.models.flops import train_step_flops
 from jaxlm.objectives.losses import cross_entropy, plain_cross_entropy
 from jaxlm.training.throughput import measured_matmul_flops
+from tools.guard_cost import guard_cost
 from tools.torch_reference import make_torch_generate, make_torch_step
 
-MODES = ("train", "decode", "cross_entropy", "mlm_flops")
+MODES = ("train", "decode", "cross_entropy", "guards", "mlm_flops")
 T = TypeVar("T")
 ROUNDS = 5  # alternations of ours and theirs
 WARMUP_STEPS = 3  # of each, untimed: meanwhile the heap grows to what both need together
@@ -188,6 +190,15 @@ def run_peak(run: build.Run, sizes: Sequence[int]) -> tuple[float, str]:
     peaks = measure_peak(sizes)
     best = max(peaks, key=peaks.__getitem__)
     return peaks[best], f"best float32 matmul, {best}"
+
+
+def median_step(steps: int) -> Callable[[build.Run], float]:
+    def measure(run: build.Run) -> float:
+        ours = TrainSteps(run)
+        alternate([ours], WARMUP_STEPS)
+        return statistics.median(alternate([ours], steps)[0])
+
+    return measure
 
 
 def peak_memory_bytes() -> int:
@@ -398,7 +409,10 @@ def main(argv):
     else:
         with tempfile.TemporaryDirectory() as temporary:
             workdir = args.workdir or temporary
-            report = benchmark_train(args.config, workdir, args.steps, args.against)
+            if args.mode == "guards":
+                report = guard_cost(args.config, Path(workdir), median_step(args.steps))
+            else:
+                report = benchmark_train(args.config, workdir, args.steps, args.against)
     print_report(report)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
