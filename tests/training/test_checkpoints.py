@@ -1,5 +1,9 @@
 """What is saved comes back bit by bit, where it belongs, or not at all."""
 
+import json
+import shutil
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +11,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jaxlm import sealed
+from jaxlm.exits import Damaged, RunError
 from jaxlm.parallel import mesh as meshes
 from jaxlm.training.checkpoints import (
     Checkpoints,
@@ -16,6 +22,7 @@ from jaxlm.training.checkpoints import (
 )
 from jaxlm.training.state import new_state
 from jaxlm.training.stored import read_manifest
+from tests.fixtures import make
 
 OPTIMIZER = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1))
 
@@ -141,3 +148,26 @@ def test_saving_a_step_again_is_an_error_and_not_silence(tmp_path):
     save(tmp_path, [5])
     with pytest.raises((RuntimeError, ValueError)):
         save(tmp_path, [5])
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_checkpoint_of_every_schema_is_restored(tmp_path, schema, caplog):
+    shutil.copytree(Path(make.__file__).parent / f"checkpoint_{schema}", tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", best_metric="loss")
+    state, about = checkpoints.restore(abstract(make.checkpoint_state()))
+    assert_equal_trees(state, make.checkpoint_state())
+    assert about.items() >= make.CHECKPOINT_SAYS.items()
+    assert about.get("schema_version", 1) == schema
+    assert caplog.text.count("kept no checksums") == (schema == 1)
+    assert checkpoints.best_step() == 3  # and the metrics are read, too
+    checkpoints.close()
+
+
+def test_a_newer_schema_is_no_damage(tmp_path):
+    save(tmp_path, [5])
+    path = find_step(tmp_path) / "manifest" / "metadata"
+    newer = sealed.seal(read_manifest(path.parents[1]) | {"schema_version": 3})
+    path.write_text(json.dumps(newer))
+    with pytest.raises(RunError, match="schema_version 3, expected 2 or less") as error:
+        Checkpoints(tmp_path).restore(abstract(make_state(5, ema=True)))
+    assert not isinstance(error.value, Damaged)
