@@ -2,7 +2,9 @@
 
 import pytest
 
+from jaxlm.objectives import OBJECTIVES
 from tests import tiny
+from tests.faults.bad_data import PerSpread, make_stores
 from tests.faults.runs import write_config
 
 
@@ -25,3 +27,15 @@ def unbroken(tmp_path_factory, store):
     )
     tiny.run(tiny.pretrain_command(config, folder / "run"))
     return config, folder / "run"
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory):
+    """Two stores: text, and documents of one letter each."""
+    return make_stores(tmp_path_factory.mktemp("stores"))
+
+
+@pytest.fixture
+def per_spread(monkeypatch):
+    """An objective that divides by zero for documents of one letter."""
+    monkeypatch.setitem(OBJECTIVES, "per_spread", PerSpread)

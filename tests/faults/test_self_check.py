@@ -18,11 +18,6 @@ from jaxlm.training.self_check import SelfCheck
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return tiny.make_store(tmp_path_factory.mktemp("text") / "store")
-
-
 class Flips:
     """Counts its calls, and returns 1 at those of `at`, else 0: the bit to flip."""
 
