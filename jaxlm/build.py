@@ -24,6 +24,7 @@ from jaxlm.data.pipeline import EvalBatches, TrainBatches, make_iterator
 from jaxlm.data.positions import Rewind, StepBatches, position, read_rewinds
 from jaxlm.data.store_format import read_manifest
 from jaxlm.data.token_store import TokenStore
+from jaxlm.exits import Damaged
 from jaxlm.files import as_path, is_remote, new_folder, write_text
 from jaxlm.identity import accept_changes
 from jaxlm.interop import convert, tokenizer_files
@@ -39,6 +40,7 @@ from jaxlm.program import (
     sharded_shapes,
 )
 from jaxlm.sealed import read_object
+from jaxlm.training import stored
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_item, restore_state
 from jaxlm.training.metrics import MetricSums, one_behind, with_perplexity
 from jaxlm.training.state import TrainState
@@ -152,6 +154,8 @@ def named_sources(sources: tuple[str, ...]) -> list[tuple[str, str]]:
         raise ValueError(
             f"data.sources has two sources of one name: {named}; write them as 'name=path'"
         )
+    if odd := [name for name, _ in named if Path(name).name != name or name in ("", "..")]:
+        raise ValueError(f"data.sources names {odd}, which are no names of folders in W/store")
     return named
 
 
@@ -448,6 +452,22 @@ def write_origin(run: Run, **found: Any) -> None:
     write_text(run.workdir / "origin.json", text)
 
 
+def trained_tokenizer(step_dir: Path) -> Any:
+    """The tokenizer of a checkpoint's run.
+
+    Raises:
+      Damaged: if it is not what was saved, or not the one that the checkpoint was trained with.
+    """
+    folder = step_dir.parent.parent / "tokenizer"
+    tokenizer = tokenizers.load_tokenizer(folder)
+    trained_with = stored.read_manifest(step_dir).get("tokenizer_sha256")
+    if trained_with and trained_with != tokenizer.sha256:
+        raise Damaged(
+            f"{step_dir} was trained with another tokenizer than {folder}: bring that folder back from a copy"
+        )
+    return tokenizer
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A run's model as it is stored, with the head and the adapters that it has; to use one, see `jaxlm.api`."""
@@ -473,7 +493,7 @@ def load_checkpoint(path: str | Path, *, step: int | None = None, item: str = ""
     step_dir = find_step(path, step)
     workdir = step_dir.parent.parent
     config = saved_config(workdir / "config.json")
-    tokenizer = tokenizers.load_tokenizer(workdir / "tokenizer")
+    tokenizer = trained_tokenizer(step_dir)
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
     model = make_model(config, mesh)
     abstract = sharded_shapes(mesh, abstract_params(model, ONE_TOKEN))

@@ -16,8 +16,9 @@ from jaxlm.evaluate import (
     unigram_baselines,
 )
 from jaxlm.pretrain import pretrain
-from jaxlm.training.checkpoints import find_step, load_item, read_manifest
+from jaxlm.training.checkpoints import find_step, load_item
 from jaxlm.training.metrics import read_metrics
+from jaxlm.training.stored import read_manifest
 from tests import tiny
 
 

@@ -30,7 +30,7 @@ from jaxlm.models.flops import train_step_flops
 from jaxlm.parallel import mesh as meshes
 from jaxlm.parallel import processes
 from jaxlm.tasks import TASKS
-from jaxlm.tokenizers import META, is_saved
+from jaxlm.tokenizers import META, is_saved, load_tokenizer
 from jaxlm.training import optimizers, partition
 from jaxlm.training.state import TrainState
 from jaxlm.tuning.prediction import (
@@ -229,6 +229,11 @@ def make_run(
     if not is_saved(workdir / "tokenizer"):
         with new_folder(workdir / "tokenizer", last=META) as folder:
             save_tokenizer(source, folder)
+    elif load_tokenizer(workdir / "tokenizer").sha256 != source.tokenizer.sha256:
+        raise ValueError(
+            f"{workdir / 'tokenizer'} is another tokenizer than that of init_from={config.init_from}: a run keeps the one "
+            "that it began with; take another --workdir"
+        )
     write_task(workdir, config.task.name, prepared.fitted)
     model = programs.make_model(config, mesh)
     train = prepared.splits["train"].examples

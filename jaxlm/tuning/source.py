@@ -11,7 +11,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from jaxlm import build, tokenizers
+from jaxlm import build
 from jaxlm.interop import convert, hub, tokenizer_files
 from jaxlm.interop.source import read_config
 from jaxlm.models import BODIES, TransformerConfig, lora
@@ -84,13 +84,7 @@ def open_source(init_from: str) -> Source:
     step_dir = find_step(*split_step(init_from))
     workdir = step_dir.parent.parent
     config = build.saved_config(workdir / "config.json")
-    tokenizer = tokenizers.load_tokenizer(workdir / "tokenizer")
-    manifest = read_manifest(step_dir)
-    trained_with = manifest.get("tokenizer_sha256")
-    if trained_with and trained_with != tokenizer.sha256:
-        raise ValueError(
-            f"{step_dir} was trained with another tokenizer than {workdir / 'tokenizer'}"
-        )
+    tokenizer, manifest = build.trained_tokenizer(step_dir), read_manifest(step_dir)
     plain = lora.without_adapters(TransformerConfig(**config.model.to_dict()))
     family = BODIES.get(config.family, config.family)
     hf_family = convert.usual_family(family, plain, first=config.family)

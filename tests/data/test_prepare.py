@@ -431,4 +431,4 @@ def test_both_tools_run_from_a_shell(tmp_path):
     assert code == 0 and "train: " in out and "validation: " in out, err
     assert "tokenizing" in err or os.environ.get("TQDM_DISABLE")
     code, out, err = tool("prepare_data.py", *flags, "--seed=3")
-    assert code == 1 and "seed: found 0, asked for 3" in err and "Traceback" not in err
+    assert code == 1 and "seed: 0 -> 3" in err and "Traceback" not in err

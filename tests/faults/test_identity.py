@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm import build, identity
+from jaxlm.exits import Damaged
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.pretrain import pretrain
 from jaxlm.sealed import seal
@@ -198,6 +199,30 @@ def test_a_tokenizer_that_was_replaced_is_refused_also_with_the_flag(folder):
             error=ValueError,
             allow_config_change=allowed,
         )
+
+
+@pytest.mark.parametrize("name", ["bytes.txt", "jaxlm_tokenizer.json"])
+def test_a_flipped_bit_of_a_runs_tokenizer_is_damage_to_all_that_read_it(name, folder):
+    file = folder / "run/tokenizer" / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    check_is_refused(config_of(folder), folder / "run", "run/tokenizer", error=Damaged)
+    with pytest.raises(Damaged, match="run/tokenizer"):
+        build.load_checkpoint(folder / "run")
+
+
+def test_a_model_with_a_tokenizer_that_it_was_not_trained_with_is_not_used(folder):
+    shutil.rmtree(folder / "run/tokenizer")
+    make_tokenizer("bytes", num_sentinels=1).save(folder / "run/tokenizer")
+    with pytest.raises(Damaged, match="was trained with another tokenizer"):
+        build.load_checkpoint(folder / "run")
+
+
+def test_a_source_named_as_a_path_is_refused():
+    for name in ("../web", "a/b", "..", ""):
+        with pytest.raises(ValueError, match="no names of folders"):
+            build.named_sources((f"{name}=web.txt",))
 
 
 def test_how_a_run_runs_may_be_changed_without_the_flag(folder, caplog):

@@ -10,11 +10,12 @@ import time
 
 import pytest
 
+from jaxlm import build
 from jaxlm.data.pipeline import TrainBatches
 from jaxlm.data.prepare import prepare
 from jaxlm.data.store_check import problems
 from jaxlm.data.token_store import TokenStore
-from jaxlm.exits import Damaged
+from jaxlm.exits import DAMAGED, Damaged
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.tokenizers import load_tokenizer, train_tokenizer
 from tests import tiny
@@ -81,6 +82,12 @@ def flip(path, seed):
     return file, lambda: file.write_bytes(whole)
 
 
+def flip_bit(file, place):
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
 def check_no_flip_is_silent(path, seeds):
     """Whatever bit is flipped: what is read is refused, or is bit for bit what was written.
 
@@ -143,6 +150,18 @@ def test_the_laws_of_flips_fail_for_a_store_without_sums_of_blocks(store):
         check_no_flip_is_silent(store, range(60))
     with pytest.raises(AssertionError, match="quarantine.jsonl is not among the problems"):
         check_every_flip_is_named(store, range(60))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_damage_that_training_reads_ends_it_with_its_status_and_no_traceback(num_workers, tmp_path):
+    store = tiny.make_store(tmp_path / "store")
+    flip_bit(store / "train-00000.tokens.npy", 500)
+    config = tiny.tiny_config("configs/gpt.py:tiny", store, data__num_workers=num_workers)
+    build.write_config(config, tmp_path / "config.json")
+    ended = tiny.run(tiny.pretrain_command(tmp_path / "config.json", tmp_path / "run"), check=False)
+    assert ended.returncode == DAMAGED, ended.stderr[-2000:]
+    assert "train-00000.tokens.npy: bytes 0 to" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 # ---------------------------------------------------------------- kills
