@@ -107,7 +107,7 @@ def account(lives: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     count = {name: sum(life[name] for life in lives) for name in ("steps", "bad", "again")}
     all_steps = spent.pop("step", 0.0)
     parts = {name: all_steps * count[name] / max(count["steps"], 1) for name in ("bad", "again")}
-    wall = lives[-1]["ended"] - lives[0]["began"]
+    wall = max(lives[-1]["ended"] - lives[0]["began"], 1e-3)
     useful = all_steps - sum(parts.values())
     down = wall - all_steps - sum(spent.values())
     return {"wall": wall, "useful": useful, **spent, **parts, "down": down}

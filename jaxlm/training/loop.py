@@ -143,7 +143,7 @@ class Loop:
                 state, values = self._evaluate(state, step)
             except EvaluationLeft:
                 left = stopping = True
-            stopping = stopping or self.is_over()
+            stopping = stopping or self.is_over() or self.session.stop.is_due()
         if self.checkpoints and (stopping or due(self.intervals.checkpoint)):
             open_now = {
                 # A copy: the manifest is written in the background, while the sums go on.

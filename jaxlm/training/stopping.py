@@ -62,17 +62,12 @@ class Stop:
         """From here on a stop waits for the end of a unit: there is something to save."""
         self._deferring = True
         if self._leaving:
-            self._leave()
-
-    def _leave(self) -> None:
-        raise Stopped(
-            "stopped by a signal, with nothing new to save; the same command goes on from the newest checkpoint"
-        )
+            raise KeyboardInterrupt
 
     def handle(self, number: int, frame: object) -> None:
         """The handler of a signal, in the main thread. It takes no lock: the main thread may hold it."""
         if self._leaving or not self._deferring:
-            self._leave()
+            raise KeyboardInterrupt  # which no `except Exception` takes for an error of what it is about
 
     def watch(self, numbers: int) -> None:
         """Reads the numbers of signals from a descriptor, as they come."""
@@ -97,14 +92,15 @@ class Stop:
         if processes.count() > 1:
             processes.say_once(KEY, name)
         else:
-            self._agree(name)
+            self.agree(name)
 
     def listen(self) -> None:
         """Waits for any of several processes to be asked."""
         if name := processes.hear(KEY):
-            self._agree(name)
+            self.agree(name)
 
-    def _agree(self, name: str) -> None:
+    def agree(self, name: str) -> None:
+        """Finds the unit to stop after, with all other processes; they have to call it, too. name: of the signal."""
         with self._lock:
             self.asked = name
             self._last = max(map(int, processes.gather(KEY, str(self._done)))) + 1
@@ -112,7 +108,11 @@ class Stop:
 
 @contextlib.contextmanager
 def signals() -> Iterator[Stop]:
-    """A `Stop` that SIGTERM and SIGINT ask for. In the main thread; after XLA's own handlers are there, which it replaces."""
+    """A `Stop` that SIGTERM and SIGINT ask for. In the main thread; after XLA's own handlers are there, which it replaces.
+
+    Raises:
+      Stopped: a signal came while there was nothing to save.
+    """
     stop = Stop()
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -123,6 +123,10 @@ def signals() -> Iterator[Stop]:
         threading.Thread(target=stop.listen, daemon=True).start()
     try:
         yield stop
+    except KeyboardInterrupt:
+        raise Stopped(
+            "stopped by a signal, with nothing new to save; the same command goes on from the newest checkpoint"
+        ) from None
     finally:
         signal.set_wakeup_fd(before)
         for number, handler in handlers.items():

@@ -43,11 +43,11 @@ class Watchdog:
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:
         """Around what may take longer than a step."""
-        self._beat, self._patience = time.monotonic(), PATIENCE
+        before, self._beat, self._patience = self._patience, time.monotonic(), PATIENCE
         try:
             yield
         finally:
-            self.beat()
+            self._beat, self._patience = time.monotonic(), before
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

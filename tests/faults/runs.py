@@ -75,7 +75,9 @@ def wait_for(child, is_true, what):
     """Until it is, while the child runs; a child that ends before is an error."""
     deadline = time.monotonic() + TIMEOUT
     while not is_true():
-        assert child.poll() is None, f"it ended before: {what}\n{child.communicate()[1][-3000:]}"
+        assert child.poll() is None, (
+            f"it ended before: {what}\n{(child.communicate()[1] or '')[-3000:]}"
+        )
         if time.monotonic() > deadline:
             child.kill()
             raise AssertionError(f"in {TIMEOUT} s not: {what}")

@@ -11,6 +11,7 @@ import pytest
 from jaxlm.training import loop
 from jaxlm.training.checkpoints import Checkpoints, find_step, restore_state
 from jaxlm.training.metrics import MetricWriter, read_metrics
+from jaxlm.training.session import Session
 from jaxlm.training.state import new_state
 from jaxlm.training.stored import read_manifest
 
@@ -118,3 +119,82 @@ def test_nothing_is_done_when_the_run_is_complete(tmp_path):
     state = run(tmp_path, steps=4)
     again = run(tmp_path, steps=4, state=state)
     np.testing.assert_array_equal(again.params["w"], state.params["w"])
+
+
+def check_left_evaluation(tmp_path, read_open):
+    """A stop that is asked for in the midst of an evaluation: it is made where the run goes on, so that both logs are equal."""
+
+    def evaluate(session):
+        def run_batches(state, step):
+            for _ in range(4):
+                session.did_batch()
+            return state.replace(skipped=state.skipped + 1), {"loss": float(state.params["w"][0])}
+
+        return run_batches
+
+    session = Session()
+    run(tmp_path / "whole", steps=10, evaluate=evaluate(session), session=session)
+
+    session = Session()
+    did_batch, seen = session.did_batch, []
+
+    def interrupted():
+        seen.append(1)
+        if len(seen) == 2:
+            session.stop.agree("SIGTERM")
+        did_batch()
+
+    session.did_batch = interrupted
+    state = run(tmp_path / "broken", steps=10, evaluate=evaluate(session), session=session)
+    assert int(state.step) == 5 and len(seen) == 2
+    assert not [line for line in read_metrics(tmp_path / "broken") if line["split"] == "eval"]
+
+    step_dir, session = find_step(tmp_path / "broken"), Session()
+    state = restore_state(step_dir, jax.eval_shape(make_state))
+    resumed = read_open(step_dir)
+    state = run(
+        tmp_path / "broken",
+        steps=10,
+        state=state,
+        resumed=resumed,
+        evaluate=evaluate(session),
+        session=session,
+    )
+    assert int(state.skipped) == 2
+    evaluations = [
+        [
+            (line["step"], line["loss"])
+            for line in read_metrics(tmp_path / name)
+            if line["split"] == "eval"
+        ]
+        for name in ("whole", "broken")
+    ]
+    assert evaluations[0] == evaluations[1]
+    assert train_lines(tmp_path / "broken") == train_lines(tmp_path / "whole")
+
+
+def test_an_evaluation_that_a_stop_leaves_is_made_by_the_resumed_run(tmp_path):
+    check_left_evaluation(tmp_path, lambda step_dir: loop.Resumed.of(read_manifest(step_dir)))
+
+
+def test_the_law_of_left_evaluations_fails_if_nobody_knows_of_them(tmp_path):
+    def forgetful(step_dir):
+        return loop.Resumed.of(read_manifest(step_dir) | {"evaluation_left": False})
+
+    with pytest.raises(AssertionError):
+        check_left_evaluation(tmp_path, forgetful)
+
+
+def test_an_evaluation_that_decides_which_checkpoint_is_best_is_not_left(tmp_path):
+    session = Session(leaves_evaluation=False)
+
+    def evaluate(state, step):
+        session.stop.agree("SIGTERM")
+        session.did_batch()
+        session.did_batch()
+        return state, {"loss": 1.0}
+
+    state = run(tmp_path, steps=10, evaluate=evaluate, session=session)
+    assert int(state.step) == 5
+    assert [line["step"] for line in read_metrics(tmp_path) if line["split"] == "eval"] == [5]
+    assert not read_manifest(find_step(tmp_path))["evaluation_left"]

@@ -1,0 +1,81 @@
+"""A long run with all that a run does: it does not grow, opens nothing that it does not close, and compiles its step once."""
+
+import os
+import statistics
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.faults.runs import TIMEOUT, count_lines, end, wait_for, write_config
+
+STEPS, EVERY = 2_000, 50
+MOST_GROWTH = 0.02  # of resident memory, from the second quarter of the run to the last
+
+
+def sample(pid):
+    """(resident bytes, open descriptors) of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def check_does_not_grow(samples):
+    """samples: in equal distances over the run; the first quarter is its warm-up."""
+    quarter = len(samples) // 4
+    early, late = samples[quarter : 2 * quarter], samples[-quarter:]
+    memory, files = (
+        [statistics.median(column) for column in (zip(*part, strict=True))]
+        for part in (early, late)
+    )
+    (early_bytes, early_files), (late_bytes, late_files) = memory, files
+    assert late_bytes <= early_bytes * (1 + MOST_GROWTH), (early_bytes, late_bytes)
+    assert late_files <= early_files, (early_files, late_files)
+
+
+def test_the_soaks_law_fails_for_a_leak_of_memory_and_for_one_of_descriptors():
+    steady = [(100_000_000 + i % 3, 20) for i in range(40)]
+    check_does_not_grow(steady)
+    for leak in (
+        (lambda i: (100_000_000 + i * 200_000, 20)),
+        (lambda i: (100_000_000, 20 + i // 4)),
+    ):
+        with pytest.raises(AssertionError):
+            check_does_not_grow([leak(i) for i in range(40)])
+
+
+@pytest.mark.parametrize("steps", [STEPS, pytest.param(10 * STEPS, marks=pytest.mark.slow)])
+def test_a_long_run_does_not_grow(tmp_path, store, steps):
+    config = write_config(
+        tmp_path,
+        "configs/gpt.py:tiny",
+        store,
+        num_train_steps=steps,
+        log_every_steps=EVERY,
+        eval_every_steps=4 * EVERY,
+        checkpoint_every_steps=4 * EVERY,
+        guards__spike_factor=10.0,
+        log__tensorboard=True,
+    )
+    workdir = tmp_path / "run"
+    child = subprocess.Popen(
+        tiny.pretrain_command(config, workdir),
+        env=tiny.environment() | {"JAX_LOG_COMPILES": "1"},
+        cwd=tiny.ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=(tmp_path / "said").open("w"),
+        text=True,
+    )
+    samples = []
+    lines = steps // EVERY + steps // (4 * EVERY)
+    for count in range(1, lines):
+        wait_for(child, lambda count=count: count_lines(workdir) >= count, f"{count} lines")
+        samples.append(sample(child.pid))
+    status, _ = end(child, TIMEOUT)
+    said = (tmp_path / "said").read_text()
+    assert status == 0, said[-3000:]
+    check_does_not_grow(samples)
+    compiled = [
+        line for line in said.splitlines() if "Finished XLA compilation of jit(train_step)" in line
+    ]
+    assert len(compiled) == 1, compiled
