@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import struct
 
-from jaxlm.training.loop import Intervals, Work, fit
+from jaxlm.training.loop import Intervals, Loop, Work
 from jaxlm.training.profile import Profile, parse_steps
 
 
@@ -37,16 +37,15 @@ def traced_steps(folder):
     [(0, "3:5", {3, 4, 5}), (3, "3:5", {4, 5}), (0, "7:20", {7, 8}), (0, "8:8", {8})],
 )
 def test_a_trace_has_the_steps_that_were_asked_for(tmp_path, first_step, asked, traced):
-    fit(
-        State(jnp.int32(first_step)),
+    loop = Loop(
         train_step=train_step,
-        batches=iter([jnp.ones(4)] * 8),
         num_train_steps=8,
         intervals=Intervals(log=2, evaluate=0, checkpoint=0),
         work=Work(1.0, 1.0, 1.0),
         progress=False,
         profile=Profile(*parse_steps(asked), tmp_path / "profile"),
     )
+    loop.fit(State(jnp.int32(first_step)), iter([jnp.ones(4)] * 8))
     assert traced_steps(tmp_path / "profile") == traced
 
 
