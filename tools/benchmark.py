@@ -8,7 +8,9 @@
 --mode=decode         tokens/s of a decoder's prompts and of its new tokens in batches of 1 and 8, greedy, with random
                       parameters, --steps times; with --against=torch also transformers' `generate`, in turns
 --mode=cross_entropy  the chunked loss against the plain one: memory and time (needs no config)
+--mode=checkpoints    how fast checksums are, how long a save keeps the next step waiting (needs no config)
 --mode=guards         what the guards against bad steps, hangs and signals cost in each step
+--mode=store          what it costs that a token store is checked as it is read; --steps batches, five times
 --mode=mlm_flops      FLOPs of a BERT config's step with the head at the masked positions and at all of them
 
 On a CPU, MFU divides by the best float32 matmul of 1024, 2048 and 4096 that jax, numpy or torch reaches on all
@@ -42,10 +44,12 @@ from jaxlm.inference.sampling import make_sampling
 from jaxlm.models.flops import train_step_flops
 from jaxlm.objectives.losses import cross_entropy, plain_cross_entropy
 from jaxlm.training.throughput import measured_matmul_flops
+from tools.checkpoint_cost import checkpoint_cost
 from tools.guard_cost import guard_cost
+from tools.store_cost import store_cost
 from tools.torch_reference import make_torch_generate, make_torch_step
 
-MODES = ("train", "decode", "cross_entropy", "guards", "mlm_flops")
+MODES = ("train", "decode", "cross_entropy", "checkpoints", "guards", "store", "mlm_flops")
 T = TypeVar("T")
 ROUNDS = 5  # alternations of ours and theirs
 WARMUP_STEPS = 3  # of each, untimed: meanwhile the heap grows to what both need together
@@ -400,6 +404,9 @@ def main(argv):
     args = flags.FLAGS
     if args.mode == "cross_entropy":
         report = benchmark_cross_entropy(args.steps)
+    elif args.mode == "checkpoints":
+        with tempfile.TemporaryDirectory(dir=args.workdir or None) as folder:
+            report = checkpoint_cost(Path(folder), args.steps, alternate)
     elif args.config is None:
         raise app.UsageError(f"--mode={args.mode} needs --config=configs/NAME.py:VARIANT")
     elif args.mode == "mlm_flops":
@@ -411,6 +418,9 @@ def main(argv):
             workdir = args.workdir or temporary
             if args.mode == "guards":
                 report = guard_cost(args.config, Path(workdir), median_step(args.steps))
+            elif args.mode == "store":
+                times = args.steps, median_step(args.steps)
+                report = store_cost(args.config, Path(workdir), *times)
             else:
                 report = benchmark_train(args.config, workdir, args.steps, args.against)
     print_report(report)

@@ -11,6 +11,7 @@ from jaxlm import build
 from jaxlm.objectives import losses
 from tests import tiny
 from tools import benchmark, torch_reference
+from tools.checkpoint_cost import checkpoint_cost
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,16 @@ def rate_of(config, rate):
     config = config.copy_and_resolve_references()
     config.objective.rate = rate
     return config
+
+
+def test_a_checkpoint_report_is_of_one_measurement(tmp_path):
+    report = checkpoint_cost(tmp_path, 1, benchmark.alternate, megabytes=8)
+    assert report["bytes"] == 8 << 20
+    assert report["checksums_gb_per_second"] == pytest.approx(
+        report["bytes"] / 1e9 / report["of_which_checksums_seconds"]
+    )
+    assert 0 < report["save_blocks_seconds"] and 0 < report["save_writes_seconds"]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
 def test_the_command_prints_and_writes_its_report(tmp_path):
