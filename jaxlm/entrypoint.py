@@ -13,6 +13,7 @@ from jaxlm.files import as_path
 from jaxlm.flags import define_config_flag, define_process_flags, process_options
 from jaxlm.host import keep_freed_memory
 from jaxlm.parallel import processes
+from jaxlm.private import keep_private
 from jaxlm.training import stopping
 
 log = logging.getLogger("jaxlm")
@@ -20,6 +21,7 @@ log = logging.getLogger("jaxlm")
 
 def launch(train: Callable[..., Any]) -> None:
     """Runs `train` as a program's main function. train: as `pretrain.pretrain`."""
+    keep_private()
     define_config_flag()
     define_process_flags()
     flags.DEFINE_string(

@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -69,7 +70,7 @@ def refuse_secrets(texts: Mapping[str, Any]) -> None:
 
 @functools.cache  # once for the process
 def keep_private() -> None:
-    """From here on new files are not writable by all, and log lines and tracebacks are redacted."""
+    """From here on new files are not writable by all, and log lines, warnings and tracebacks are redacted."""
     os.umask(os.umask(0o077) | 0o002)
     make = logging.getLogRecordFactory()
 
@@ -81,6 +82,8 @@ def keep_private() -> None:
         return record
 
     logging.setLogRecordFactory(make_redacted)
+    show = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: redact(show(*args, **kwargs))
     sys.excepthook = lambda *error: _print(_formatted(*error))
     threading.excepthook = lambda args: _print(
         f"in thread {args.thread.name if args.thread else '?'}:\n"

@@ -6,12 +6,14 @@ The action comes just before the NTH operation of that kind in this process. So 
 """
 
 import ctypes
+import logging
 import os
 import re
 import runpy
 import signal
 import sys
 import time
+import warnings
 
 # (the operation, its path in the workdir)
 POINTS = {
@@ -50,9 +52,17 @@ def hang_with_the_lock() -> None:
     ctypes.PyDLL(None).sleep(600)
 
 
+def fail() -> None:
+    """With an error that tells all: what a program is given, and a line of the log and a warning before."""
+    said = f"{dict(os.environ)} {sys.argv}"
+    logging.getLogger("jaxlm").error("log: %s", said)
+    warnings.warn(f"warning: {said}", stacklevel=1)
+    raise RuntimeError(f"error: {said}")
+
+
 ACTIONS = {
     function.__name__: function
-    for function in (kill, terminate, terminate_twice, hang, hang_with_the_lock)
+    for function in (kill, terminate, terminate_twice, hang, hang_with_the_lock, fail)
 }
 
 
