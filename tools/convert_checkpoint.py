@@ -18,9 +18,10 @@ from absl import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jaxlm import build
-from jaxlm.exits import with_status
+from jaxlm.exits import Damaged, with_status
 from jaxlm.interop import FAMILIES, convert, export, parity
 from jaxlm.training.checkpoints import evaluated_item, find_step
+from jaxlm.training.stored import problems, seal_folder
 from jaxlm.tuning import best_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +78,7 @@ def from_hf(args: argparse.Namespace) -> dict:
     templates = {
         name: build.read_config(str(ROOT / spec), CONTINUED) for name, spec in TEMPLATES.items()
     }
-    return convert.from_hf(
+    certificate = convert.from_hf(
         args.source,
         args.target,
         templates,
@@ -85,16 +86,21 @@ def from_hf(args: argparse.Namespace) -> dict:
         dtype=args.dtype,
         against=args.certificate,
     )
+    seal_folder(find_step(args.target))
+    return certificate
 
 
 def to_hf(args: argparse.Namespace) -> dict:
     step = best_step(args.source) if args.step is None else args.step
     step_dir = find_step(args.source, step)
+    item = args.item or evaluated_item(step_dir)
+    if lines := problems(step_dir, (item, "frozen")):
+        raise Damaged("\n".join(lines))
     return export.to_hf(
         step_dir,
         args.target,
         build.saved_config(step_dir.parent.parent / "config.json"),
-        item=args.item or evaluated_item(step_dir),
+        item=item,
         family=args.family,
         dtype=args.dtype,
         max_shard_bytes=int(args.max_shard_gb * 2**30),

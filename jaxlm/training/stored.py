@@ -7,7 +7,8 @@ Schema 1, until November 2026, has no sha256 and no checksums: it is read as it 
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from jaxlm import sealed
 from jaxlm.exits import Damaged, RunError
+from jaxlm.files import write_text
 from jaxlm.parallel import processes
 from jaxlm.parallel.mesh import path_names
 from jaxlm.training.checksums import checksums
@@ -134,31 +136,53 @@ def look(step_dir: Path) -> tuple[dict[str, Any], dict[str, PyTree]]:
     return manifest, stored
 
 
-def problems(step_dir: Path) -> list[str]:
-    """What is wrong with a checkpoint, found by numpy, without devices and without a model; [] if it is whole.
+def problems(step_dir: Path, items: Collection[str] = ()) -> list[str]:
+    """What is wrong with a checkpoint, or with some of its items, found by numpy, without devices and without a model.
 
-    One item at a time is in memory. Of schema 1 only that it can be read is known.
+    [] if it is whole; of schema 1 only that it can be read is known. One array at a time is in memory.
     """
     try:
         manifest, stored = together(step_dir, lambda: look(step_dir))
-        for item, tree in stored.items():
-            read = functools.partial(_read_numpy, step_dir / item, tree)
-            loaded = {item: together(step_dir, read)}
-            if has_checksums(manifest):
-                compare(step_dir, fingerprints(loaded), manifest["checksums"], loaded)
+        stored = {item: tree for item, tree in stored.items() if not items or item in items}
+        found = _file_fingerprints(step_dir, stored)
+        if has_checksums(manifest):
+            compare(step_dir, found, manifest["checksums"], stored)
     except Damaged as error:
         return [str(error)]
     return []
 
 
-def _read_numpy(folder: Path, tree: PyTree) -> PyTree:
+def seal_folder(step_dir: Path) -> None:
+    """Adds the checksums of what is there to the manifest of a checkpoint that no run has written."""
+    manifest, stored = look(step_dir)
+    about = {"schema_version": SCHEMA_VERSION, "checksums": _file_fingerprints(step_dir, stored)}
+    text = json.dumps(sealed.seal(manifest | about), indent=1)
+    write_text(step_dir / "manifest" / "metadata", text)
+
+
+def _file_fingerprints(step_dir: Path, stored: Mapping[str, PyTree]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for item, tree in stored.items():
+        for keys, _ in jax.tree_util.tree_leaves_with_path(tree):
+            read = functools.partial(_read_numpy, step_dir / item, tree, keys)
+            path = "/".join([item, *path_names(keys)])
+            found |= fingerprints({path: together(step_dir, read)})
+    return found
+
+
+def _read_numpy(folder: Path, tree: PyTree, keys: Any) -> np.ndarray:
+    """The one array of a stored tree at these keys."""
+    pick = lambda at, leaf: leaf if at == keys else ocp.PLACEHOLDER
+    wanted = jax.tree_util.tree_map_with_path(pick, tree)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    args = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy)
-    return ocp.PyTreeCheckpointHandler().restore(folder, args=args)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy)
+    restored = jax.tree.leaves(ocp.PyTreeCheckpointHandler().restore(folder, args=args))
+    (array,) = (x for x in restored if x is not ocp.PLACEHOLDER)
+    return np.asarray(array)
 
 
 def compare(
-    step_dir: Path, found: Mapping[str, str], saved: Mapping[str, str], items: Iterable[str]
+    step_dir: Path, found: Mapping[str, str], saved: Mapping[str, str], items: Collection[str]
 ) -> None:
     """Raises Damaged, naming the arrays of these items that are not as they were saved."""
     saved = {path: says for path, says in saved.items() if path.partition("/")[0] in items}

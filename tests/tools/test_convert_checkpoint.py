@@ -15,7 +15,7 @@ from jaxlm.tokenizers import load_tokenizer, train_tokenizer
 from tests.interop import tiny_hf
 from tests.interop.test_convert import check_round_trip
 from tests.tiny import make_store, tiny_config
-from tools import convert_checkpoint
+from tools import convert_checkpoint, fsck
 
 TEXT = "def main(argument):\n    return argument\n" * 20
 TOKENIZER = train_tokenizer("byte_bpe", [TEXT], 300, num_sentinels=0)
@@ -56,6 +56,19 @@ def test_there_and_back_by_the_command_line(tmp_path, capsys):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert json.loads((tmp_path / "out" / "parity.json").read_text())["passed"] is True
     assert "Qwen3ForCausalLM" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_damaged_checkpoint_is_not_converted(tmp_path, capsys):
+    source, _ = make_source(tmp_path / "hf")
+    run(capsys, "from_hf", "--source", source, "--target", tmp_path / "w")
+    assert fsck.main([str(tmp_path / "w")]) == 0
+    assert "without checksums" not in capsys.readouterr().out
+    item = tmp_path / "w" / "checkpoints" / "0" / "params"
+    data = max((p for p in item.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data.write_bytes(bytes(data.stat().st_size))
+    with pytest.raises(SystemExit) as end:
+        run(capsys, "to_hf", "--source", tmp_path / "w", "--target", tmp_path / "out")
+    assert end.value.code == 65 and not (tmp_path / "out").exists()
 
 
 def test_what_comes_in_is_a_workdir_that_generates(tmp_path, capsys):
