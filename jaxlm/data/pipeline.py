@@ -8,6 +8,10 @@ Every arrow is arithmetic, so any batch of any run arrives at once, on any proce
 
 import dataclasses
 import functools
+import os
+import signal
+import threading
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -286,7 +290,26 @@ def make_iterator(
     workers = grain.MultiprocessingOptions(
         num_workers=num_workers, per_worker_buffer_size=max(1, prefetch)
     )
-    return iter(dataset.to_iter_dataset(options).mp_prefetch(workers))
+    return iter(
+        dataset.to_iter_dataset(options).mp_prefetch(workers, worker_init_fn=_end_with_parent)
+    )
+
+
+def _end_with_parent(worker: int, count: int) -> None:
+    """Has a worker live exactly as long as the run, which needs batches until it has ended well.
+
+    A signal to all processes of a terminal or a job is the run's business; and a run that is killed leaves no workers.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @functools.lru_cache(maxsize=1024)
