@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -64,7 +65,13 @@ def test_nothing_fails_where_all_is_well(config, tmp_path):
 
 
 def test_without_a_workdir_and_a_config_the_machine_is_examined():
-    assert found(Patient()).keys() == doctor.CHECKS.keys() - {"config", "workdir", "run", "data"}
+    assert found(Patient()).keys() == doctor.CHECKS.keys() - {
+        "config",
+        "workdir",
+        "room",
+        "run",
+        "data",
+    }
 
 
 def test_a_damaged_store_is_named_with_its_file(config, tmp_path):
@@ -86,7 +93,7 @@ def test_a_damaged_checkpoint_and_tokenizer_are_named(config, tmp_path):
 
 def test_a_workdir_where_nobody_may_write_is_found():
     check_found(
-        Patient(tiny.ROOT.__class__("/proc/self/run")),
+        Patient(Path("/proc/self/run")),
         "workdir",
         FAIL,
         "/proc/self/run",
@@ -114,7 +121,7 @@ def test_checkpoints_that_would_not_fit_are_found_before_they_are_written(store,
     large = tiny.tiny_config(
         "configs/gpt.py:tiny", store, model__emb_dim=1 << 16, model__mlp_dim=1 << 22
     )
-    check_found(Patient(tmp_path, large), "workdir", FAIL, "3 checkpoints take", "GB", "--workdir")
+    check_found(Patient(tmp_path, large), "room", FAIL, "3 checkpoints take", "GB", "--workdir")
 
 
 def test_a_mesh_that_the_devices_do_not_make_is_found(config):
