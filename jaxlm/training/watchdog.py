@@ -19,8 +19,11 @@ log = logging.getLogger("jaxlm")
 PATIENCE = (
     4.0  # times the limit: for the first step, which is compiled, an evaluation, a checkpoint
 )
-LOOKS = 20  # per limit
-OTHERS_SECONDS = 3.0  # for the other processes of the run to say where they hang
+LOOKS = 20  # per limit, but at least one in LOOK_SECONDS
+LOOK_SECONDS = 1.0
+OTHERS_SECONDS = (
+    3.0  # for the other processes of the run, which wait for this one, to say where they hang
+)
 
 
 class Watchdog:
@@ -66,7 +69,7 @@ class Watchdog:
             thread.join()
 
     def _look(self, over: threading.Event) -> None:
-        while not over.wait(self.seconds / LOOKS):
+        while not over.wait(min(self.seconds / LOOKS, LOOK_SECONDS)):
             silent, limit = time.monotonic() - self._beat, self.seconds * self._patience
             if silent > limit:
                 self._end(silent)
