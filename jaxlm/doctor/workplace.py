@@ -156,8 +156,8 @@ def check_data(patient: Patient) -> Said:
         return
     sources = named_sources(patient.config.data.sources) if has_text(patient.config) else []
     stores = [as_path(path) for _, path in sources if is_store(path)]
-    if patient.workdir is not None and is_store(patient.workdir / "store"):
-        stores.append(patient.workdir / "store")
+    if patient.workdir and (own := patient.workdir / "store").is_dir():
+        stores += sorted(path for path in own.iterdir() if not path.name.endswith(".partial"))
     for store in stores:
         problems = store_check.problems(store)
         mend = "copy it again from where it is whole, or prepare it again"

@@ -79,7 +79,12 @@ def test_a_damaged_store_is_named_with_its_file(config, tmp_path):
     flip(broken / "train-00000.tokens.npy", at=-100)
     changed = config.copy_and_resolve_references()
     changed.data.sources = (f"mine={broken}",)
-    check_found(Patient(config=changed), "data", FAIL, "train-00000.tokens.npy", "prepare it again")
+    said = (FAIL, "train-00000.tokens.npy", "prepare it again")
+    check_found(Patient(config=changed), "data", *said)
+    own = tiny.make_store(tmp_path / "run" / "store" / "text")
+    check_found(Patient(tmp_path / "run"), "data", OK, str(own))
+    flip(own / "train-00000.tokens.npy", at=-100)
+    check_found(Patient(tmp_path / "run"), "data", *said)
 
 
 def test_a_damaged_checkpoint_and_tokenizer_are_named(config, tmp_path):
