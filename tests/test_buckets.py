@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import sys
@@ -15,15 +16,18 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxlm import api, build, evaluate, files
+from jaxlm.data.positions import Rewind, read_rewinds
 from jaxlm.data.token_store import TokenStore
-from jaxlm.exits import Damaged
+from jaxlm.exits import Damaged, Diverged
 from jaxlm.files import Appender, absolute, as_path, fetch, local_copy, new_folder, write_text
 from jaxlm.finetune import finetune
 from jaxlm.flags import through_saved_config
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.pretrain import pretrain
+from jaxlm.rewind import until_done
 from jaxlm.tokenizers import META, is_saved, make_tokenizer
-from jaxlm.training.checkpoints import find_step
+from jaxlm.training.checkpoints import Checkpoints, find_step
+from jaxlm.workdir import manifest
 from tests import tiny
 from tests.test_finetune import write_rows
 from tools import compare_runs, inspect_checkpoint, plot_run
@@ -287,6 +291,35 @@ def test_paths_say_what_is_known_and_what_to_install(monkeypatch):
     )
     with pytest.raises(ImportError, match="gs://bucket/run needs gcsfs: pip install"):
         as_path("gs://bucket/run")
+
+
+def test_a_run_on_a_bucket_goes_back_and_leaves_its_bad_batch_there(bucket, tmp_path):
+    config = config_of(tiny.make_store(tmp_path / "store"), tmp_path, steps=9)
+    config.guards.update(max_bad_steps=2, skip_batches=2)
+    run = build.make_run(config, as_path(f"{bucket}/runs/back"))
+    store = Checkpoints(run.workdir, **config.checkpoint)
+    for step in (2, 4):
+        store.save(step, run.init_state(), manifest(run, step), None)
+    store.close()
+    steps = []
+
+    def attempt():
+        steps.append(Checkpoints(run.workdir, **config.checkpoint).steps())
+        if len(steps) == 1:
+            raise Diverged("bad", [{"step": 4, "loss": "nan"}, {"step": 5, "loss": "nan"}])
+        return run.rewinds
+
+    assert until_done(run, attempt) == [Rewind(step=3, batch=5, bad_steps=(4, 5))]
+    assert read_rewinds(run.workdir) == run.rewinds
+    assert steps == [[2, 4], [2]]
+    folder = run.workdir / "bad_steps" / "4-3"
+    with (folder / "batch.npz").open("rb") as file:
+        batch = np.load(io.BytesIO(file.read()), allow_pickle=False)
+        np.testing.assert_array_equal(batch["tokens"], run.train_batches.whole(3)["tokens"])
+    assert [entry["batch"] for entry in json.loads((folder / "documents.json").read_text())] == [
+        3,
+        4,
+    ]
 
 
 def test_a_config_on_a_bucket_is_one_for_the_command_line(runs, monkeypatch):
