@@ -112,7 +112,8 @@ class Checkpoints:
                 manifest = stored.read_manifest(step_dir)
                 refuse_not_finite(step_dir, state)
             except Damaged as error:
-                log.error("checkpoint %d is damaged: %s", step, error)
+                if processes.is_main():
+                    log.error("checkpoint %d is damaged: %s", step, error)
                 damage[step] = str(error)
                 continue
             if not stored.has_checksums(manifest):
