@@ -10,7 +10,9 @@ import threading
 
 import fsspec.config
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from absl import flags
 from ml_collections import config_flags
@@ -27,9 +29,11 @@ from jaxlm.pretrain import pretrain
 from jaxlm.rewind import until_done
 from jaxlm.tokenizers import META, is_saved, make_tokenizer
 from jaxlm.training.checkpoints import Checkpoints, find_step
+from jaxlm.training.state import new_state
 from jaxlm.workdir import manifest
 from tests import tiny
 from tests.test_finetune import write_rows
+from tests.training.test_checkpoints import abstract
 from tools import compare_runs, inspect_checkpoint, plot_run
 
 emulator = pytest.importorskip("gcp_storage_emulator.server")  # in the dev extra only
@@ -332,3 +336,29 @@ def test_a_config_on_a_bucket_is_one_for_the_command_line(runs, monkeypatch):
     assert values.config.to_dict() == build.saved_config(runs[1] / "config.json").to_dict() | {
         "seed": 3
     }
+
+
+def small_state(step):
+    return new_state({"w": jnp.arange(6.0)}, optax.identity()).replace(step=jnp.int32(step))
+
+
+def test_a_damaged_step_on_a_bucket_is_set_aside_and_saved_again(bucket):
+    workdir = as_path(f"{bucket}/runs/damaged")
+    checkpoints = Checkpoints(workdir)
+    for step in (10, 20):
+        checkpoints.save(step, small_state(step), {"step": step}, None)
+    checkpoints.close()
+    manifest = workdir / "checkpoints" / "20" / "manifest" / "metadata"
+    manifest.write_text(manifest.read_text().replace("20", "21", 1))
+
+    again = Checkpoints(workdir)
+    state, about = again.restore(abstract(small_state(0)))
+    assert int(state.step) == about["step"] == 10 and again.steps() == [10]
+    aside = workdir / "checkpoints.damaged" / "20-1"
+    assert (aside / "manifest" / "metadata").is_file() and (
+        aside / "params" / "_METADATA"
+    ).is_file()
+    assert "sha256" in aside.with_name("20-1.txt").read_text()
+    again.save(20, small_state(20), {"step": 20}, None)
+    again.close()
+    assert again.steps() == [10, 20]
