@@ -202,6 +202,15 @@ class Appender:
 # ---------------------------------------------------------------- reading
 
 
+def read_at_most(path: Path, most_bytes: int) -> bytes:
+    """A whole file that nobody vouches for. Raises ValueError if it is larger."""
+    with path.open("rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise ValueError(f"{path}: found more than {most_bytes:,} bytes, which is too large a file")
+    return data
+
+
 def fetch(source: Path, folder: Path, sha256: str) -> Path:
     """A copy of `source` in the local `folder`, under a name by its sha256; made, and checked, once per host.
 

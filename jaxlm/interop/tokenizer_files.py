@@ -22,6 +22,7 @@ from jaxlm.interop.mapping import BadModel, Family
 from jaxlm.interop.safetensors_io import BadFile, inside, read_json
 from jaxlm.tokenizers import load_tokenizer
 from jaxlm.tokenizers.kinds import JSONTokenizer, SentencePieceTokenizer, _byte_level_table
+from jaxlm.tokenizers.loading import read_model
 
 KEPT = "huggingface"
 MAX_SENTINELS = 10_000
@@ -117,7 +118,7 @@ def _from_spiece(folder: Path) -> Any:
 
         pieces    0 … 31,999        <extra_id_99>   32,000   …   <extra_id_0>   32,099
     """
-    blob, settings = (folder / "spiece.model").read_bytes(), folder / "tokenizer_config.json"
+    blob, settings = read_model(folder / "spiece.model"), folder / "tokenizer_config.json"
     plain = load_tokenizer(folder)
     about = read_json(settings) if settings.is_file() else {}
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -137,7 +138,7 @@ def _from_spiece(folder: Path) -> Any:
 def _from_vocab_and_merges(folder: Path) -> Any:
     """GPT-2's and RoBERTa's slow files as the byte-level BPE that they describe."""
     vocab = read_json(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    lines = read_model(folder / "merges.txt").decode("utf-8").replace("\r\n", "\n").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     settings = folder / "tokenizer_config.json"
     about = read_json(settings) if settings.is_file() else {}

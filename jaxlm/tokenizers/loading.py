@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers as hf
 
 from jaxlm.exits import Damaged
-from jaxlm.files import as_path
+from jaxlm.files import as_path, read_at_most
 from jaxlm.sealed import read_object
 from jaxlm.tokenizers.base import (
     META,
@@ -20,9 +20,8 @@ from jaxlm.tokenizers.base import (
 )
 from jaxlm.tokenizers.kinds import TOKENIZERS, JSONTokenizer, SentencePieceTokenizer
 
-MAX_META_BYTES = (
-    64 << 20
-)  # of the JSON beside a model; tokenizer_config.json lists every added token
+MAX_MODEL_BYTES = 256 << 20  # the largest published ones have 35 MB
+MAX_META_BYTES = 64 << 20  # of the JSON beside it; tokenizer_config.json lists all added tokens
 
 
 def make_tokenizer(
@@ -34,7 +33,12 @@ def make_tokenizer(
     if kind in ("bytes", "chars"):
         blob = "".join(sorted(set(characters))).encode() if kind == "chars" else b"bytes\n"
         return TOKENIZERS[kind](blob, num_sentinels=num_sentinels)
-    return TOKENIZERS[kind](as_path(path).read_bytes(), num_sentinels=num_sentinels)
+    return TOKENIZERS[kind](read_model(as_path(path)), num_sentinels=num_sentinels)
+
+
+def read_model(file: Path) -> bytes:
+    """A tokenizer's file; raises ValueError if it is larger than any."""
+    return read_at_most(file, MAX_MODEL_BYTES)
 
 
 def is_saved(directory: Path) -> bool:
@@ -68,7 +72,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
 def _saved(path: Path) -> Tokenizer:
     saved = read_object(path / META, MAX_META_BYTES)
     kind = pick(TOKENIZERS, saved["kind"], "tokenizer kind")
-    blob = (path / kind.filename).read_bytes()
+    blob = read_model(path / kind.filename)
     reserved = {name: saved[name] for name in ("roles", "sentinel_ids", "vocab_size")}
     if identity_sha256(kind.kind, blob, reserved) != saved["sha256"]:  # before anything parses it
         raise ValueError(
@@ -82,9 +86,9 @@ def _foreign(path: Path) -> Tokenizer:
     folder, files = (path, sorted(path.iterdir())) if path.is_dir() else (path.parent, [path])
     for file in sorted(files, key=lambda file: file.suffix != ".json"):
         if file.name == "tokenizer.json" or (file == path and file.suffix == ".json"):
-            return _with_names(JSONTokenizer, file.read_bytes(), folder)
+            return _with_names(JSONTokenizer, read_model(file), folder)
         if file.suffix == ".model" and file.is_file():
-            return _with_names(SentencePieceTokenizer, file.read_bytes(), folder)
+            return _with_names(SentencePieceTokenizer, read_model(file), folder)
         if file.name == "vocab.txt":
             return _with_names(JSONTokenizer, _wordpiece(file, folder), folder)
     raise FileNotFoundError(
@@ -112,7 +116,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _wordpiece(vocab: Path, folder: Path) -> bytes:
     """BERT's vocab.txt as a tokenizer.json; lower case as tokenizer_config.json says, else if no entry
     has a capital."""
-    words = vocab.read_text(encoding="utf-8").split("\n")
+    words = read_model(vocab).decode("utf-8").split("\n")
     if words and not words[-1]:
         words.pop()
     ids = {word.rstrip("\r"): i for i, word in enumerate(words)}
