@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import logging
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -29,8 +30,9 @@ OTHERS_SECONDS = (
 class Watchdog:
     """Ends the process with status HUNG and all stacks, if it has not beaten for `seconds`; 0: it never does.
 
-    A thread looks. If hung C code holds Python's lock, the thread cannot run: then faulthandler's own, which needs no lock,
-    writes the stacks to standard error half a limit later, and ends the process with its status, 1.
+    A thread looks, and winds up the kernel's alarm. If hung C code holds Python's lock, the thread cannot run: then the alarm
+    goes off half a limit later, faulthandler's handler, which needs no lock, writes the stacks to standard error, and the
+    signal ends the process (a shell's status 142).
 
     workdir: gets `stacks-PROCESS.txt`.
     """
@@ -59,6 +61,7 @@ class Watchdog:
             yield
             return
         over = threading.Event()
+        faulthandler.register(signal.SIGALRM, chain=True)
         self._beat, self._patience = time.monotonic(), PATIENCE
         thread = threading.Thread(target=self._look, args=(over,), daemon=True)
         thread.start()
@@ -67,17 +70,21 @@ class Watchdog:
         finally:
             over.set()
             thread.join()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            faulthandler.unregister(signal.SIGALRM)
 
     def _look(self, over: threading.Event) -> None:
-        while not over.wait(min(self.seconds / LOOKS, LOOK_SECONDS)):
-            silent, limit = time.monotonic() - self._beat, self.seconds * self._patience
-            if silent > limit:
-                self._end(silent)
-            faulthandler.dump_traceback_later(limit - silent + self.seconds / 2, exit=True)
-        faulthandler.cancel_dump_traceback_later()
+        left = self.seconds * PATIENCE
+        while left > 0:
+            signal.setitimer(signal.ITIMER_REAL, left + self.seconds / 2)
+            if over.wait(min(self.seconds / LOOKS, LOOK_SECONDS)):
+                return
+            silent = time.monotonic() - self._beat
+            left = self.seconds * self._patience - silent
+        self._end(silent)
 
     def _end(self, silent: float) -> None:
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         with tempfile.TemporaryFile("w+") as file:
             faulthandler.dump_traceback(file)
             file.seek(0)

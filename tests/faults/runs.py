@@ -16,15 +16,19 @@ TIMEOUT = 300  # seconds; of any child
 
 
 def arrays(workdir):
-    """Every array of the newest checkpoint by its name."""
-    step = find_step(workdir)
-    return {
-        (item, jax.tree_util.keystr(path)): np.asarray(value)
-        for item in ("params", "opt_state")
-        for path, value in jax.tree_util.tree_leaves_with_path(
-            ocp.StandardCheckpointer().restore(step / item)
+    """Every array of the newest checkpoint by its name, whatever devices it was saved from."""
+    handler, found = ocp.PyTreeCheckpointHandler(), {}
+    for item in ("params", "ema", "opt_state"):
+        folder = find_step(workdir) / item
+        if not folder.is_dir():
+            continue
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder).tree
         )
-    }
+        tree = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        for path, value in jax.tree_util.tree_leaves_with_path(tree):
+            found[item, jax.tree_util.keystr(path)] = np.asarray(value)
+    return found
 
 
 def check_same_run(workdir, unbroken):
@@ -44,7 +48,7 @@ def write_config(folder, spec, store, **overrides):
     return path
 
 
-def start(command, devices=1):
+def start(command, devices=1, **options):
     return subprocess.Popen(
         command,
         env=tiny.environment(devices),
@@ -52,6 +56,7 @@ def start(command, devices=1):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        **options,
     )
 
 

@@ -1,9 +1,11 @@
 """A signal: the step is finished and saved, the exit status says so, and the run goes on as if nothing had been."""
 
 import json
+import os
 import random
 import re
 import signal
+import subprocess
 import time
 
 import pytest
@@ -143,3 +145,34 @@ def test_a_workdir_has_one_run(tmp_path, unbroken):
     end(first)
     tiny.run([*command, "--config.num_train_steps=4"])
     assert {line["step"] for line in read_metrics(workdir)} >= {4}
+
+
+def group_of(leader):
+    """The processes of a group besides its leader, but for those that are over."""
+    listed = subprocess.run(["ps", "-eo", "pid=,pgid=,stat="], capture_output=True, text=True)
+    rows = [line.split() for line in listed.stdout.splitlines()]
+    return [pid for pid, group, stat in rows if int(group) == leader != int(pid) and stat[0] != "Z"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_data_workers_live_as_long_as_their_run(tmp_path, unbroken, number):
+    """A signal to all processes, as a terminal sends it, stops the run well; a kill of the run alone leaves none of them."""
+    config, _ = unbroken
+    workdir, flags = (
+        tmp_path / "run",
+        ["--config.data.num_workers=2", "--config.num_train_steps=9999"],
+    )
+    child = start(tiny.pretrain_command(config, workdir, *flags), start_new_session=True)
+    wait_for(child, lambda: count_lines(workdir) > 2, "3 lines")
+    assert len(group_of(child.pid)) >= 2
+    began = time.monotonic()
+    if number == signal.SIGTERM:
+        os.killpg(child.pid, number)
+        check_stopped(workdir, *end(child), time.monotonic() - began)
+    else:
+        child.kill()
+        child.wait()
+    while group_of(child.pid):
+        assert time.monotonic() < began + SECONDS
+        time.sleep(0.1)
