@@ -10,7 +10,7 @@
 --mode=cross_entropy  the chunked loss against the plain one: memory and time (needs no config)
 --mode=checkpoints    how fast checksums are, how long a save keeps the next step waiting (needs no config)
 --mode=guards         what the guards against bad steps, hangs and signals cost in each step
---mode=store          what it costs that a token store is checked as it is read; --steps batches, five times
+--mode=store          what it costs that a token store is checked as it is read
 --mode=mlm_flops      FLOPs of a BERT config's step with the head at the masked positions and at all of them
 
 On a CPU, MFU divides by the best float32 matmul of 1024, 2048 and 4096 that jax, numpy or torch reaches on all
@@ -419,8 +419,7 @@ def main(argv):
             if args.mode == "guards":
                 report = guard_cost(args.config, Path(workdir), median_step(args.steps))
             elif args.mode == "store":
-                times = args.steps, median_step(args.steps)
-                report = store_cost(args.config, Path(workdir), *times)
+                report = store_cost(args.config, Path(workdir), median_step(args.steps))
             else:
                 report = benchmark_train(args.config, workdir, args.steps, args.against)
     print_report(report)

@@ -70,24 +70,22 @@ class CheckedArray:
         self._check(HEADER_BYTES + low * width, HEADER_BYTES + high * width)
         return self._values[low:high]
 
-    def search(self, *bounds: int) -> list[int]:
-        """How many elements are below each bound; the elements ascend.
+    def between(self, low: int, high: int) -> tuple[int, np.ndarray]:
+        """(the index of the first, all) of the elements of an ascending array that are in [low, high).
 
-        A search jumps through blocks that nobody has checked. What it finds is checked: the element before is below the
-        bound and the one after is not, and of such places an ascending array has one.
+        A search jumps through blocks that nobody has checked. What it finds is checked, with an element on either side:
+        an ascending array has no other place where low and high fit.
         """
-        values, size, found = self._values, len(self._values), []
-        for bound, index in zip(
-            bounds, np.searchsorted(values, np.array(bounds, values.dtype)).tolist(), strict=True
-        ):
-            self.read(max(index - 1, 0), min(index + 1, size))
-            if (index > 0 and values.item(index - 1) >= bound) or (
-                index < size and values.item(index) < bound
-            ):
-                self.read(0, size)  # names the block that led astray
-                raise Damaged(f"{self.path}: its numbers do not ascend. {MEND}")
-            found.append(index)
-        return found
+        values, size = self._values, len(self._values)
+        first, last = np.searchsorted(values, np.array((low, high), values.dtype)).tolist()
+        self.read(max(first - 1, 0), min(last + 1, size))
+        at = values.item
+        before = (first == 0 or at(first - 1) < low) and (last == 0 or at(last - 1) < high)
+        after = (first == size or at(first) >= low) and (last == size or at(last) >= high)
+        if not (first <= last and before and after):
+            self.read(0, size)  # names the block that led astray
+            raise Damaged(f"{self.path}: its numbers do not ascend. {MEND}")
+        return first, values[first:last]
 
     def _check(self, start: int, stop: int) -> None:
         """Compares the blocks of the file's bytes [start, stop) that were not compared before."""

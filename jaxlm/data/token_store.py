@@ -118,7 +118,7 @@ class TokenStore:
         self._check_range(position, position + 1)
         shard = int(np.searchsorted(self._token_starts, position, side="right")) - 1
         local = position - int(self._token_starts[shard])
-        [begun] = self._part(shard, "documents").search(local + 1)
+        begun, _ = self._part(shard, "documents").between(local + 1, local + 1)
         return int(self._document_starts[shard]) + begun - 1
 
     def document_span(self, index: int) -> tuple[int, int]:
@@ -172,9 +172,9 @@ class TokenStore:
         self._check_range(start, stop)
         found = [np.empty(0, np.int64)]
         for shard, first, low, high in self._shards_in(start, stop):
-            offsets = self._part(shard, part)  # of documents they end with the shard's length
-            held = offsets.read(*offsets.search(low, high))
-            found.append(held.astype(np.int64) + first)
+            # Those of documents end with the shard's length.
+            _, offsets = self._part(shard, part).between(low, high)
+            found.append(offsets.astype(np.int64) + first)
         return np.concatenate(found)
 
     def _check_range(self, start: int, stop: int) -> None:
