@@ -1,6 +1,6 @@
 """How a run ends: the exit statuses that scripts, job queues and people act on, and the errors that carry them.
 
-Numbers are those of sysexits.h where it has the meaning. From RETRY on, the same command is to be run again: it goes on
+Numbers are those of sysexits.h where it has the meaning. From PEER_LOST on, the same command is to be run again: it goes on
 from the newest checkpoint.
 """
 
@@ -13,14 +13,11 @@ from jaxlm.private import keep_private, redact
 
 DONE = 0
 FAILED = 1  # any other error, with its traceback
-DAMAGED = (
-    65  # EX_DATAERR: checkpoints or stores are there, and what they hold is not what was written
-)
+DAMAGED = 65  # EX_DATAERR: what checkpoints or stores hold is not what was written
 DIVERGED = 70  # EX_SOFTWARE: too many steps in a row without a finite loss and gradient
 CORRUPTED = 71  # EX_OSERR: the same step gave two results, or copies of one array differ: not this machine again
 LOCKED = 73  # EX_CANTCREAT: another run has the workdir
 NOT_SAVED = 74  # EX_IOERR: a checkpoint could not be written
-RETRY = 75
 PEER_LOST = 75  # EX_TEMPFAIL: another process of the run is gone
 STOPPED = 76  # a signal asked for the end: the step was finished and saved
 HUNG = 77  # no step for too long: all stacks were written
@@ -29,7 +26,7 @@ MEANINGS = {
     DONE: "the run is complete",
     FAILED: "an error, which is printed",
     DAMAGED: "checkpoints or stores are damaged",
-    DIVERGED: "loss or gradient stayed not finite",
+    DIVERGED: "loss, gradient or parameters were not finite",
     CORRUPTED: "this machine computes wrong numbers",
     LOCKED: "another run has the workdir",
     NOT_SAVED: "a checkpoint could not be written",
