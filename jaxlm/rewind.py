@@ -48,8 +48,8 @@ def until_done(run: Run, attempt: Callable[[], Any]) -> Any:
         except Diverged as error:
             folder = write_bad_steps(run, error)
             if not guards.skip_batches or len(run.rewinds) >= guards.max_rewinds:
-                after = f" after {len(run.rewinds)} rewinds" if run.rewinds else ""
-                text = f"{error}{after}. Their first batch and all their documents are in {folder}"
+                so_far = f" ({len(run.rewinds)} rewinds did not help)" if run.rewinds else ""
+                text = f"{error}. Batch and documents: {folder}{so_far}"
                 raise Diverged(text, error.bad_steps) from None
             log.warning("%s", error)
             go_back(run, error)
@@ -82,10 +82,9 @@ def go_back(run: Run, error: Diverged) -> None:
     """Sets the checkpoints aside that are not to be gone on from, and writes the rewind down."""
     bad_steps = error.bad_steps[0]["step"], error.bad_steps[-1]["step"]
     store = Checkpoints(run.workdir, **run.config.checkpoint)
-    before = [step for step in store.steps() if step < bad_steps[0]]
-    skip = run.config.guards.skip_batches
-    rewind = plan_rewind(bad_steps, skip, run.rewinds, oldest=min(before, default=0))
-    later = [step for step in store.steps() if step > rewind.step]
+    steps, skip = store.steps(), run.config.guards.skip_batches
+    rewind = plan_rewind(bad_steps, skip, run.rewinds, oldest=min(steps, default=0))
+    later = [step for step in steps if step > rewind.step]
     store.set_aside(later, f"the run went back to step {rewind.step}")
     store.close()
     if processes.is_main():

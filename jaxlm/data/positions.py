@@ -49,10 +49,11 @@ def plan_rewind(
     So where it begins does not depend on how often checkpoints are made. More are left out only if the run's start, the oldest
     checkpoint, or batches that an earlier rewind left out, are among them.
 
-    bad_steps: the first and the last one in a row, from 1. oldest: the step of the oldest checkpoint that can be gone back to.
+    bad_steps: the first and the last one in a row, from 1. oldest: the step of the oldest checkpoint. One that was saved among
+      the bad steps is gone back to only if there is no other: they left its state as it was, too.
     """
     first, last = bad_steps
-    step = min(max(last - skip, oldest), first - 1)
+    step = max(min(last - skip, first - 1), oldest)
     batch = max(position(step, rewinds) + skip, position(last, rewinds))
     return Rewind(step, batch, bad_steps)
 

@@ -34,13 +34,13 @@ def check_what_is_left_out(plan, seed):
     for _ in range(rng.randint(1, 6)):
         reached += rng.randint(1, 12)
         bad = reached, reached + rng.randint(0, 2)
-        oldest = rng.randint(0, bad[0] - 1)
+        oldest = rng.randint(0, bad[1] - 1)
         before = steps(rewinds, 0, bad[1])
         rewind = plan(bad, skip, rewinds, oldest)
         rewinds.append(rewind)
         after = steps(rewinds, 0, bad[1] + 50)
         says = f"seed {seed}: {rewinds}"
-        assert oldest <= rewind.step < bad[0], says
+        assert oldest <= rewind.step <= max(bad[0] - 1, oldest), says
         assert after[: rewind.step] == before[: rewind.step], says
         assert min(after[rewind.step :]) > max(before), says
         assert after[rewind.step :] == list(
@@ -72,6 +72,7 @@ def test_the_law_fails_for_a_plan_that_forgets_earlier_rewinds():
 def test_exactly_the_batches_before_the_last_bad_step_are_left_out():
     assert plan_rewind((100, 119), 200, [], oldest=0) == Rewind(0, 200, (100, 119))
     assert plan_rewind((1000, 1019), 200, [], oldest=0) == Rewind(819, 1019, (1000, 1019))
+    assert plan_rewind((1000, 1019), 200, [], oldest=1005) == Rewind(1005, 1205, (1000, 1019))
     assert plan_rewind((1000, 1019), 200, [], oldest=900) == Rewind(900, 1100, (1000, 1019))
 
 
