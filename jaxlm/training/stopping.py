@@ -39,8 +39,10 @@ class Stop:
     than the largest of these numbers, which nobody can have passed. A look at each unit costs a lock, and no message.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: int = -1) -> None:
+        """numbers: a descriptor to write those of signals to; see `signals`."""
         self.asked = ""  # 'SIGTERM', or '' as long as nobody has
+        self._numbers, self._handled, self._read = numbers, 0, 0
         self._done, self._last = 0, float("inf")
         self._deferring = self._leaving = False
         self._lock = threading.Lock()
@@ -60,21 +62,28 @@ class Stop:
 
     def defer(self) -> None:
         """From here on a stop waits for the end of a unit: there is something to save."""
-        self._deferring = True
-        if self._leaving:
-            raise KeyboardInterrupt
+        if not self._deferring:
+            self._deferring = True
+            if self._leaving:
+                raise KeyboardInterrupt
 
     def handle(self, number: int, frame: object) -> None:
         """The handler of a signal, in the main thread. It takes no lock: the main thread may hold it."""
-        if self._leaving or not self._deferring:
+        self._handled += 1
+        if self._handled > self._read:  # an event loop has put its own descriptor in place of ours
+            os.write(self._numbers, bytes([number]))
+        if not self._deferring:
             raise KeyboardInterrupt  # which no `except Exception` takes for an error of what it is about
 
     def watch(self, numbers: int) -> None:
         """Reads the numbers of signals from a descriptor, as they come."""
         first = float("inf")
         while number := os.read(numbers, 1):
+            if number[0] not in SIGNALS:
+                continue
+            self._read += 1
             now = time.monotonic()
-            if number[0] not in SIGNALS or now < first + ECHO_SECONDS < float("inf"):
+            if now < first + ECHO_SECONDS < float("inf"):
                 continue
             if first < now:
                 os._exit(128 + number[0])
@@ -113,8 +122,8 @@ def signals() -> Iterator[Stop]:
     Raises:
       Stopped: a signal came while there was nothing to save.
     """
-    stop = Stop()
     read, write = os.pipe()
+    stop = Stop(write)
     os.set_blocking(write, False)
     handlers = {number: signal.signal(number, stop.handle) for number in SIGNALS}
     before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
