@@ -162,10 +162,10 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(sources, tmp_path, monkeyp
     evaluations = iter([False, True])
     whole = tuning.TaskRun.evaluate
 
-    def cut(self, params):
+    def cut(self, *arguments):
         if next(evaluations):
             raise KeyboardInterrupt
-        return whole(self, params)
+        return whole(self, *arguments)
 
     monkeypatch.setattr(tuning.TaskRun, "evaluate", cut)
     with pytest.raises(KeyboardInterrupt):
