@@ -36,7 +36,7 @@ class Session:
     def did_step(self, step: int, *, useful: bool) -> None:
         """A step has run on the devices. useful: it was applied."""
         self.stop.defer()
-        self.watchdog.beat()
+        self.watchdog.did_step()
         self.ledger.did(step, useful=useful)
 
     def did_batch(self) -> None:

@@ -42,7 +42,11 @@ class Watchdog:
         self._beat, self._patience = 0.0, PATIENCE
 
     def beat(self) -> None:
-        """Says that the run has moved: a step, a batch of an evaluation."""
+        """Says that the run has moved."""
+        self._beat = time.monotonic()
+
+    def did_step(self) -> None:
+        """A step is over, and so is what the first one has more time for."""
         self._beat, self._patience = time.monotonic(), 1.0
 
     @contextlib.contextmanager
