@@ -9,7 +9,7 @@ from jaxlm import exits
 from tests import tiny
 from tests.faults.runs import at_point, check_same_run, end, start
 
-LIMIT = 5  # seconds without a sign of life; four times as many for a save
+LIMIT = 4  # seconds without a sign of life; four times as many for a save
 
 
 def hang(config, workdir, action):
