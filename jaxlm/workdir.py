@@ -3,6 +3,7 @@ environment.json, checkpoint manifests), where it goes on, and the loop over it.
 """
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import logging
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jaxlm import build, identity, sealed
 from jaxlm.data.positions import as_json
-from jaxlm.exits import Damaged, Stopped
+from jaxlm.exits import Damaged, NotSaved, Stopped
 from jaxlm.files import write_text
 from jaxlm.lock import held
 from jaxlm.parallel import processes
@@ -36,6 +37,8 @@ from jaxlm.training.stored import read_manifest
 from jaxlm.training.watchdog import Watchdog
 
 log = logging.getLogger("jaxlm")
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def accept_config(config: ConfigDict, workdir: Path, allow_change: bool) -> None:
@@ -129,14 +132,25 @@ def begun(config: ConfigDict, workdir: Path, stop: Stop | None = None) -> Iterat
 
     Raises:
       Locked: another run has it.
+      NotSaved: its disk is full, read-only or broken.
     """
-    with held(workdir):
-        ledger = Ledger(workdir / "goodput.jsonl" if processes.is_main() else None)
-        watchdog = Watchdog(config.guards.watchdog_seconds, workdir)
-        try:
-            yield Session(stop or Stop(), watchdog, ledger)
-        finally:
-            log.info("%s", ledger.close())
+    try:
+        with held(workdir):
+            ledger = Ledger(workdir / "goodput.jsonl" if processes.is_main() else None)
+            watchdog = Watchdog(config.guards.watchdog_seconds, workdir)
+            try:
+                yield Session(stop or Stop(), watchdog, ledger)
+            finally:
+                with contextlib.suppress(
+                    OSError
+                ):  # on a full disk that is not what one wants to know
+                    log.info("%s", ledger.close())
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise NotSaved(
+            f"{error}: make room or mend the disk, and start the same command again"
+        ) from error
 
 
 def train(

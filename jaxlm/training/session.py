@@ -31,7 +31,6 @@ class Session:
                 yield
             finally:
                 self.ledger.switch("end")
-                self.ledger.write(now=True)
 
     def did_step(self, step: int, *, useful: bool) -> None:
         """A step has run on the devices. useful: it was applied."""
