@@ -10,6 +10,7 @@ import pytest
 
 from jaxlm import build, identity
 from jaxlm.exits import Damaged
+from jaxlm.finetune import finetune
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.pretrain import pretrain
 from jaxlm.sealed import seal
@@ -184,6 +185,29 @@ def test_another_computing_dtype_is_found_though_the_config_leaves_it_to_the_mac
     path.write_text(json.dumps(seal(json.loads(path.read_text()) | {"dtype": "bfloat16"})))
     check_is_refused(config_of(folder), folder / "run", "dtype: bfloat16 -> float32", FLAG)
     check_is_allowed(config_of(folder), folder / "run")
+
+
+@pytest.mark.slow
+def test_labelled_rows_that_have_changed_are_refused_or_allowed(folder):
+    rows = folder / "rows.csv"
+    rows.write_text("text,label\n" + "a cat,animal\na rose,plant\n" * 8)
+    config = build.read_config(
+        f"{tiny.ROOT}/configs/finetune/classification.py:train={rows},num_epochs=1",
+        {
+            "init_from": str(folder / "run"),
+            "batch_size": 8,
+            "seq_len": 32,
+            "data.dev_fraction": 0.5,
+            "log.progress": False,
+            "log.tensorboard": False,
+        },
+    )
+    finetune(config, folder / "tuned")
+    rows.write_text(rows.read_text().replace("a cat", "a dog"))
+    with pytest.raises(identity.OtherRun, match="data of train: fingerprint .* -> ") as refused:
+        finetune(config, folder / "tuned")
+    assert FLAG in str(refused.value)
+    finetune(config, folder / "tuned", allow_config_change=True)
 
 
 def test_a_tokenizer_that_was_replaced_is_refused_also_with_the_flag(folder):
