@@ -32,7 +32,7 @@ def config(tmp_path_factory, store):
     )
 
 
-@pytest.mark.parametrize("told", [[1], [0, 1]], ids=["one", "all"])
+@pytest.mark.parametrize("told", [[1], pytest.param([0, 1], marks=pytest.mark.slow)])
 def test_a_signal_to_one_or_all_processes_stops_all_after_one_step(config, tmp_path, told):
     """No process waits for another that has stopped before it, and process 0 says what was saved."""
     workdir = tmp_path / "run"
