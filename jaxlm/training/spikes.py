@@ -1,9 +1,9 @@
 """The guard against spikes: a step whose gradient norm stands far above those before it is left out.
 
-It judges by the gradient's norm and not by the loss: the norm is known before the update, and grows before the loss does
-(arXiv:2312.16903). As in OLMo's optimizer that skips steps (arXiv:2501.00656, 3.3.2) the window is rolling and holds what
-was skipped, too: where norms rise for good, half a window of steps is left out, and not all that follow. A median and not a
-mean with deviations: the spikes in the window do not move it.
+It judges by the gradient's norm and not by the loss: the norm is known before the update, and its sudden growth is what loss
+spikes are taken to come from (arXiv:2312.16903). The window is rolling, as in OLMo-core's SkipStepOptimizer, and holds what
+was skipped, too: where norms rise for good, half a window of steps is left out, and not all that follow. It judges by the
+median and not by a mean and deviations: the spikes in the window do not move it.
 """
 
 import flax
