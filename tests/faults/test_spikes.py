@@ -7,6 +7,7 @@ import pytest
 
 from jaxlm import build
 from jaxlm.parallel.mesh import make_mesh
+from jaxlm.training.checkpoints import Checkpoints, find_step, restore_state
 from tests.faults.bad_data import kept, make_config, same
 
 SPIKE, WINDOW, FACTOR = 61, 16, 20.0
@@ -72,3 +73,34 @@ def test_the_law_of_spikes_fails_for_a_guard_that_finds_none(stores, tmp_path, m
     monkeypatch.setattr("jaxlm.training.spikes.is_spike", lambda *_: jnp.zeros((), bool))
     with pytest.raises(AssertionError, match=f"step {SPIKE}"):
         check_spikes(spiking_run(stores, tmp_path / "run", 1), times=50)
+
+
+def check_resume_finds_the_spike(run, restore):
+    """A run that goes on from a checkpoint within the window of the spike ends, bit by bit, as the one that was not stopped."""
+
+    def go_on(state, stop):
+        batches = run.device_batches(int(state.step))
+        for _ in range(int(state.step), stop):
+            state, _ = run.train_step(state, next(batches))
+        return state
+
+    state, store = go_on(run.init_state(), SPIKE - 5), Checkpoints(run.workdir)
+    store.save(SPIKE - 5, state, {"step": SPIKE - 5}, None)
+    store.close()
+    unbroken = go_on(state, SPIKE + 3)
+    resumed = go_on(restore(find_step(run.workdir), run.state_shape), SPIKE + 3)
+    assert int(unbroken.spikes.skipped) == 1
+    assert same(jax.device_get(unbroken), jax.device_get(resumed))
+
+
+def test_a_resumed_run_finds_the_spike_that_the_unbroken_one_finds(stores, tmp_path):
+    check_resume_finds_the_spike(spiking_run(stores, tmp_path / "run", 1), restore_state)
+
+
+def test_the_resume_law_fails_for_a_window_that_begins_anew(stores, tmp_path):
+    def forgets(step_dir, shape):
+        state = restore_state(step_dir, shape)
+        return state.replace(spikes=jax.tree.map(jnp.zeros_like, state.spikes))
+
+    with pytest.raises(AssertionError):
+        check_resume_finds_the_spike(spiking_run(stores, tmp_path / "run", 1), forgets)
