@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from jaxlm import api, build, evaluate, files
 from jaxlm.data.positions import Rewind, read_rewinds
+from jaxlm.data.store_check import problems
 from jaxlm.data.token_store import TokenStore
 from jaxlm.exits import Damaged, Diverged
 from jaxlm.files import Appender, absolute, as_path, fetch, local_copy, new_folder, write_text
@@ -260,12 +261,14 @@ def test_a_store_on_a_bucket_is_copied_by_its_digests_and_checked(bucket, tmp_pa
     )
     assert copies == ["train-00000.blocks.npy", "train-00000.tokens.npy"]
 
+    assert problems(remote) == []
     shard = remote / "validation-00000.tokens.npy"
     changed = bytearray(shard.read_bytes())
     changed[-1] ^= 1
     shard.write_bytes(bytes(changed))
     with pytest.raises(Damaged, match=r"validation-00000.tokens.npy: its sha256 is .*, expected"):
         TokenStore(remote, "validation", cache_dir=cache).tokens(0, 4)
+    assert problems(remote) == ["validation-00000.tokens.npy: its sha256 is not the manifest's"]
     shard.unlink()
     with pytest.raises(Damaged, match=r"validation-00000.tokens.npy: missing"):
         TokenStore(remote, "validation", cache_dir=cache)
@@ -342,6 +345,7 @@ def small_state(step):
     return new_state({"w": jnp.arange(6.0)}, optax.identity()).replace(step=jnp.int32(step))
 
 
+@pytest.mark.slow  # the emulator takes 35 s to delete what was copied
 def test_a_damaged_step_on_a_bucket_is_set_aside_and_saved_again(bucket):
     workdir = as_path(f"{bucket}/runs/damaged")
     checkpoints = Checkpoints(workdir)
