@@ -67,25 +67,19 @@ def config_changes(old: ConfigDict, new: ConfigDict) -> dict[str, str]:
     }
     defaults = json.loads(json.dumps(defaults))
     before, after = (defaults | _flatten(json.loads(c.to_json())) for c in (old, new))
-    return {
-        name: f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    }
+    return _differences(before, after)
 
 
 def manifest_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(what may be allowed, what may not) of that in which a run differs from a checkpoint's manifest, besides the config:
     the content of its data, the dtype that it computes in where the config leaves that to the machine, the tokenizer."""
-    names = sorted(old["data"].keys() | new["data"].keys())
-    pairs = {f"data of {n}: fingerprint": (old["data"].get(n), new["data"].get(n)) for n in names}
-    pairs["dtype:"] = (old.get("dtype", new["dtype"]), new["dtype"])  # older manifests lack it
-    kept = {"tokenizer: sha256": (old["tokenizer_sha256"], new["tokenizer_sha256"])}
-    changes, kept = (
-        [f"{what} {a or 'absent'} -> {b or 'absent'}" for what, (a, b) in found.items() if a != b]
-        for found in (pairs, kept)
-    )
-    return changes, kept
+    data = [
+        {f"data of {name} (fingerprint)": value for name, value in about["data"].items()}
+        | {"dtype": about.get("dtype", new["dtype"])}  # older manifests lack it
+        for about in (old, new)
+    ]
+    tokenizer = [{"tokenizer (sha256)": about["tokenizer_sha256"]} for about in (old, new)]
+    return [*_differences(*data).values()], [*_differences(*tokenizer).values()]
 
 
 def accept_changes(
@@ -109,6 +103,14 @@ def accept_changes(
         )
     for line in changes:
         log.warning("changed since this run began, as allowed: %s%s", line, then)
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    }
 
 
 def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -175,7 +175,7 @@ def test_a_store_whose_content_has_changed_is_refused_or_allowed(folder):
     shutil.rmtree(folder / "books")
     tiny.make_store(folder / "books", size=500)
     config = config_of(folder)
-    check_is_refused(config, folder / "run", "data of books: fingerprint .* -> ", FLAG)
+    check_is_refused(config, folder / "run", r"data of books \(fingerprint\): .* -> ", FLAG)
     check_is_allowed(config, folder / "run")
 
 
@@ -204,7 +204,9 @@ def test_labelled_rows_that_have_changed_are_refused_or_allowed(folder):
     )
     finetune(config, folder / "tuned")
     rows.write_text(rows.read_text().replace("a cat", "a dog"))
-    with pytest.raises(identity.OtherRun, match="data of train: fingerprint .* -> ") as refused:
+    with pytest.raises(
+        identity.OtherRun, match=r"data of train \(fingerprint\): .* -> "
+    ) as refused:
         finetune(config, folder / "tuned")
     assert FLAG in str(refused.value)
     finetune(config, folder / "tuned", allow_config_change=True)
