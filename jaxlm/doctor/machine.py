@@ -2,6 +2,7 @@
 
 import glob
 import os
+import platform
 import shutil
 import sys
 import time
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.doctor.findings import FAIL, GB, OK, SCRATCH, WARN, NoDevices, Patient, Said
-from jaxlm.doctor.versions import find_conflicts
+from jaxlm.doctor.versions import CORE, find_conflicts
 from jaxlm.files import cache_folder
 from jaxlm.parallel import mesh as meshes
 from jaxlm.parallel import processes
@@ -21,22 +22,24 @@ from jaxlm.parallel.peaks import PEAKS
 from jaxlm.training.throughput import measured_matmul_flops
 
 PYTHONS = ((3, 11), (3, 13))  # what is tested
-SLOW_CPU = 4e9  # float32 FLOP/s of a core: a tenth of what one of 2015 does
-SHARES = {
-    FAIL: 0.25,
-    WARN: 0.6,
-}  # of an accelerator's peak, which a large matmul reaches to 80 to 95%
+SLOW_CPU = (
+    4e9  # float32 FLOP/s of a core; one with vectors of eight does ten times as much and more
+)
+# Of an accelerator's peak, of which a large matmul reaches 80 to 95%.
+SHARES = {FAIL: 0.25, WARN: 0.6}
+# What the kernel shows of accelerators, and the extra of jax that uses them.
+UNSEEN = (("NVIDIA GPUs", "/dev/nvidia[0-9]*", "cuda12"), ("TPU chips", "/dev/accel*", "tpu"))
 SLOW_COMPILE = 20.0  # s for a matmul
 
 
 def check_python(patient: Patient) -> Said:
-    version, (least, most) = sys.version_info[:2], PYTHONS
-    if version < least:
-        yield FAIL, f"Python {sys.version.split()[0]}", "take Python 3.11, 3.12 or 3.13"
-    elif version > most:
-        yield WARN, f"Python {sys.version.split()[0]} is not tested", "Python 3.11 to 3.13 are"
+    says, (least, most) = f"Python {platform.python_version()}", PYTHONS
+    if sys.version_info[:2] < least:
+        yield FAIL, says, "take Python 3.11, 3.12 or 3.13"
+    elif sys.version_info[:2] > most:
+        yield WARN, f"{says} is not tested", "Python 3.11, 3.12 and 3.13 are"
     else:
-        yield OK, f"Python {sys.version.split()[0]}"
+        yield OK, says
 
 
 def check_versions(patient: Patient) -> Said:
@@ -44,8 +47,7 @@ def check_versions(patient: Patient) -> Said:
     for conflict in conflicts:
         yield (FAIL if conflict.breaks else WARN), conflict.found, conflict.mend
     if not conflicts:
-        packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
-        yield OK, ", ".join(f"{name} {version(name)}" for name in packages)
+        yield OK, ", ".join(f"{name} {version(name)}" for name in CORE)
 
 
 def check_devices(patient: Patient) -> Said:
@@ -59,16 +61,10 @@ def check_devices(patient: Patient) -> Said:
     kinds = sorted({device.device_kind for device in devices})
     yield OK, f"{len(devices)} x {', '.join(kinds)} in {jax.process_count()} process(es)"
     if devices[0].platform == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
-        for what, files, extra in (
-            ("NVIDIA GPUs", "/dev/nvidia[0-9]*", "cuda12"),
-            ("TPU chips", "/dev/accel*", "tpu"),
-        ):
+        for what, files, extra in UNSEEN:
             if glob.glob(files):
-                yield (
-                    FAIL,
-                    f"this machine has {what}, and jax does not see them",
-                    f"pip install -r requirements.txt 'jax[{extra}]>=0.7.2,<0.11'",
-                )
+                mend = f"pip install -r requirements.txt 'jax[{extra}]>=0.7.2,<0.11'"
+                yield FAIL, f"this machine has {what}, and jax does not see them", mend
 
 
 def check_arithmetic(patient: Patient) -> Said:
@@ -99,18 +95,19 @@ def check_speed(patient: Patient) -> Said:
         yield OK, f"a matmul compiles in {seconds:.2f} s"
     names = [name for name in PEAKS if device.device_kind.startswith(name)]
     if device.platform == "cpu":
-        rate, cores = measured_matmul_flops("float32"), len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        rate, least = measured_matmul_flops("float32"), {WARN: SLOW_CPU * cores}
         says = f"{rate / 1e9:,.0f} GFLOP/s in float32 on {cores} core(s)"
-        verdict = WARN if rate < SLOW_CPU * cores else OK
-    elif not names:
-        yield OK, f"{measured_matmul_flops('bfloat16', 8192) / 1e12:,.0f} TFLOP/s in bfloat16"
-        return
     else:
-        rate, peak = measured_matmul_flops("bfloat16", 8192), PEAKS[max(names, key=len)][0]
-        says = f"{rate / 1e12:,.0f} of {peak / 1e12:,.0f} TFLOP/s in bfloat16 ({rate / peak:.0%})"
-        verdict = next((v for v, share in SHARES.items() if rate < share * peak), OK)
+        rate, least = measured_matmul_flops("bfloat16", 8192), {}
+        says = f"{rate / 1e12:,.0f} TFLOP/s in bfloat16"
+        if names:
+            peak = PEAKS[max(names, key=len)][0]
+            least = {verdict: share * peak for verdict, share in SHARES.items()}
+            says += f" of {peak / 1e12:,.0f} ({rate / peak:.0%})"
+    verdict = next((verdict for verdict, limit in least.items() if rate < limit), OK)
     mend = "other work, heat or a power limit may slow it: look at top, nvidia-smi"
-    yield verdict, says, "" if verdict == OK else mend
+    yield verdict, says, mend if verdict != OK else ""
 
 
 def check_processes(patient: Patient) -> Said:
@@ -119,10 +116,8 @@ def check_processes(patient: Patient) -> Said:
         yield OK, "one process: no launcher's environment"
     else:
         place = patient.place
-        yield (
-            OK,
-            f"{place.launcher}: {place.num_processes} processes, coordinator {place.coordinator or 'by jax'}",
-        )
+        where = place.coordinator or "found by jax"
+        yield OK, f"{place.launcher}: {place.num_processes} processes, coordinator {where}"
     mesh = meshes.make_mesh()
     processes.meet(mesh)
     ones = spread(mesh, np.ones(mesh.size, np.float32))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlm import doctor
-from jaxlm.doctor import FAIL, OK, WARN, Patient
+from jaxlm.doctor import FAIL, OK, WARN, Patient, machine
 from tests import tiny
 
 
@@ -175,6 +175,12 @@ def test_a_device_that_computes_wrongly_is_found(monkeypatch):
     right = jnp.matmul
     monkeypatch.setattr(jnp, "matmul", lambda *a, **k: right(*a, **k).at[3, 5].add(2.0**-3))
     check_found(Patient(), "arithmetic", FAIL, "multiply wrongly", "do not use this machine")
+
+
+def test_a_machine_that_is_slower_than_it_could_be_is_a_warning(monkeypatch):
+    check_found(Patient(), "speed", OK, "GFLOP/s")
+    monkeypatch.setattr(machine, "SLOW_CPU", 1e15)
+    check_found(Patient(), "speed", WARN, "GFLOP/s", "other work")
 
 
 # ---------------------------------------------------------------- as a program
