@@ -17,7 +17,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm import api, build, evaluate, files
+from jaxlm import api, build, doctor, evaluate, files
 from jaxlm.data.positions import Rewind, read_rewinds
 from jaxlm.data.store_check import problems
 from jaxlm.data.token_store import TokenStore
@@ -366,3 +366,11 @@ def test_a_damaged_step_on_a_bucket_is_set_aside_and_saved_again(bucket):
     again.save(20, small_state(20), {"step": 20}, None)
     again.close()
     assert again.steps() == [10, 20]
+
+
+def test_the_doctor_writes_to_a_bucket_and_leaves_nothing(bucket):
+    workdir = as_path(f"{bucket}/runs/examined")
+    findings = list(doctor.examine(doctor.Patient(workdir)))
+    assert not [finding for finding in findings if finding.verdict == doctor.FAIL]
+    assert any("a checkpoint is written at" in f.found for f in findings if f.check == "workdir")
+    assert not (workdir / doctor.SCRATCH).exists()
