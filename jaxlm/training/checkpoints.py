@@ -10,29 +10,27 @@ are the model's. `opt_state` holds every other array of the state. `manifest` is
 """
 
 import functools
+import json
 import logging
-import shutil
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as managers
 
-from jaxlm.exits import Damaged, NotSaved
+from jaxlm.exits import Damaged
 from jaxlm.files import absolute, as_path, is_remote, write_text
 from jaxlm.parallel import processes
 from jaxlm.parallel.mesh import path_names
 from jaxlm.training import partition, stored
 from jaxlm.training.guards import finite_problems
+from jaxlm.training.saving import Saver, retention
 from jaxlm.training.state import TrainState
 
 PyTree = Any
 log = logging.getLogger("jaxlm")
-FOLDER, DAMAGED, DELETING = "checkpoints", "checkpoints.damaged", "deleting"
+FOLDER, DAMAGED = "checkpoints", "checkpoints.damaged"
 
 
 class Checkpoints:
@@ -57,54 +55,65 @@ class Checkpoints:
     ):
         self.directory = absolute(workdir) / FOLDER
         self.best_metric = best_metric
-        policies: list[Any] = [managers.LatestN(keep_last)]
-        options = {
-            "enable_async_checkpointing": True,
-            "cleanup_tmp_directories": True,
-            # A folder loses its name at once, and not file by file: what has a step's name is whole.
-            "todelete_subdir": DELETING,
-            # Else its threads wait five minutes, also when the program ends, for a folder that could not be made.
-            "async_options": ocp.options.AsyncOptions(create_directories_asynchronously=False),
-        }
-        if keep_every:
-            policies.append(managers.EveryNSteps(keep_every))
-        if best_metric:
-            if best_mode not in ("min", "max"):
-                raise ValueError(f"checkpoint.best_mode {best_mode!r} must be 'min' or 'max'")
-            value = lambda metrics: metrics[best_metric]
-            policies.append(
-                managers.BestN(
-                    get_metric_fn=value,
-                    n=1,
-                    reverse=best_mode == "min",
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-            # Without best_fn a reopened manager does not read the metrics back and drops the best.
-            options |= {"best_fn": value, "best_mode": best_mode}
-        options["preservation_policy"] = managers.AnyPreservationPolicy(policies)
-        self._options = ocp.CheckpointManagerOptions(**options)
-        self._manager: ocp.CheckpointManager | None = None
-        self._thread = ThreadPoolExecutor(1, "after_save")
-        self._writing: Future | None = None
-
-    # ------------------------------------------------------------ restoring
+        options = retention(keep_last, keep_every, best_metric, best_mode)
+        self._saver = Saver(self.directory, options)
 
     def steps(self) -> list[int]:
         """The steps that are there, whole or damaged."""
         return find_steps(self.directory)
 
+    def latest_step(self) -> int | None:
+        return self._saver.open().latest_step()
+
+    def best_step(self) -> int | None:
+        """The step with the best metric so far; the newest one if none competed."""
+        manager = self._saver.open()
+        return manager.best_step() if self.best_metric else manager.latest_step()
+
+    def save(
+        self, step: int, state: TrainState, manifest: dict, metrics: dict[str, float] | None
+    ) -> None:
+        """Starts to save; returns when the arrays are copied off the devices.
+
+        `metrics` are those of the evaluation at this very step (None: the step does not compete for best).
+
+        Raises:
+          NotSaved: if this cannot be saved, or what was saved before could not.
+          Corrupted: if devices hold different copies of one array.
+        """
+        competes = bool(self.best_metric) and metrics is not None
+        if competes and self.best_metric not in metrics:
+            raise ValueError(
+                f"checkpoint.best_metric {self.best_metric!r} is not among the evaluation metrics "
+                f"{sorted(metrics)}"
+            )
+        best = {self.best_metric: metrics[self.best_metric]} if competes else None
+        items = split_state(state)
+        self._saver.save(step, items, stored.seal(manifest | {"metrics": best}, items), best)
+
+    def check(self) -> None:
+        """Raises NotSaved if what was saved in the background has failed; costs nothing to speak of."""
+        self._saver.check()
+
+    def wait(self) -> None:
+        """Blocks until what was saved is on disk; raises NotSaved if it could not be."""
+        self._saver.wait()
+
+    def close(self) -> None:
+        self._saver.close()
+
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """(state, manifest) of the newest step that is whole, placed by the shardings of `abstract_state`.
 
-        Damaged steps are named and, once a whole one is found, set aside. None if there are no steps at all.
+        Damaged steps are named and, once a whole one is found, set aside. None if there are no steps at all. All processes
+        must call, and restore the same step.
 
         Raises:
           Damaged: if no step is whole; nothing is changed then.
           ValueError: a repair list, if the newest whole step has other names, shapes or dtypes.
         """
         damage: dict[int, str] = {}
-        steps = self.steps()
+        steps = json.loads(processes.gather("steps", json.dumps(self.steps()))[0])
         for step in reversed(steps):
             step_dir = self.directory / str(step)
             try:
@@ -119,7 +128,7 @@ class Checkpoints:
             if not stored.has_checksums(manifest):
                 log.warning("checkpoint %d is of an older version, which kept no checksums", step)
             self._set_aside(damage | self._damaged_manifests(steps[: steps.index(step)]))
-            self._open()
+            self._saver.open()
             return state, manifest
         if damage:
             raise Damaged(
@@ -131,10 +140,7 @@ class Checkpoints:
 
     def set_aside(self, steps: Iterable[int], reason: str) -> None:
         """Moves steps out of the way, to `checkpoints.damaged`; all processes must call."""
-        self.wait()
-        if self._manager:
-            self._manager.close()
-            self._manager = None  # it remembers what steps there were
+        self._saver.forget()
         self._set_aside(dict.fromkeys(steps, reason))
 
     def _damaged_manifests(self, steps: list[int]) -> dict[int, str]:
@@ -158,111 +164,6 @@ class Checkpoints:
             (self.directory / str(step)).rename(target)  # of a bucket: a copy of each object
             log.error("checkpoint %d is set aside, as %s", step, target)
         processes.barrier("damaged checkpoints are set aside")
-
-    # ------------------------------------------------------------ saving
-
-    def latest_step(self) -> int | None:
-        return self._open().latest_step()
-
-    def best_step(self) -> int | None:
-        """The step with the best metric so far; the newest one if none competed."""
-        manager = self._open()
-        return manager.best_step() if self.best_metric else manager.latest_step()
-
-    def save(
-        self, step: int, state: TrainState, manifest: dict, metrics: dict[str, float] | None
-    ) -> None:
-        """Starts to save; returns when the arrays are copied off the devices.
-
-        `metrics` are those of the evaluation at this very step (None: the step does not compete for best).
-
-        Raises:
-          NotSaved: if this cannot be saved, or what was saved before could not.
-          Corrupted: if devices hold different copies of one array.
-        """
-        self.wait()
-        competes = bool(self.best_metric) and metrics is not None
-        if competes and self.best_metric not in metrics:
-            raise ValueError(
-                f"checkpoint.best_metric {self.best_metric!r} is not among the evaluation metrics "
-                f"{sorted(metrics)}"
-            )
-        best = {self.best_metric: metrics[self.best_metric]} if competes else None
-        items = split_state(state)
-        content = stored.seal(manifest | {"metrics": best}, items)
-        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        manager = self._open()
-        try:
-            saved = manager.save(
-                step,
-                args=ocp.args.Composite(**arrays, manifest=ocp.args.JsonSave(content)),
-                metrics=best,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise self._not_saved(f"step {step}", error) from error
-        if not saved:
-            raise NotSaved(
-                f"Orbax refused to save step {step} into {self.directory}, where the newest step is "
-                f"{manager.latest_step()}: two runs may be writing to one workdir"
-            )
-        self._writing = self._thread.submit(self._after_save, manager)
-
-    def check(self) -> None:
-        """Raises NotSaved if what was saved in the background has failed; costs nothing to speak of."""
-        if self._writing is not None and self._writing.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Blocks until what was saved is on disk.
-
-        Raises:
-          NotSaved: what went wrong in the background.
-        """
-        writing, self._writing = self._writing, None
-        if writing is None:
-            return
-        try:
-            writing.result()
-        except (OSError, ValueError, RuntimeError) as error:
-            self._manager = (
-                None  # it counts the step that failed: another one looks at what is there
-            )
-            raise self._not_saved("the newest step", error) from error
-
-    def close(self) -> None:
-        self.wait()
-        if self._manager:
-            self._manager.close()
-        self._thread.shutdown()
-
-    def _open(self) -> ocp.CheckpointManager:
-        """Orbax's manager, made when it is needed first: it reads what steps there are, and trips over damaged ones."""
-        if self._manager is None:
-            self._manager = ocp.CheckpointManager(self.directory, options=self._options)
-            self._delete()
-        return self._manager
-
-    def _after_save(self, manager: ocp.CheckpointManager) -> None:
-        manager.wait_until_finished()
-        self._delete()
-
-    def _delete(self) -> None:
-        if processes.is_main() and not is_remote(self.directory):
-            shutil.rmtree(self.directory / DELETING, ignore_errors=True)
-
-    def _not_saved(self, what: str, error: Exception) -> NotSaved:
-        free = "" if is_remote(self.directory) else _free_space(self.directory)
-        found = self.steps()
-        return NotSaved(
-            f"{what} could not be saved into {self.directory}{free}: {type(error).__name__}: {error}\n"
-            f"Saved and whole is step {found[-1] if found else '(none)'}; make room or mend the disk, and start the same "
-            "command again."
-        )
-
-
-def _free_space(folder: Path) -> str:
-    usage = shutil.disk_usage(folder)
-    return f", on whose disk {usage.free / 1e9:.2f} of {usage.total / 1e9:.2f} GB are free"
 
 
 def split_state(state: TrainState) -> dict[str, PyTree]:
