@@ -84,5 +84,7 @@ def with_status(main: Callable[..., Any]) -> Callable[..., Any]:
         except RunError as error:
             print(redact(str(error)), file=sys.stderr, flush=True)
             sys.exit(error.status)
+        except SystemExit as error:
+            sys.exit(redact(error.code) if isinstance(error.code, str) else error.code)
 
     return run

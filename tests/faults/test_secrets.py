@@ -119,6 +119,12 @@ def test_a_secret_in_a_flag_is_refused_before_anything_is_written(flag, tmp_path
     check_private(tmp_path, refused.stdout, refused.stderr)
 
 
+def test_a_message_about_an_argument_does_not_show_its_secret(tmp_path):
+    ended = run([sys.executable, "-m", "jaxlm.evaluate", f"--checkpoint={URL}"])
+    assert ended.returncode == 1 and "https://[secret]@host" in ended.stderr, ended.stderr
+    check_private(tmp_path, ended.stdout, ended.stderr)
+
+
 def test_a_secret_in_a_config_is_refused_before_it_is_written(tmp_path, store, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", CANARIES["HF_TOKEN"])
     for name, value in {"init_from": URL, "data.sources": (f"a={CANARIES['HF_TOKEN']}",)}.items():
