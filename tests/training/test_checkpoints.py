@@ -18,6 +18,7 @@ from jaxlm.training.checkpoints import (
     Checkpoints,
     find_step,
     load_item,
+    load_tree,
     restore_state,
 )
 from jaxlm.training.state import new_state
@@ -171,3 +172,26 @@ def test_a_newer_schema_is_no_damage(tmp_path):
     with pytest.raises(RunError, match="schema_version 3, expected 2 or less") as error:
         Checkpoints(tmp_path).restore(abstract(make_state(5, ema=True)))
     assert not isinstance(error.value, Damaged)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda step_dir, params: load_item(step_dir, params),
+        lambda step_dir, params: load_tree(step_dir, "params", params),
+    ],
+    ids=["load_item", "load_tree"],
+)
+def test_parameters_of_another_step_are_damage_wherever_they_are_read(tmp_path, read):
+    """As fine-tuning, evaluation and generation read them."""
+    save(tmp_path, [5, 6])
+    mesh = meshes.make_mesh(fsdp=8, tensor=1, data=1)
+    everywhere = jax.sharding.NamedSharding(mesh, P())
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), make_state().params
+    )
+    assert_equal_trees(read(find_step(tmp_path, 6), wanted), make_state(6).params)
+    shutil.rmtree(find_step(tmp_path, 6) / "params")
+    shutil.copytree(find_step(tmp_path, 5) / "params", tmp_path / "checkpoints/6/params")
+    with pytest.raises(Damaged, match=r"params/w: found float32\[8, 4\] \w{16}, saved"):
+        read(find_step(tmp_path, 6), wanted)
