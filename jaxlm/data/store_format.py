@@ -111,18 +111,18 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
 def size_problems(path: Path, manifest: dict[str, Any], split: str) -> list[str]:
     """The files of a split that are missing, links, or of another size than the manifest says. Of a bucket's only those
     that are missing, which takes one listing: what is copied from there is compared by its sha256."""
-    problems = []
-    names = {file.name for file in path.iterdir()}
+    problems, remote = [], is_remote(path)
+    found = {file.name: file for file in (path.iterdir() if remote else os.scandir(path))}
     for index, shard in enumerate(manifest["splits"][split]["shards"]):
         for part, (dtype, length) in layout(manifest, shard).items():
             name, expected = shard_name(split, index, part), file_bytes(dtype, length)
-            if name not in names:
+            if name not in found:
                 problems.append(f"{name}: missing")
-            elif is_remote(path):
+            elif remote:
                 continue
-            elif (path / name).is_symlink():
+            elif found[name].is_symlink():
                 problems.append(f"{name}: a link, expected a file of the store's own")
-            elif (size := (path / name).stat().st_size) != expected:
+            elif (size := found[name].stat().st_size) != expected:
                 problems.append(f"{name}: {size:,} bytes, expected {expected:,}")
     return problems
 

@@ -220,7 +220,12 @@ def unbroken(source, tokenizer, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(5), *(pytest.param(n, marks=pytest.mark.slow) for n in range(5, 50))]
+    "seed",
+    [
+        *range(5),
+        pytest.param(5, marks=[pytest.mark.slow, pytest.mark.smoke]),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, 50)),
+    ],
 )
 def test_a_preparation_killed_at_any_time_leaves_nothing_half_made(
     seed, source, unbroken, tmp_path
