@@ -70,11 +70,16 @@ def no_network():
 
 # Whole files of laws that must also hold on Colab's package versions, and there on every change: they
 # are where jax, orbax and grain have changed most, and take a minute.
-CORE_FILES = ("test_checkpoints.py", "test_loop.py", "test_pipeline.py", "test_mesh.py")
+CORE_FILES = (
+    "training/test_checkpoints.py",
+    "training/test_loop.py",
+    "data/test_pipeline.py",
+    "parallel/test_mesh.py",
+)
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.name in CORE_FILES:
+        if item.path.as_posix().endswith(CORE_FILES):
             item.add_marker(pytest.mark.core)
             item.add_marker(pytest.mark.smoke)
