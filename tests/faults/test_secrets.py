@@ -61,7 +61,12 @@ def pretrained(tmp_path_factory, store):
     """A run that crashes at its second checkpoint with all that it knows in its words, and goes on to its end."""
     folder = tmp_path_factory.mktemp("secrets")
     config = write_config(
-        folder, "configs/bert.py:tiny,objective=mlm_nsp", store, log__tensorboard=True
+        folder,
+        "configs/gpt.py:tiny",
+        store,
+        log__tensorboard=True,
+        num_train_steps=6,
+        checkpoint_every_steps=3,
     )
     command = tiny.pretrain_command(config, folder / "run")
     crashed = run(at_point(command, "the folder of a step is made", 2, "fail"))
