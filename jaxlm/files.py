@@ -161,6 +161,15 @@ def _creating(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+def remove_partials(folder: Path) -> None:
+    """Removes what killed writers left in a local folder and in the folders in it; nobody may be writing there."""
+    if is_remote(folder):
+        return
+    for path in [*folder.glob("*.partial"), *folder.glob("*/*.partial")]:
+        if path.is_file():
+            path.unlink()
+
+
 class Appender:
     """A file that grows at its end. Local: what is written is in the file. On a bucket: kept in memory, too, and the object
     is written again at `flush`, `close`, and now and then at a write, so a kill loses what came after that."""

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from jaxlm import build, identity, sealed
 from jaxlm.data.positions import as_json
 from jaxlm.exits import Damaged, NotSaved, Stopped
-from jaxlm.files import write_text
+from jaxlm.files import remove_partials, write_text
 from jaxlm.lock import held
 from jaxlm.parallel import processes
 from jaxlm.rewind import check_rewinds
@@ -136,6 +136,8 @@ def begun(config: ConfigDict, workdir: Path, stop: Stop | None = None) -> Iterat
     """
     try:
         with held(workdir):
+            if processes.is_main():
+                remove_partials(workdir)
             ledger = Ledger(workdir / "goodput.jsonl" if processes.is_main() else None)
             watchdog = Watchdog(config.guards.watchdog_seconds, workdir)
             try:
