@@ -41,3 +41,10 @@ def test_every_status_has_a_meaning_and_every_kind_of_error_its_own_status():
     own = [error.status for error in ERRORS if error is not exits.RunError]
     assert len(set(own)) == len(own) and exits.FAILED not in own
     assert {*own, exits.DONE, exits.FAILED, exits.PEER_LOST, exits.HUNG} == set(exits.MEANINGS)
+
+
+def test_the_readme_has_the_statuses():
+    readme = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("### How a run ends")[1].split("### ")[0]
+    for status in exits.MEANINGS:
+        assert f"\n| {status} | " in table, status
