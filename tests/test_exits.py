@@ -46,5 +46,5 @@ def test_every_status_has_a_meaning_and_every_kind_of_error_its_own_status():
 def test_the_readme_has_the_statuses():
     readme = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
     table = readme.split("### How a run ends")[1].split("### ")[0]
-    for status in exits.MEANINGS:
-        assert f"\n| {status} | " in table, status
+    for status, meaning in exits.MEANINGS.items():
+        assert f"\n| {status} | {meaning}" in table, status
