@@ -16,6 +16,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from jaxlm.exits import NotSaved
 from jaxlm.files import is_remote
 from jaxlm.parallel import processes
+from jaxlm.training.stored import in_short
 
 PyTree = Any
 DELETING = "deleting"
@@ -141,7 +142,7 @@ class Saver:
     def _not_saved(self, what: str, error: Exception) -> NotSaved:
         free = "" if is_remote(self.directory) else _free_space(self.directory)
         return NotSaved(
-            f"{what} could not be saved into {self.directory}{free}: {type(error).__name__}: {error}\n"
+            f"{what} could not be saved into {self.directory}{free}: {in_short(error)}\n"
             "The steps before are there. Make room or mend the disk, and start the same command again."
         )
 

@@ -209,9 +209,13 @@ def together(step_dir: Path, read: Callable[[], T]) -> T:
     except (RunError, *NO_DAMAGE):
         raise
     except Exception as error:  # Orbax, tensorstore and zarr have no common type
-        says = str(error).partition(" [tensorstore_spec=")[0][:500]
-        problem = f"{step_dir} cannot be read: {type(error).__name__}: {says}"
+        problem = f"{step_dir} cannot be read: {in_short(error)}"
     said = list(dict.fromkeys(filter(None, processes.gather("damage", problem))))
     if said:
         raise Damaged("\n".join(said))
     return result  # type: ignore[return-value]
+
+
+def in_short(error: Exception) -> str:
+    """What an error says, without the page of settings that tensorstore adds."""
+    return f"{type(error).__name__}: {str(error).partition(' [tensorstore_spec=')[0][:500]}"

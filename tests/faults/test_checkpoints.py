@@ -197,7 +197,6 @@ def test_a_broken_manifest_of_an_older_step_is_set_aside_too(workdir, caplog):
     assert Checkpoints(workdir).steps() == [20, 30]
 
 
-@pytest.mark.smoke
 def test_if_every_step_is_damaged_nothing_is_changed(workdir):
     for number, name in enumerate(["no parameters", "zeros for data", "an empty folder"], start=1):
         DAMAGE[name](workdir / "checkpoints" / f"{number}0")

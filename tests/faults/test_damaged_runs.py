@@ -65,7 +65,11 @@ def parameters(workdir):
 def test_a_run_goes_on_from_the_step_before_a_damaged_one_to_the_same_end(config, whole, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     zero_parameters(workdir / "checkpoints" / "12")
+    left = [workdir / "config.json.7.partial", workdir / "plots" / "loss.png.7.partial"]
+    for path in left:
+        path.write_text("{")  # as by a run that was killed
     done = start(config, workdir)
+    assert not any(path.exists() for path in left)
     assert done.returncode == exits.DONE, done.stderr[-3000:]
     assert "checkpoint 12 is damaged" in done.stderr and "resumed from step 10" in done.stderr
     assert (workdir / "checkpoints.damaged" / "12-1" / "params").is_dir()
@@ -96,7 +100,7 @@ def test_a_run_that_cannot_save_ends_with_its_status(config, whole, tmp_path):
     shutil.rmtree(workdir / "checkpoints" / "12")
     done = start(config, workdir, "bash", "-c", 'ulimit -f 8; exec "$@"', "with small files")
     assert done.returncode == exits.NOT_SAVED, done.stderr[-3000:]
-    assert "File too large" in done.stderr and "Saved and whole is step 10" in done.stderr
+    assert "File too large" in done.stderr and "start the same command again" in done.stderr
     assert int(find_step(workdir).name) == 10
 
 
