@@ -73,7 +73,7 @@ def checkpoint_cost(
         **speeds,
         "checksums_over_crc32": medians["crc32"] / medians["checksums"],
         "save_blocks_seconds": medians["save"],
-        "of_which_checksums_seconds": medians["checksums"],
+        "checksums_seconds": medians["checksums"],
         "copy_to_host_seconds": medians["copy"],
         "save_writes_seconds": medians["write"],
     }

@@ -79,7 +79,7 @@ class Checkpoints:
 
         Raises:
           NotSaved: if this cannot be saved, or what was saved before could not.
-          Corrupted: if devices hold different copies of one array.
+          Corrupted: if devices held different copies of one array of what was saved before; `check` and `wait` say it sooner.
         """
         competes = bool(self.best_metric) and metrics is not None
         if competes and self.best_metric not in metrics:
@@ -89,14 +89,15 @@ class Checkpoints:
             )
         best = {self.best_metric: metrics[self.best_metric]} if competes else None
         items = split_state(state)
-        self._saver.save(step, items, stored.seal(manifest | {"metrics": best}, items), best)
+        started = stored.start_manifest(manifest | {"metrics": best}, items)
+        self._saver.save(step, items, started, best)
 
     def check(self) -> None:
-        """Raises NotSaved if what was saved in the background has failed; costs nothing to speak of."""
+        """Raises NotSaved or Corrupted if what was saved in the background has failed; costs nothing to speak of."""
         self._saver.check()
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk; raises NotSaved if it could not be."""
+        """Blocks until what was saved is on disk; raises NotSaved or Corrupted if it could not be."""
         self._saver.wait()
 
     def close(self) -> None:

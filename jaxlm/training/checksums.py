@@ -14,7 +14,7 @@ are taken modulo 2**32: elements that far apart could be exchanged.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxlm.exits import Corrupted
-from jaxlm.parallel import processes
 from jaxlm.parallel.mesh import path_names
 
 PyTree = Any
@@ -50,19 +49,40 @@ def checksums(tree: PyTree) -> dict[str, str]:
       Corrupted: naming arrays and devices, if devices that hold the same part of an array hold different bits.
       TypeError: for elements of more than 4 bytes, and for other shardings.
     """
+    return start_checksums(tree)()
+
+
+def start_checksums(tree: PyTree) -> Callable[[], dict[str, str]]:
+    """`checksums`, of which the devices' work is only begun: what it returns waits for it, in any thread, and is the rest.
+
+    The arrays may be donated afterwards.
+    """
     leaves = {"/".join(path_names(p)): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-    found = {path: checksum(x) for path, x in leaves.items() if not isinstance(x, jax.Array)}
+    on_host = {path: checksum(x) for path, x in leaves.items() if not isinstance(x, jax.Array)}
     meshes: dict[Mesh, dict[str, NamedSharding]] = {}
-    for path in leaves.keys() - found:
+    for path in sorted(leaves.keys() - on_host):
         sharding = _named(leaves[path])
         meshes.setdefault(sharding.mesh, {})[path] = sharding
-    problems: list[str] = []
+    begun = []
     for mesh, shardings in meshes.items():
-        paths = sorted(shardings)
-        by_device = _summing(mesh, tuple(shardings[path] for path in paths))
-        rows = processes.fetch(by_device([leaves[path] for path in paths]))
-        for path, row in zip(paths, np.moveaxis(rows, -2, 0), strict=True):
-            sums, differing = _join(row, shardings[path])
+        by_device = _summing(mesh, tuple(shardings.values()))
+        begun.append((shardings, by_device([leaves[path] for path in shardings])))
+
+    def finish() -> dict[str, str]:
+        found = on_host | _join_all(begun)
+        return {path: found[path] for path in leaves}
+
+    return finish
+
+
+def _join_all(begun: Sequence[tuple[Mapping[str, NamedSharding], jax.Array]]) -> dict[str, str]:
+    """Path -> digits, of (path -> sharding, rows of `_summing`) for each mesh."""
+    found, problems = {}, []
+    for shardings, rows in begun:
+        for (path, sharding), row in zip(
+            shardings.items(), np.moveaxis(jax.device_get(rows), -2, 0), strict=True
+        ):
+            sums, differing = _join(row, sharding)
             found[path] = _digits(sums)
             problems += [f"  {path}: {line}" for line in differing]
     if problems:
@@ -71,7 +91,7 @@ def checksums(tree: PyTree) -> dict[str, str]:
             + "\n".join(problems)
             + "\nGo on from the newest checkpoint without them."
         )
-    return {path: found[path] for path in leaves}
+    return found
 
 
 def checksum(array: Any) -> str:
@@ -117,18 +137,19 @@ def _named(x: jax.Array) -> NamedSharding:
 
 @functools.cache
 def _summing(mesh: Mesh, shardings: tuple[NamedSharding, ...]) -> Any:
-    """A jitted function: arrays -> (devices of the mesh …, array, mixer) uint32, the sums of each device's shards."""
+    """A jitted function: arrays -> (devices of the mesh …, array, mixer) uint32, the sums of each device's shards, on all
+    devices, so that nothing is left to exchange."""
 
     def sums(shards: list[jax.Array]) -> jax.Array:
-        rows = [_sum_shard(x, s) for x, s in zip(shards, shardings, strict=True)]
-        return jnp.stack(rows).reshape([1] * mesh.devices.ndim + [len(rows), len(MIXERS)])
+        rows = jnp.stack([_sum_shard(x, s) for x, s in zip(shards, shardings, strict=True)])
+        return jax.lax.all_gather(rows, mesh.axis_names).reshape(*mesh.devices.shape, *rows.shape)
 
     on_devices = [NamedSharding(mesh, s.spec) for s in shardings]
     sums = jax.shard_map(
         sums,
         mesh=mesh,
         in_specs=([s.spec for s in shardings],),
-        out_specs=PartitionSpec(*mesh.axis_names),
+        out_specs=PartitionSpec(),
         check_vma=False,
     )
     # State may wait in the host's memory: it comes over for this alone.

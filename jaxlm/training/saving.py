@@ -4,16 +4,18 @@ Left to itself it may go on as if a step that failed were there, counts an empty
 steps file by file.
 """
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from jaxlm.exits import NotSaved
+from jaxlm.exits import Corrupted, NotSaved
 from jaxlm.files import is_remote
 from jaxlm.parallel import processes
 from jaxlm.training.stored import in_short
@@ -50,6 +52,31 @@ def retention(keep_last: int, keep_every: int, best_metric: str, best_mode: str)
     return options
 
 
+class ManifestHandler(ocp.JsonCheckpointHandler):
+    """Writes the JSON object that a function gives, and asks for it in the background: checksums take their time."""
+
+    async def async_save(
+        self, directory: Path, item: Any = None, args: "ManifestSave | None" = None
+    ) -> list[ocp.future.Future]:
+        del item
+        assert args is not None
+
+        async def write() -> None:
+            content = args.make()  # in every process: each learns of copies that differ
+            if processes.is_main():
+                (directory / "metadata").write_text(json.dumps(content))
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="manifest")]
+
+
+@ocp.args.register_with_handler(ManifestHandler, for_save=True, for_restore=True)
+@dataclass
+class ManifestSave(ocp.args.CheckpointArgs):
+    """Orbax wants arguments of restoring, too; the manifest is read without it (`stored.read_manifest`)."""
+
+    make: Callable[[], Mapping[str, Any]]
+
+
 class Saver:
     """directory: of the steps. options: of `retention`."""
 
@@ -82,15 +109,22 @@ class Saver:
             self._manager.close()
             self._manager = None
 
-    def save(self, step: int, items: Mapping[str, PyTree], manifest: Mapping, metrics: Any) -> None:
+    def save(
+        self,
+        step: int,
+        items: Mapping[str, PyTree],
+        make_manifest: Callable[[], Mapping[str, Any]],
+        metrics: Any,
+    ) -> None:
         """Starts to save; returns when the arrays are copied off the devices.
 
         Raises:
+          Corrupted: of the manifest that was saved before.
           NotSaved: if this cannot be saved, or what was saved before could not.
         """
         self.wait()
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        arguments = ocp.args.Composite(**arrays, manifest=ocp.args.JsonSave(manifest))
+        arguments = ocp.args.Composite(**arrays, manifest=ManifestSave(make_manifest))
         manager = self.open()
         try:
             saved = manager.save(step, args=arguments, metrics=metrics)
@@ -104,7 +138,7 @@ class Saver:
         self._writing = self._thread.submit(self._after_save, manager)
 
     def check(self) -> None:
-        """Raises NotSaved if what was saved in the background has failed; costs nothing to speak of."""
+        """Raises NotSaved or Corrupted if what was saved in the background has failed; costs nothing to speak of."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
@@ -112,7 +146,7 @@ class Saver:
         """Blocks until what was saved is on disk.
 
         Raises:
-          NotSaved: what went wrong in the background.
+          NotSaved, Corrupted: what went wrong in the background.
         """
         writing, self._writing = self._writing, None
         if writing is None:
@@ -122,6 +156,8 @@ class Saver:
         except FAILURES as error:
             # It counts the step that failed; another one looks at what is there.
             self._manager = None
+            if isinstance(error, Corrupted):
+                raise
             raise self._not_saved("the newest step", error) from error
 
     def close(self) -> None:

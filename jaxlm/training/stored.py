@@ -21,7 +21,7 @@ from jaxlm.exits import Damaged, RunError
 from jaxlm.files import write_text
 from jaxlm.parallel import processes
 from jaxlm.parallel.mesh import path_names
-from jaxlm.training.checksums import checksums
+from jaxlm.training.checksums import start_checksums
 
 PyTree = Any
 T = TypeVar("T")
@@ -36,14 +36,20 @@ NO_DAMAGE = (MemoryError, PermissionError, ConnectionError, jax.errors.JaxRuntim
 # ---------------------------------------------------------------- manifest
 
 
-def seal(content: Mapping[str, Any], items: Mapping[str, PyTree]) -> dict[str, Any]:
-    """The manifest of a checkpoint with these items; all processes must call.
+def start_manifest(
+    content: Mapping[str, Any], items: Mapping[str, PyTree]
+) -> Callable[[], dict[str, Any]]:
+    """What gives the manifest of a checkpoint with these items, in any thread; all processes must call.
 
-    Raises:
-      Corrupted: if devices hold different copies of one array.
+    It raises Corrupted if devices hold different copies of one array.
     """
-    about = {"schema_version": SCHEMA_VERSION, "checksums": fingerprints(items)}
-    return sealed.seal({**content, **about})
+    started = start_fingerprints(items)
+
+    def finish() -> dict[str, Any]:
+        about = {"schema_version": SCHEMA_VERSION, "checksums": started()}
+        return sealed.seal({**content, **about})
+
+    return finish
 
 
 def read_manifest(step_dir: Path) -> dict[str, Any]:
@@ -77,8 +83,18 @@ def has_checksums(manifest: Mapping[str, Any]) -> bool:
 
 def fingerprints(items: Mapping[str, PyTree]) -> dict[str, str]:
     """'params/w' -> 'float32[8, 4] 94d1c3a05e88b21f' of every array; all processes must call."""
-    sums, described = checksums(items), describe(items)
-    return {path: f"{described[path]} {sums[path]}" for path in described}
+    return start_fingerprints(items)()
+
+
+def start_fingerprints(items: Mapping[str, PyTree]) -> Callable[[], dict[str, str]]:
+    """`fingerprints`, of which the devices' work is only begun; see `start_checksums`."""
+    started, described = start_checksums(items), describe(items)
+
+    def finish() -> dict[str, str]:
+        sums = started()
+        return {path: f"{described[path]} {sums[path]}" for path in described}
+
+    return finish
 
 
 def describe(tree: PyTree) -> dict[str, str]:

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import sealed
-from jaxlm.exits import Damaged, RunError
+from jaxlm.exits import Corrupted, Damaged, RunError
 from jaxlm.parallel import mesh as meshes
 from jaxlm.training.checkpoints import (
     Checkpoints,
@@ -195,3 +195,21 @@ def test_parameters_of_another_step_are_damage_wherever_they_are_read(tmp_path, 
     shutil.copytree(find_step(tmp_path, 5) / "params", tmp_path / "checkpoints/6/params")
     with pytest.raises(Damaged, match=r"params/w: found float32\[8, 4\] \w{16}, saved"):
         read(find_step(tmp_path, 6), wanted)
+
+
+def test_copies_that_differ_end_the_run_and_their_step_is_none(tmp_path):
+    """One of eight copies of `b` has another bit; the manifest, which is made in the background, finds it."""
+    mesh = meshes.make_mesh(data=8)
+    everywhere = jax.sharding.NamedSharding(mesh, P())
+    state = jax.device_put(make_state(5), everywhere)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(4, state, {"step": 4}, None)
+    copies = [np.array(shard.data) for shard in state.params["b"].addressable_shards]
+    copies[3].view(np.uint32)[2] ^= 1 << 5
+    shards = [jax.device_put(x, d) for x, d in zip(copies, mesh.devices.flat, strict=True)]
+    wrong = jax.make_array_from_single_device_arrays((4,), everywhere, shards)
+    checkpoints.save(5, state.replace(params=state.params | {"b": wrong}), {"step": 5}, None)
+    with pytest.raises(Corrupted, match="params/b: .*cpu:3 has"):
+        checkpoints.wait()
+    checkpoints.close()
+    assert kept_steps(tmp_path) == [4]
