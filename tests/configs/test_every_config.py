@@ -30,14 +30,18 @@ def store_with_sentinels(tmp_path_factory):
 
 
 def distinct_configs():
-    """Variants that differ in sizes only are one config once they are shrunk: 'names' -> its spec."""
+    """Variants that differ in sizes and rates only are one config once they are shrunk: 'names' -> its spec."""
     specs: dict[str, tuple[str, list[str]]] = {}
     for name, module in MODULES.items():
         for variant in module.VARIANTS:
             spec = f"configs/{name}.py:{variant}"
             config = tiny.tiny_config(spec, Path("store"))
             key = ConfigDict({k: config[k] for k in ("family", "model", "objective")})
-            key.model = {k: v for k, v in config.model.items() if k not in OF_WIDTH}
+            key.model = {
+                k: v > 0 if k.endswith("dropout_rate") else v
+                for k, v in config.model.items()
+                if k not in OF_WIDTH
+            }
             key.optimizer = {k: v for k, v in config.optimizer.items() if not isinstance(v, float)}
             specs.setdefault(key.to_json_best_effort(sort_keys=True), (spec, []))[1].append(
                 f"{name}:{variant}"
