@@ -301,6 +301,7 @@ def test_paths_say_what_is_known_and_what_to_install(monkeypatch):
         as_path("gs://bucket/run")
 
 
+@pytest.mark.slow
 def test_a_run_on_a_bucket_goes_back_and_leaves_its_bad_batch_there(bucket, tmp_path):
     config = config_of(tiny.make_store(tmp_path / "store"), tmp_path, steps=9)
     config.guards.update(max_bad_steps=2, skip_batches=2)
