@@ -232,6 +232,9 @@ def together(step_dir: Path, read: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def in_short(error: Exception) -> str:
-    """What an error says, without the page of settings that tensorstore adds."""
-    return f"{type(error).__name__}: {str(error).partition(' [tensorstore_spec=')[0][:500]}"
+def in_short(error: Exception, most: int = 500) -> str:
+    """What an error says, without the page of settings that tensorstore adds; of a long one both ends: the cause is last."""
+    text = str(error).partition(" [tensorstore_spec=")[0]
+    if len(text) > most:
+        text = f"{text[: most // 2]} … {text[-most // 2 :]}"
+    return f"{type(error).__name__}: {text}"

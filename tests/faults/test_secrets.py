@@ -78,7 +78,7 @@ def test_a_run_that_crashes_and_goes_on_keeps_its_secrets(pretrained):
     assert crashed.returncode != 0 and finished.returncode == 0, finished.stderr[-3000:]
     for line in ("error: {", "log: {", "warning: {"):
         assert line in crashed.stderr, f"the crash was to say {line}\n{crashed.stderr[-3000:]}"
-    assert crashed.stderr.count("[$HF_TOKEN]") >= 3
+    assert crashed.stderr.count("[$HF_TOKEN]") >= 2  # of the error itself only both ends are shown
     check_private(folder, crashed.stdout, crashed.stderr, finished.stdout, finished.stderr)
     assert list(folder.glob("events.out*")) and list(folder.glob("checkpoints/*/manifest"))
 

@@ -22,7 +22,7 @@ from jaxlm.training.checkpoints import (
     restore_state,
 )
 from jaxlm.training.state import new_state
-from jaxlm.training.stored import read_manifest
+from jaxlm.training.stored import in_short, read_manifest
 from tests.fixtures import make
 
 OPTIMIZER = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1))
@@ -213,3 +213,10 @@ def test_copies_that_differ_end_the_run_and_their_step_is_none(tmp_path):
         checkpoints.wait()
     checkpoints.close()
     assert kept_steps(tmp_path) == [4]
+
+
+def test_of_a_long_error_the_cause_is_shown_which_is_last():
+    error = ValueError("Error writing " + "x" * 900 + ": No space left [tensorstore_spec='…']")
+    said = in_short(error)
+    assert said.startswith("ValueError: Error writing xx") and said.endswith(": No space left")
+    assert len(said) < 530
