@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from jaxlm.exits import RunError
@@ -66,7 +67,7 @@ def config_changes(old: ConfigDict, new: ConfigDict) -> dict[str, str]:
         if field.default is not dataclasses.MISSING
     }
     defaults = json.loads(json.dumps(defaults))
-    before, after = (defaults | _flatten(json.loads(c.to_json())) for c in (old, new))
+    before, after = (defaults | flatten_dict(json.loads(c.to_json()), sep=".") for c in (old, new))
     return _differences(before, after)
 
 
@@ -111,13 +112,3 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[st
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     }
-
-
-def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
