@@ -5,7 +5,6 @@ The same command again goes on from the newest checkpoint. At the end the best c
 file and on the test file, if there is one. Read `finetune` from top to bottom.
 """
 
-import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from jaxlm.training.metrics import read_metrics
 from jaxlm.training.plots import plot_run
 from jaxlm.training.session import Session
 from jaxlm.training.stopping import Stop
-from jaxlm.workdir import accept_config, accept_data, begun, open_writer, start_or_resume, train
+from jaxlm.workdir import accept_config, accept_data, begun, opened, train
 
 
 def finetune(
@@ -59,13 +58,8 @@ def attempt(
 ) -> Path:
     """Trains from the newest checkpoint on, if there is one, and returns the folder of the best."""
     config = run.config
-    with contextlib.ExitStack() as opened:
-        store = checkpointing.Checkpoints(run.workdir, **config.checkpoint)
-        opened.callback(store.close)
-        with session.ledger.spend("restore"):
-            state, resumed = start_or_resume(run, store, lambda: tuning.initial_state(run, source))
-        writer = open_writer(run, int(state.step), resumed.evaluation_left)
-        opened.callback(writer.close)
+    start = lambda: tuning.initial_state(run, source)
+    with opened(run, session, start) as (store, writer, state, resumed):
         best = {name: config.checkpoint[name] for name in ("best_metric", "best_mode")}
         stopping = EarlyStopping(config.patience, **best)
         for line in read_metrics(run.workdir):

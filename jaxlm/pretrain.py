@@ -4,7 +4,6 @@ The same command again goes on from the newest checkpoint. Started by srun, mpir
 find one another (jaxlm/parallel/launchers.py). Read `main` from top to bottom.
 """
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from jaxlm.entrypoint import launch
 from jaxlm.inference.samples import make_sampler
 from jaxlm.parallel import processes
 from jaxlm.rewind import until_done
-from jaxlm.training import checkpoints as checkpointing
 from jaxlm.training.metrics import drop_after
 from jaxlm.training.plots import plot_run
 from jaxlm.training.session import Session
 from jaxlm.training.stopping import Stop
-from jaxlm.workdir import accept_config, accept_data, begun, open_writer, start_or_resume, train
+from jaxlm.workdir import accept_config, accept_data, begun, opened, train
 
 
 def pretrain(
@@ -49,13 +47,8 @@ def pretrain(
 
 def attempt(run: build.Run, session: Session, profile_steps: str) -> dict[str, float]:
     """Trains from the newest checkpoint on, if there is one, and returns the last held-out metrics."""
-    with contextlib.ExitStack() as opened:
-        store = checkpointing.Checkpoints(run.workdir, **run.config.checkpoint)
-        opened.callback(store.close)
-        with session.ledger.spend("restore"):
-            state, resumed = start_or_resume(run, store, lambda: build.initial_state(run))
-        writer = open_writer(run, int(state.step), resumed.evaluation_left)
-        opened.callback(writer.close)
+    start = lambda: build.initial_state(run)
+    with opened(run, session, start) as (store, writer, state, resumed):
         if processes.is_main():
             samples = run.workdir / "samples.jsonl"
             drop_after(samples, int(state.step), evaluation_left=resumed.evaluation_left)

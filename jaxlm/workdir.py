@@ -87,6 +87,21 @@ def refuse_another_config(config: ConfigDict) -> None:
         )
 
 
+@contextlib.contextmanager
+def opened(
+    run: build.Run, session: Session, start: Callable[[], TrainState]
+) -> Iterator[tuple[Checkpoints, MetricWriter, TrainState, Resumed]]:
+    """Checkpoints, metrics, and what `start_or_resume` gives; at any end of the block the first two are closed."""
+    with contextlib.ExitStack() as stack:
+        store = Checkpoints(run.workdir, **run.config.checkpoint)
+        stack.callback(store.close)
+        with session.ledger.spend("restore"):
+            state, resumed = start_or_resume(run, store, start)
+        writer = open_writer(run, int(state.step), resumed.evaluation_left)
+        stack.callback(writer.close)
+        yield store, writer, state, resumed
+
+
 def start_or_resume(
     run: build.Run, store: Checkpoints, start: Callable[[], TrainState]
 ) -> tuple[TrainState, Resumed]:
