@@ -42,6 +42,7 @@ class Stop:
     def __init__(self, numbers: int = -1) -> None:
         """numbers: a descriptor to write those of signals to; see `signals`."""
         self.asked = ""  # 'SIGTERM', or '' as long as nobody has
+        self.is_interrupted = False  # what went on has been ended, there being nothing to save
         self._numbers, self._handled, self._read = numbers, 0, 0
         self._done, self._last = 0, float("inf")
         self._deferring = self._leaving = False
@@ -65,7 +66,11 @@ class Stop:
         if not self._deferring:
             self._deferring = True
             if self._leaving:
-                raise KeyboardInterrupt
+                self._interrupt()
+
+    def _interrupt(self) -> None:
+        self.is_interrupted = True
+        raise KeyboardInterrupt  # which no `except Exception` takes for an error of what it is about
 
     def handle(self, number: int, frame: object) -> None:
         """The handler of a signal, in the main thread. It takes no lock: the main thread may hold it."""
@@ -73,7 +78,7 @@ class Stop:
         if self._handled > self._read:  # an event loop has put its own descriptor in place of ours
             os.write(self._numbers, bytes([number]))
         if not self._deferring:
-            raise KeyboardInterrupt  # which no `except Exception` takes for an error of what it is about
+            self._interrupt()
 
     def watch(self, numbers: int) -> None:
         """Reads the numbers of signals from a descriptor, as they come."""
@@ -132,7 +137,10 @@ def signals() -> Iterator[Stop]:
         threading.Thread(target=stop.listen, daemon=True).start()
     try:
         yield stop
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        # C++ that calls Python, as SentencePiece's training does, makes an error of its own of an interrupt.
+        if not (stop.is_interrupted or isinstance(error, KeyboardInterrupt)):
+            raise
         raise Stopped(
             "stopped by a signal, with nothing new to save; the same command goes on from the newest checkpoint"
         ) from None
