@@ -28,7 +28,7 @@ from jaxlm.exits import Damaged
 from jaxlm.private import redact
 
 # Scheme -> (what epath reads it with: any one of these, what to install).
-SCHEMES = {"gs": (("gcsfs", "tensorflow"), "pip install 'gcsfs>=2026.2'")}
+SCHEMES = {"gs": (("gcsfs", "tensorflow"), "pip install 'jaxlm[gcs]'")}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 8 << 20

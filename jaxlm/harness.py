@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness on a decoder: `python -m jaxlm.harness --checkpoint=W --tasks=arc_easy,lambada_openai`.
 
-Needs the extra `harness` (`pip install -e '.[harness]'`). Tasks of one's own are YAML files below --include_path; a task
+Needs lm-eval (`pip install 'jaxlm[eval]'`). Tasks of one's own are YAML files below --include_path; a task
 file may name Python code of its folder, which lm-eval runs. From Python, and with all that lm-eval can do:
 
     import lm_eval, jaxlm.harness
@@ -35,7 +35,7 @@ try:
     )
     from lm_eval.tasks import TaskManager
 except ImportError as error:
-    MISSING = f"the harness needs lm-eval (pip install -e '.[harness]'): {error}"
+    MISSING = f"the harness needs lm-eval (pip install 'jaxlm[eval]'): {error}"
     if __name__ == "__main__":
         sys.exit(MISSING)
     raise ImportError(MISSING) from error

@@ -14,7 +14,7 @@ WITHOUT = "import runpy, sys; sys.modules['lm_eval'] = None; runpy.run_module('j
 def test_without_lm_eval_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "jaxlm.harness", raising=False)
-    with pytest.raises(ImportError, match=r"needs lm-eval \(pip install -e '\.\[harness\]'\)"):
+    with pytest.raises(ImportError, match=r"needs lm-eval \(pip install 'jaxlm\[eval\]'\)"):
         importlib.import_module("jaxlm.harness")
 
 
@@ -24,4 +24,4 @@ def test_without_lm_eval_the_command_says_one_line():
     )
     assert result.returncode == 1 and result.stdout == ""
     (line,) = result.stderr.splitlines()
-    assert "pip install -e '.[harness]'" in line
+    assert "pip install 'jaxlm[eval]'" in line

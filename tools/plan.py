@@ -5,7 +5,7 @@
     python tools/plan.py --config=configs/gpt.py:llama3_8b --topology=v5p-128 --search=6 --output=plans/8b
 
 Compiles the real train step with the real TPU or GPU compiler, on this machine's CPU (a minute or two for a large model), prints the plan
-and writes plan.json, memory.png and time.png. Needs pip install 'jaxlm[plans]'. Topologies: v4-N, v5p-N (N cores, two a chip), v5e-N,
+and writes plan.json, memory.png and time.png. Needs pip install 'jaxlm[plan]'. Topologies: v4-N, v5p-N (N cores, two a chip), v5e-N,
 v6e-N (N chips), SxNAME for S slices, h100xN. --search=N also plans the N most promising other meshes, remat policies and numbers of
 parts, ranks them, and writes the best; what was compiled is not compiled again. The exit code is 0 if the program fits, else 1.
 Times are estimates.

@@ -3,7 +3,7 @@
 #
 #   bash tools/quickstart.sh [--text FILE_OR_DIR] [WORKDIR] [-- FLAGS OF jaxlm.pretrain]
 #
-# Installs requirements.txt into .venv, prepares text (this Python's own standard library, or yours),
+# Installs jaxlm and requirements.txt into .venv, prepares text (this Python's own standard library, or yours),
 # pretrains configs/gpt.py:tiny, evaluates it on held-out text beside gzip and xz, draws the curves and
 # prints text that the model wrote. A second run reuses whatever the first one made.
 set -euo pipefail
@@ -62,8 +62,8 @@ else
 fi
 
 make_venv .venv
-install_once .venv requirements requirements.txt -- -r requirements.txt ||
-  die "could not install requirements.txt"
+install_once .venv jaxlm pyproject.toml requirements.txt -- -e . ||
+  die "could not install jaxlm and requirements.txt"
 python=.venv/bin/python
 
 heading "1 of 3: pretraining configs/gpt.py:tiny in $workdir (what is there already is reused)"

@@ -7,7 +7,7 @@ package    which of 20 packages a function is from, its names hidden: classifica
 tokens     the kind of each token of a statement: tagging
 docstring  where a function says what it does: question answering
 search     the function that a docstring belongs to: embeddings
-summary    the first line of a function's docstring, written from its code: summarisation (needs the extra 'text')
+summary    the first line of a function's docstring, written from its code: summarisation (pip install 'jaxlm[eval]')
 
 Minutes on two CPU cores from the quickstart's checkpoint. It has read the files of all splits, without these labels.
 It was trained with Muon, and its weights are larger than fresh ones: AdamW learns `package` best from it at 3e-3, from

@@ -5,7 +5,7 @@
 
 Files: CSV, JSON, JSONL or Parquet with a source (source, article, document, text, …; a list of sentences is joined) and a
 target (target, summary, highlights, …; a list is several summaries, by all of which a text is scored). ROUGE is
-rouge-score's (pip install 'jaxlm[text]'); lead_rouge… are those of the source's first sentence, which a summary has to beat.
+rouge-score's (pip install 'jaxlm[eval]'); lead_rouge… are those of the source's first sentence, which a summary has to beat.
 prefix: a text before each source ("summarize: " for T5); the column `control` is one of each record's own.
 BART-large on CNN/DailyMail: ROUGE-1 44.16, -2 21.28, -L 40.90 (arXiv:1910.13461, table 3); on SciTLDR's abstracts: 43.3,
 20.8, 35.0 (arXiv:2004.15011, table 5).

@@ -4,7 +4,7 @@
         --config.init_from=W --workdir=F
 
 Files: two parallel texts, line by line, with + between them; or CSV, TSV, JSONL and Parquet with source and target (src and
-tgt, or name them: source_column=en,target_column=de). BLEU and chrF are sacreBLEU's (pip install 'jaxlm[text]').
+tgt, or name them: source_column=en,target_column=de). BLEU and chrF are sacreBLEU's (pip install 'jaxlm[eval]').
 prefix: a text before each source ("translate English to German: " for T5); the column `control` is one of each record's own,
 such as the language or the style that is wanted. Label smoothing 0.1, beam 4 and length penalty 0.6 are those of Vaswani
 et al. 2017, arXiv:1706.03762, section 6.1 (base: 27.3 BLEU on newstest2014 from English to German).

@@ -15,7 +15,7 @@ def read_parquet(path: Path, options: ReadOptions) -> Found:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise ImportError(f"{path} needs pyarrow: pip install -e '.[parquet]'") from error
+        raise ImportError(f"{path} needs pyarrow: pip install 'jaxlm[parquet]'") from error
     try:
         with contextlib.closing(parquet.ParquetFile(path)) as file:
             schema = file.schema_arrow

@@ -429,5 +429,5 @@ def _parquet(path: Path) -> Any:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise ImportError(f"{path} needs pyarrow: pip install 'pyarrow>=17'") from error
+        raise ImportError(f"{path} needs pyarrow: pip install 'jaxlm[parquet]'") from error
     return parquet.ParquetFile(path)

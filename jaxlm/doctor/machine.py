@@ -27,7 +27,7 @@ SLOW_CPU = (
 )
 # Of an accelerator's peak, of which a large matmul reaches 80 to 95%.
 SHARES = {FAIL: 0.25, WARN: 0.6}
-# What the kernel shows of accelerators, and the extra of jax that uses them.
+# What the kernel shows of accelerators, and the extra that brings jax for them.
 UNSEEN = (("NVIDIA GPUs", "/dev/nvidia[0-9]*", "cuda12"), ("TPU chips", "/dev/accel*", "tpu"))
 SLOW_COMPILE = 20.0  # s for a matmul
 
@@ -63,7 +63,7 @@ def check_devices(patient: Patient) -> Said:
     if devices[0].platform == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
         for what, files, extra in UNSEEN:
             if glob.glob(files):
-                mend = f"pip install -r requirements.txt 'jax[{extra}]>=0.7.2,<0.11'"
+                mend = f"pip install 'jaxlm[{extra}]'"
                 yield FAIL, f"this machine has {what}, and jax does not see them", mend
 
 

@@ -44,7 +44,7 @@ def fetch(source: str) -> tuple[Path, str]:
         import huggingface_hub
     except ImportError as error:
         raise ImportError(
-            f"{source!r} is no folder here; an id of the hub needs: pip install huggingface_hub"
+            f"{source!r} is no folder here; an id of the hub needs: pip install 'jaxlm[hf]'"
         ) from error
 
     def download(*patterns: str) -> Path:

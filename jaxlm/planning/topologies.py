@@ -48,8 +48,8 @@ ENVIRONMENT = {
 }
 
 INSTALL = {
-    "libtpu": "to compile for TPUs: pip install 'jaxlm[plans]' (or libtpu of the same date as jax), on Linux",
-    "jax_cuda12_plugin": "to compile for GPUs: pip install 'jaxlm[plans]', on Linux",
+    "libtpu": "to compile for TPUs: pip install 'jaxlm[plan]' (or libtpu of the same date as jax), on Linux",
+    "jax_cuda12_plugin": "to compile for GPUs: pip install 'jaxlm[plan]', on Linux",
 }
 
 

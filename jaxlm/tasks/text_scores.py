@@ -3,7 +3,7 @@
     TEXT_SCORES["rouge"](["the cat sat"], [["the cat sat down", "a cat sat"]])      {"rouge1": …, "rouge2": …, "rougeL": …}
 
 Every score takes the texts (n,) and the references of each, one or more. The libraries are an extra: pip install
-'jaxlm[text]'.
+'jaxlm[eval]'.
 """
 
 from __future__ import annotations
@@ -70,6 +70,6 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"{name.partition('.')[0]} is not installed, which computes this score: pip install 'sacrebleu>=2.4' "
-            "'rouge-score>=0.1.2' (the extra 'text'), or take it out of task.metrics"
+            f"{name.partition('.')[0]} is not installed, which computes this score: pip install 'jaxlm[eval]', "
+            "or take it out of task.metrics"
         ) from error

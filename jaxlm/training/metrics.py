@@ -170,5 +170,5 @@ def _start_wandb(workdir, config):
     try:
         import wandb
     except ModuleNotFoundError as e:
-        raise ModuleNotFoundError("log.wandb=True needs `pip install wandb`") from e
+        raise ModuleNotFoundError("log.wandb=True needs pip install 'jaxlm[wandb]'") from e
     return wandb.init(dir=str(workdir), config=dict(config or {}), resume="allow")

@@ -363,7 +363,7 @@ def test_parquet_gives_rows_lists_and_the_names_of_classes(tmp_path):
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"pip install -e '\.\[parquet\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'jaxlm\[parquet\]'"):
         read_records(written(tmp_path / "a.parquet", b"PAR1"))
 
 

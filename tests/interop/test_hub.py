@@ -154,5 +154,5 @@ def test_what_is_neither_folder_nor_id_is_refused(name):
 
 def test_a_missing_huggingface_hub_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match="pip install huggingface_hub"):
+    with pytest.raises(ImportError, match=r"pip install 'jaxlm\[hf\]'"):
         hub.fetch("someone/tiny")

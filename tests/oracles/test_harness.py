@@ -19,7 +19,7 @@ pytestmark = pytest.mark.oracles
 MISSING = "missing: bash tools/check.sh --oracles"
 torch = pytest.importorskip("torch", reason=MISSING)
 transformers = pytest.importorskip("transformers", reason=MISSING)
-lm_eval = pytest.importorskip("lm_eval", reason="missing: pip install -e '.[harness]'")
+lm_eval = pytest.importorskip("lm_eval", reason="missing: pip install 'jaxlm[eval]'")
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from tests.oracles.test_convert import make_workdir, to_hf  # noqa: E402

@@ -47,7 +47,7 @@ def test_without_its_compiler_a_plan_says_what_to_install(name, library, monkeyp
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda n, *a: None if n == library else found(n, *a)
     )
-    with pytest.raises(ModuleNotFoundError, match=rf"no {library}.*pip install 'jaxlm\[plans\]'"):
+    with pytest.raises(ModuleNotFoundError, match=rf"no {library}.*pip install 'jaxlm\[plan\]'"):
         topologies.topology_devices(topologies.parse_topology(name))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("starlette", reason="starlette is missing: pip install -e '.[demo]'")
+pytest.importorskip("starlette", reason="starlette is missing: pip install 'jaxlm[demo]'")
 from starlette.testclient import TestClient
 
 from jaxlm import api
@@ -341,7 +341,7 @@ def test_without_the_extra_one_line_says_what_to_install():
     code = "import sys; sys.modules['starlette'] = None; import tools.demo"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "pip install -e '.[demo]'" in done.stderr
+    assert "pip install 'jaxlm[demo]'" in done.stderr
 
 
 def test_listening_everywhere_needs_a_name(capsys):
