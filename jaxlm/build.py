@@ -305,9 +305,8 @@ def make_run(
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = mesh or meshes.make_mesh(**config.mesh)
     tokenizer = make_tokenizer(config, workdir)
-    check_config(config, mesh, tokenizer)
-    stores = make_stores(config, tokenizer, workdir, allow_change)
     program = make_program(config, mesh, tokenizer)
+    stores = make_stores(config, tokenizer, workdir, allow_change)
 
     train = {name: open_store(config, path, "train") for name, path in stores.items()}
     weights = mixture_weights(
@@ -342,75 +341,6 @@ def make_run(
         eval_batches=eval_batches,
         data_fingerprint={name: store.fingerprint for name, store in train.items()},
     )
-
-
-# The fields whose sizes devices share, and the logical axes that they are the sizes of.
-MODEL_AXES = {
-    "vocab_size": "vocab",
-    "emb_dim": "embed",
-    "embed_factor_dim": "embed",
-    "num_heads": "heads",
-    "num_kv_heads": "kv",
-    "mlp_dim": "mlp",
-    "num_experts": "expert",
-}
-
-
-def shared_sizes(config: ConfigDict) -> list[tuple[str, str, int]]:
-    """(field, logical axis, size) of all that devices of a mesh share, for `meshes.misfits`."""
-    model = [
-        (f"model.{field}", axis, config.model[field])
-        for field, axis in MODEL_AXES.items()
-        if field in config.model
-    ]
-    micro_batch = config.batch_size // config.accumulation_steps
-    return [
-        *model,
-        ("seq_len", "length", config.seq_len),
-        ("batch_size / accumulation_steps", "batch", micro_batch),
-        ("eval.batch_size", "batch", config.eval.batch_size),
-    ]
-
-
-def check_config(config: ConfigDict, mesh: jax.sharding.Mesh, tokenizer: Any) -> None:
-    """Raises one ValueError with every field that does not fit another, or the mesh."""
-    problems = meshes.misfits(mesh, shared_sizes(config))
-    if config.model.vocab_size < tokenizer.vocab_size:
-        problems.append(
-            f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's "
-            f"{tokenizer.vocab_size} ids: set --config.model.vocab_size={tokenizer.vocab_size} or more"
-        )
-    if config.model.position == "learned" and config.seq_len > config.model.max_len:
-        problems.append(
-            f"seq_len {config.seq_len} is longer than model.max_len {config.model.max_len}, the number of "
-            "learned positions"
-        )
-    if config.batch_size % config.accumulation_steps:
-        problems.append(
-            f"batch_size {config.batch_size} is not divisible by accumulation_steps "
-            f"{config.accumulation_steps}"
-        )
-    problems += guard_problems(config.guards)
-    if problems:
-        raise ValueError("this config cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-def guard_problems(guards: ConfigDict) -> list[str]:
-    """A line for each field of the guards that cannot be meant."""
-    problems = []
-    if guards.max_bad_steps < 1:
-        problems.append(f"guards.max_bad_steps {guards.max_bad_steps}: set it to 1 or more")
-    if 0 < guards.skip_batches < guards.max_bad_steps:
-        problems.append(
-            f"guards.skip_batches {guards.skip_batches} is less than guards.max_bad_steps {guards.max_bad_steps}, so bad "
-            f"batches would come again: set it to {guards.max_bad_steps} or more, or to 0 for no rewinds"
-        )
-    if guards.spike_factor and (guards.spike_factor <= 1 or guards.spike_window < 1):
-        problems.append(
-            f"guards.spike_factor {guards.spike_factor} of the median of {guards.spike_window} steps: set the factor above 1 "
-            "(say, 10) and the window to 1 or more, or the factor to 0 for no such guard"
-        )
-    return problems
 
 
 def initial_state(run: Run) -> TrainState:

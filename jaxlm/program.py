@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxlm.config_checks import check_config
 from jaxlm.models import MODELS, kernels
 from jaxlm.models.electra import generator_config
 from jaxlm.models.flops import electra_step_flops, train_step_flops, xlnet_step_flops
@@ -179,11 +180,14 @@ class Program:
 
 
 def make_program(config: ConfigDict, mesh: jax.sharding.Mesh, tokenizer: Any) -> Program:
-    """The program of a pretraining run. tokenizer: only its ids and tables are read (`TokenTables`)."""
-    model, objective = make_model(config, mesh), make_objective(config, tokenizer)
-    decoder_row = ("the decoder's row", "length", target_len(objective, config.seq_len))
-    if problems := meshes.misfits(mesh, [decoder_row]):
-        raise ValueError(f"this config cannot run:\n  - {problems[0]}")
+    """The program of a pretraining run. tokenizer: only its ids and tables are read (`TokenTables`).
+
+    Raises:
+      ValueError: with what to change, if fields do not fit one another, the tokenizer or the mesh.
+    """
+    objective = make_objective(config, tokenizer)
+    check_config(config, mesh, tokenizer, target_len(objective, config.seq_len))
+    model = make_model(config, mesh)
     dummy = dummy_batch(objective, config.seq_len)
     boxed = abstract_params(model, dummy)
     optimizer, plateau = make_optimizer(config, boxed)

@@ -31,8 +31,17 @@ ALLOWED: dict[str, frozenset[str]] = {
     "interop": frozenset(
         {"compat", "files", "exits", "parallel", "models", "models.layers", "tokenizers"}
     ),
+    "config_checks": frozenset({"compat", "parallel"}),
     "program": frozenset(
-        {"compat", "parallel", "models", "models.layers", "objectives", "training"}
+        {
+            "compat",
+            "config_checks",
+            "parallel",
+            "models",
+            "models.layers",
+            "objectives",
+            "training",
+        }
     ),
 }
 # Packages whose code runs in data workers: they must not even import jax.

@@ -95,7 +95,7 @@ DENSE = [
         "Llama 3 70B",
         "configs/gpt.py:llama3_70b",
         "v5p-256",
-        dict(batch_size=128, remat="full"),
+        {"batch_size": 128, "eval.batch_size": 128, "remat": "full"},
     ),
     Row(
         "mixtral_v5p-128",

@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxlm import build
+from jaxlm import build, config_checks
 from jaxlm.models.layers import LOGICAL_AXES
 from jaxlm.parallel import mesh as meshes
 from jaxlm.planning import topologies
@@ -84,7 +84,7 @@ def test_everything_in_a_config_that_a_mesh_does_not_divide_is_refused_at_once()
     )
     tokenizer = types.SimpleNamespace(vocab_size=300)
     with pytest.raises(ValueError) as error:
-        build.check_config(config, Mesh(), tokenizer)
+        config_checks.check_config(config, Mesh(), tokenizer, 0)
     lines = str(error.value).splitlines()[1:]
     expected = {"batch_size / accumulation_steps": (3, "make it 2 or 4"), **UNEVEN}
     for field, (size, repair) in expected.items():
@@ -96,7 +96,9 @@ def test_everything_in_a_config_that_a_mesh_does_not_divide_is_refused_at_once()
 def test_even_sizes_are_not_refused():
     config = build.read_config(str(tiny.ROOT / "configs/gpt.py:tiny"))
     assert (
-        meshes.misfits(meshes.make_mesh(data=2, fsdp=2, context=2), build.shared_sizes(config))
+        meshes.misfits(
+            meshes.make_mesh(data=2, fsdp=2, context=2), config_checks.shared_sizes(config)
+        )
         == []
     )
 

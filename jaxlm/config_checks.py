@@ -1,0 +1,82 @@
+"""What a pretraining config must hold to run on a mesh, and how its fields must fit one another; all that does not, at once."""
+
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxlm.parallel import mesh as meshes
+
+# The fields whose sizes devices share, and the logical axes that they are the sizes of.
+MODEL_AXES = {
+    "vocab_size": "vocab",
+    "emb_dim": "embed",
+    "embed_factor_dim": "embed",
+    "num_heads": "heads",
+    "num_kv_heads": "kv",
+    "mlp_dim": "mlp",
+    "num_experts": "expert",
+}
+
+
+def shared_sizes(config: ConfigDict) -> list[tuple[str, str, int]]:
+    """(field, logical axis, size) of all that devices of a mesh share, for `meshes.misfits`."""
+    model = [
+        (f"model.{field}", axis, config.model[field])
+        for field, axis in MODEL_AXES.items()
+        if field in config.model
+    ]
+    micro_batch = config.batch_size // config.accumulation_steps
+    return [
+        *model,
+        ("seq_len", "length", config.seq_len),
+        ("batch_size / accumulation_steps", "batch", micro_batch),
+        ("eval.batch_size", "batch", config.eval.batch_size),
+    ]
+
+
+def check_config(
+    config: ConfigDict, mesh: jax.sharding.Mesh, tokenizer: Any, target_len: int
+) -> None:
+    """Raises one ValueError with every field that does not fit another, or the mesh.
+
+    target_len: places of a row of the decoder beside an encoder's `seq_len`; 0 where there is one stream of tokens.
+    """
+    decoder_row = ("the decoder's row", "length", target_len)
+    problems = meshes.misfits(mesh, [*shared_sizes(config), decoder_row])
+    if config.model.vocab_size < tokenizer.vocab_size:
+        problems.append(
+            f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's "
+            f"{tokenizer.vocab_size} ids: set --config.model.vocab_size={tokenizer.vocab_size} or more"
+        )
+    if config.model.position == "learned" and config.seq_len > config.model.max_len:
+        problems.append(
+            f"seq_len {config.seq_len} is longer than model.max_len {config.model.max_len}, the number of "
+            "learned positions"
+        )
+    if config.batch_size % config.accumulation_steps:
+        problems.append(
+            f"batch_size {config.batch_size} is not divisible by accumulation_steps "
+            f"{config.accumulation_steps}"
+        )
+    problems += guard_problems(config.guards)
+    if problems:
+        raise ValueError("this config cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def guard_problems(guards: ConfigDict) -> list[str]:
+    """A line for each field of the guards that cannot be meant."""
+    problems = []
+    if guards.max_bad_steps < 1:
+        problems.append(f"guards.max_bad_steps {guards.max_bad_steps}: set it to 1 or more")
+    if 0 < guards.skip_batches < guards.max_bad_steps:
+        problems.append(
+            f"guards.skip_batches {guards.skip_batches} is less than guards.max_bad_steps {guards.max_bad_steps}, so bad "
+            f"batches would come again: set it to {guards.max_bad_steps} or more, or to 0 for no rewinds"
+        )
+    if guards.spike_factor and (guards.spike_factor <= 1 or guards.spike_window < 1):
+        problems.append(
+            f"guards.spike_factor {guards.spike_factor} of the median of {guards.spike_window} steps: set the factor above 1 "
+            "(say, 10) and the window to 1 or more, or the factor to 0 for no such guard"
+        )
+    return problems
