@@ -1,14 +1,18 @@
 """A picture of a confusion matrix: which classes a classifier takes for which."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 
 from jaxlm.files import as_path
 from jaxlm.training.plots import save_figure
+
+if TYPE_CHECKING:  # imported where something is drawn, as in `plots`
+    from matplotlib.figure import Figure
 
 # Up to so many classes, cells have their counts; and up to so many, rows and columns have names.
 MAX_COUNTS = 20
@@ -36,6 +40,9 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     Raises:
       ValueError: counts and names do not fit each other.
     """
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
     counts = np.asarray(counts)
     size = len(names)
     if counts.shape != (size, size) or not size or counts.min() < 0:

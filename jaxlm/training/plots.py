@@ -1,15 +1,20 @@
 """Pictures of a run, drawn from its metrics.jsonl: at the end of training and by tools/plot_run.py."""
 
+from __future__ import annotations
+
 import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.files import absolute, as_path, write_whole
 from jaxlm.training.metrics import read_metrics
+
+if (
+    TYPE_CHECKING
+):  # matplotlib takes a third of a second, so it is imported where something is drawn
+    from matplotlib.figure import Figure
 
 
 def plot_run(workdir: str | Path) -> list[Path]:
@@ -168,6 +173,8 @@ def series(lines: list[dict[str, Any]], split: str, key: str) -> tuple[list[int]
 
 
 def _figure(panels: int, *labels: str) -> tuple[Figure, list[Any]]:
+    from matplotlib.figure import Figure
+
     # Figure itself, not pyplot: no window system, no global state, safe in any thread.
     figure = Figure(figsize=(8, 2.4 + 2.2 * panels), layout="constrained")
     all_axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
