@@ -394,6 +394,17 @@ def embed(
     Raises:
       BadInput: for texts that are longer than the context, or an unknown pooling.
     """
+    rows, where = rows_to_embed(lm, texts, pooling)
+    vectors = lm.in_mesh(embedding.embed)(
+        lm.model, lm.params, rows, pooling=where, max_len=lm.max_len
+    )
+    return normalized(vectors) if normalize else vectors
+
+
+def rows_to_embed(
+    lm: LanguageModel, texts: Sequence[str], pooling: str
+) -> tuple[list[np.ndarray], str]:
+    """(the ids of each text with what stands around it, (n,) int32; where they are read, of `embedding.POOLINGS`)."""
     if lm.family not in ("gpt", "bert"):
         raise BadInput(f"{lm.checkpoint} is {FAMILIES.get(lm.family, lm.family)}")
     pooling = pooling or lm.pooling or "mean"
@@ -406,11 +417,7 @@ def embed(
         num_token_types=lm.model.config.num_token_types,
     )
     encoded = encode_texts(lm, texts, most=layout.room(1), allow_any=True)
-    rows = [layout.lay(ids).tokens for ids in encoded]
-    vectors = lm.in_mesh(embedding.embed)(
-        lm.model, lm.params, rows, pooling=POOLINGS[pooling][lm.family], max_len=lm.max_len
-    )
-    return normalized(vectors) if normalize else vectors
+    return [layout.lay(ids).tokens for ids in encoded], POOLINGS[pooling][lm.family]
 
 
 # --- score ------------------------------------------------------------------------------------------------------------

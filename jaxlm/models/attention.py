@@ -17,6 +17,7 @@ from jaxlm.models.cache import KVCache, read_layer, write_layer
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.kernels import FUSED, find_limits
 from jaxlm.models.layers import (
+    LOOKED_AT,
     add_bias,
     along_last,
     apply_softcap,
@@ -51,22 +52,49 @@ def attend_xla(
     Returns (B, T, N, H) in the dtype of the value. Differentiable in reverse mode only.
     """
     batch, length, heads, head_dim = query_BTNH.shape
-    kv_heads = key_BSKH.shape[2]
-    query_BTNH = query_BTNH * jnp.asarray(1.0 / math.sqrt(head_dim), query_BTNH.dtype)
-    query_BTKGH = query_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    # Heads go before positions first: as einsums of the given layouts this took 1.3 times as long on XLA:CPU.
-    query_BKGTH = query_BTKGH.transpose(0, 2, 3, 1, 4)
-    key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
-    mask_B11TS = jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
-    bias_1KGTS = kept_BKGTS = None
-    if bias_NTS is not None:
-        bias_1KGTS = bias_NTS.reshape(1, *query_BKGTH.shape[1:4], key_BKSH.shape[2])
+    query_BKGTH, key_BKSH, mask_B11TS, bias_1KGTS = by_head(
+        query_BTNH, key_BSKH, mask_BTS, bias_NTS
+    )
+    value_BKSH, kept_BKGTS = value_BSKH.swapaxes(1, 2), None
     if key is not None and dropout_rate:
         shape = (*query_BKGTH.shape[:4], key_BKSH.shape[2])
         kept_BKGTS = dropout(jnp.ones(shape, jnp.float32), dropout_rate, key)
     inputs = query_BKGTH, key_BKSH, value_BKSH, mask_B11TS, kept_BKGTS, bias_1KGTS
     out_BKGTH = _attend(softcap, *inputs)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+
+
+def attention_probs(
+    query_BTNH: jax.Array,
+    key_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    bias_NTS: jax.Array | None = None,
+    *,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """Float32 (B, N, T, S): what `attend_xla` weighs the values with, before dropout. To be looked at; it makes its own."""
+    inputs = by_head(query_BTNH, key_BSKH, mask_BTS, bias_NTS)
+    probs_BKGTS, _ = _probs(softcap, *inputs)
+    return probs_BKGTS.reshape(len(probs_BKGTS), -1, *probs_BKGTS.shape[3:])
+
+
+def by_head(
+    query_BTNH: jax.Array, key_BSKH: jax.Array, mask_BTS: jax.Array, bias_NTS: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """(query over sqrt(H) (B, K, G, T, H), key (B, K, S, H), 0 or MASKED (B, 1, 1, T, S), bias (1, K, G, T, S) or None).
+
+    Heads go before positions first: as einsums of the given layouts this took 1.3 times as long on XLA:CPU.
+    """
+    batch, length, heads, head_dim = query_BTNH.shape
+    kv_heads = key_BSKH.shape[2]
+    query_BTNH = query_BTNH * jnp.asarray(1.0 / math.sqrt(head_dim), query_BTNH.dtype)
+    query_BTKGH = query_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    query_BKGTH, key_BKSH = query_BTKGH.transpose(0, 2, 3, 1, 4), key_BSKH.swapaxes(1, 2)
+    mask_B11TS = jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
+    if bias_NTS is None:
+        return query_BKGTH, key_BKSH, mask_B11TS, None
+    bias_1KGTS = bias_NTS.reshape(1, *query_BKGTH.shape[1:4], key_BKSH.shape[2])
+    return query_BKGTH, key_BKSH, mask_B11TS, bias_1KGTS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -84,14 +112,19 @@ def _attend(softcap, query_BKGTH, key_BKSH, value_BKSH, mask_B11TS, kept_BKGTS, 
 
 
 def _attend_forward(softcap, query_BKGTH, key_BKSH, value_BKSH, mask_B11TS, kept_BKGTS, bias_1KGTS):
-    scores_BKGTS = apply_softcap(_to_float32("BKGTH,BKSH->BKGTS", query_BKGTH, key_BKSH), softcap)
-    biased_BKGTS = scores_BKGTS if bias_1KGTS is None else scores_BKGTS + bias_1KGTS
-    probs_BKGTS = jax.nn.softmax(biased_BKGTS + mask_B11TS, axis=-1)
+    probs_BKGTS, scores_BKGTS = _probs(softcap, query_BKGTH, key_BKSH, mask_B11TS, bias_1KGTS)
     used_BKGTS = _keep(probs_BKGTS, kept_BKGTS).astype(value_BKSH.dtype)
     out_BKGTH = _to_float32("BKGTS,BKSH->BKGTH", used_BKGTS, value_BKSH)
     capped_BKGTS = scores_BKGTS if softcap else None
     inputs = (query_BKGTH, key_BKSH, value_BKSH, kept_BKGTS, bias_1KGTS)
     return out_BKGTH.astype(value_BKSH.dtype), (inputs, probs_BKGTS, capped_BKGTS, out_BKGTH)
+
+
+def _probs(softcap, query_BKGTH, key_BKSH, mask_B11TS, bias_1KGTS):
+    """(softmax, capped scores without bias), float32 (B, K, G, T, S)."""
+    scores_BKGTS = apply_softcap(_to_float32("BKGTH,BKSH->BKGTS", query_BKGTH, key_BKSH), softcap)
+    biased_BKGTS = scores_BKGTS if bias_1KGTS is None else scores_BKGTS + bias_1KGTS
+    return jax.nn.softmax(biased_BKGTS + mask_B11TS, axis=-1), scores_BKGTS
 
 
 def _attend_backward(softcap, residuals, grad_BKGTH):
@@ -249,6 +282,9 @@ class Attention(nn.Module):
         if c.remat == "attention":
             attend = jax.checkpoint(attend, prevent_cse=is_unrolled(c))
         out = attend(query_BTNH, key_BSKH, value_BSKH, mask_BTS, rng, views[0].bias_NTS)
+        if self.is_mutable_collection(LOOKED_AT):
+            softcap, seen = c.attention_softcap, (query_BTNH, key_BSKH, mask_BTS, views[0].bias_NTS)
+            self.sow(LOOKED_AT, "probs", attention_probs(*seen, softcap=softcap))
         return checkpoint_name(out, "attended")
 
     def attend_fused(

@@ -40,6 +40,10 @@ ACTIVATION_AXES = frozenset(
 )
 LOGICAL_AXES = PARAM_AXES | ACTIVATION_AXES
 
+# Flax's collection of what is kept to be looked at, where apply's `mutable` names it; else nothing of it is computed:
+# `embedded` (B, T, D) of Embed; of each layer `hidden` (L, B, T, D), what it hands on, and `probs` (L, B, N, T, S) of Attention.
+LOOKED_AT = "intermediates"
+
 Axes = tuple[str | None, ...]
 
 

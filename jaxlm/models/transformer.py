@@ -27,6 +27,7 @@ from jaxlm.models.config import TransformerConfig
 from jaxlm.models.kernels import REFERENCE
 from jaxlm.models.layers import (
     ACTIVATIONS,
+    LOOKED_AT,
     Auxiliary,
     Norm,
     add_bias,
@@ -122,6 +123,7 @@ class Embed(nn.Module):
         x = dropout(x, c.dropout_rate, dropout_key(self, c.dropout_rate, self.deterministic))
         if c.embed_factor_dim and projected:
             x = constrain(Dense(c, c.emb_dim, name="projection")(x), ACTIVATION)
+        self.sow(LOOKED_AT, "embedded", x)
         return x, table_VD
 
     def table(self, name: str, size: int, axis: str | None) -> jax.Array:
@@ -318,8 +320,9 @@ class Block(nn.Module):
             y, routed = experts(x, views[0].segment_ids_BT)
             return y
 
-        x = self.add("mlp", feed_forward, x)
-        return (constrain(x, ACTIVATION), cache), routed
+        x = constrain(self.add("mlp", feed_forward, x), ACTIVATION)
+        self.sow(LOOKED_AT, "hidden", x)
+        return (x, cache), routed
 
     def add(
         self,
@@ -404,7 +407,7 @@ def apply_layers(
     stack = functools.partial(
         nn.scan,
         rematerialised(Block, c),
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, LOOKED_AT: 0},
         split_rngs={"params": True, "dropout": True},
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
@@ -413,6 +416,7 @@ def apply_layers(
         differences = {name: x[:, None] for name, x in differences.items()}
         repeat = nn.scan(
             lambda layers, *inputs: layers(*inputs),
+            variable_axes={LOOKED_AT: 0},
             variable_broadcast="params",
             split_rngs={"params": False, "dropout": True},
             **loop,
