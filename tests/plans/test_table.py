@@ -5,6 +5,7 @@ import json
 import pytest
 
 from jaxlm.build import read_config
+from jaxlm.planning.compiling import plan_program
 from jaxlm.planning.topologies import parse_topology
 from tools import plan_table
 
@@ -16,6 +17,21 @@ def test_every_row_is_a_config_on_machines_that_there_are(row):
     config = read_config(str(plan_table.ROOT / row.config), row.overrides)
     assert config.batch_size % config.accumulation_steps == 0
     assert parse_topology(row.topology).num_chips >= 1
+
+
+@pytest.mark.plans
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_could_be_trained_on_its_machines(row):
+    """A plan is of a run: what `jaxlm.pretrain` would refuse there, evaluation included, is refused."""
+    config = read_config(str(plan_table.ROOT / row.config), row.overrides)
+    assert plan_program(config, parse_topology(row.topology)).state_shape
+
+
+@pytest.mark.plans
+def test_a_plan_of_what_could_not_be_evaluated_there_is_refused():
+    config = read_config(str(plan_table.ROOT / "configs/gpt.py:gpt2"), {"eval.batch_size": 3})
+    with pytest.raises(ValueError, match="eval.batch_size is 3, not divisible by the 8 devices"):
+        plan_program(config, parse_topology("v5e-8"))
 
 
 def fake_plan(**changes):
