@@ -50,6 +50,15 @@ def test_a_signal_to_one_or_all_processes_stops_all_after_one_step(config, tmp_p
     assert "Traceback" not in other
 
 
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The workdir of the run of four processes that nothing happens to."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    for _, said, status in finish(start(tiny.pretrain_command(config, workdir), 4)):
+        assert status == 0, said[-3000:]
+    return workdir
+
+
 def check_others_end(children, victim, began):
     """All but the victim end in time with the status for it; XLA's own, if it was faster."""
     survivors = [child for i, child in enumerate(children) if i != victim]
@@ -63,11 +72,11 @@ def check_others_end(children, victim, began):
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 10))]
 )
-def test_one_of_four_is_killed_and_the_restarted_run_is_the_unbroken_one(config, tmp_path, seed):
+def test_one_of_four_is_killed_and_the_restarted_run_is_the_unbroken_one(
+    config, whole, tmp_path, seed
+):
     """Two kills of a run: of process 0, which keeps the list of the living, and of another one."""
-    whole, workdir = tmp_path / "whole", tmp_path / "run"
-    for _, said, status in finish(start(tiny.pretrain_command(config, whole), 4)):
-        assert status == 0, said[-3000:]
+    workdir = tmp_path / "run"
     command, rng = tiny.pretrain_command(config, workdir), random.Random(seed)
     for victim, lines in ((rng.randint(1, 3), rng.randint(5, 9)), (0, rng.randint(10, 14))):
         children = start(command, 4, heartbeat=HEARTBEAT)
