@@ -70,7 +70,7 @@ def draw_projection(
         axes.scatter(x, y, s=12, color=f"C{index % 10}", label=group or None)
     if any(groups):
         axes.legend(fontsize="small")
-    if len(names) <= MAX_NAMES:
+    if names and len(names) <= MAX_NAMES:
         for name, (x, y) in zip(names, projection.points, strict=True):
             axes.annotate(
                 name, (x, y), (2, 2), textcoords="offset points", fontsize=7, parse_math=False
