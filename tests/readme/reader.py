@@ -1,0 +1,146 @@
+"""A reader's folder: a clone, some files of his own, and what earlier commands of the pages have left."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests import tiny
+from tests.readme import small
+from tests.readme.markdown import ROOT
+
+CLONE = ("jaxlm", "configs", "tools", "tests", "requirements.txt", "pyproject.toml")
+# Flags of what a command makes: that is not there before.
+MAKES = ("--workdir", "--output", "--target", "--work", "--index")
+SECONDS = 600
+
+
+def write_files(folder: Path) -> None:
+    """The files that the pages name, with a few lines each."""
+    library = sorted(Path(os.__file__).parent.glob("*.py"))[:8]
+    text = "".join(path.read_text(encoding="utf-8")[:1500] for path in library)
+    (folder / "text").mkdir()
+    for name in ("input.txt", "text/a.txt", "text/b.txt"):
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "F.txt").write_text("def f\nimport os\n", encoding="utf-8")
+    for name in ("my.csv", "new.csv"):
+        rows = "".join(f"{'a' * (n % 5 + 1)} {'yz'[n % 2]},{'yz'[n % 2]}\n" for n in range(48))
+        (folder / name).write_text(f"text,intent\n{rows}", encoding="utf-8")
+    for name in "abc":
+        (folder / f"{name}.en").write_text("one two\nthree\n" * 16, encoding="utf-8")
+        (folder / f"{name}.de").write_text("eins zwei\ndrei\n" * 16, encoding="utf-8")
+    said = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "b"}]
+    summary = {"source": "one two three", "target": "one"}
+    write_rows(folder / "chats.jsonl", {"messages": said})
+    write_rows(folder / "pairs.jsonl", {"prompt": "a", "chosen": "a", "rejected": "zz"})
+    write_rows(folder / "similar.jsonl", {"text": "one two", "text_pair": "two one"})
+    for name in ("train", "dev", "test"):
+        write_rows(folder / f"{name}.jsonl", summary)
+    asked = {"instruction": "Say b.", "input": "a", "output": "b"}
+    rows = [asked | {"input": f"a {n}"} for n in range(32)]
+    (folder / "instruction-data.json").write_text(json.dumps(rows), encoding="utf-8")
+    tasks = folder / "lm_eval_tasks"
+    tasks.mkdir()
+    write_rows(tasks / "rows.jsonl", {"question": "one", "choices": ["two", "four"], "answer": 0})
+    (tasks / "tiny.yaml").write_text(TASK, encoding="utf-8")
+
+
+TASK = """\
+task: tiny
+dataset_path: json
+dataset_kwargs: {data_files: {test: lm_eval_tasks/rows.jsonl}, cache_dir: cache}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+
+
+def write_rows(path: Path, row: Mapping, count: int = 32) -> None:
+    """JSON lines that differ in their first text by a number."""
+    rows = ({k: f"{v} {n}" if isinstance(v, str) and k != "label" else v for k, v in row.items()} for n in range(count))  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+class Reader:
+    """Runs commands, each in a folder of its own, under `root`; what one needs is made once, by commands too."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.made: dict[str, Path] = {}
+
+    def run(self, text: str, has: Mapping[str, str] | None = None) -> tuple[Path, str]:
+        """Runs a whole command of a page; (its folder, what it printed). It must end well."""
+        how = small.longest(small.HOW, text)
+        assert isinstance(how, small.Run), text
+        text = small.stood_for(text)
+        folder = self.folder(shlex.split(text), {**how.has, **(has or {})})
+        command = small.small(text, how)
+        environment = tiny.environment(how.devices) | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "HOME": str(self.root),
+        }
+        process = subprocess.Popen(
+            ["bash", "-c", command],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        printed = ""
+        try:
+            if how.until:
+                printed = wait_for(process, how.until)
+            rest, _ = process.communicate(timeout=SECONDS)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        printed += rest
+        assert process.returncode == 0, f"{command}\nstatus {process.returncode}\n{printed[-4000:]}"
+        assert "Traceback" not in printed, printed
+        return folder, printed
+
+    def folder(self, words: list[str], has: Mapping[str, str]) -> Path:
+        """A new folder with the clone, the files, and what the command's words name and do not make."""
+        folder = self.root / f"{len(list(self.root.iterdir())):03}"
+        folder.mkdir()
+        for name in CLONE:
+            (folder / name).symlink_to(ROOT / name)
+        write_files(folder)
+        makes = {w for flag, w in zip(words, words[1:], strict=False) if flag in MAKES}
+        makes |= {word.partition("=")[2] for word in words if word.startswith(tuple(f"{m}=" for m in MAKES))}  # fmt: skip
+        named = {**small.NAMES, **has}
+        for name, what in named.items():
+            if name not in makes and any(re.search(rf"(?<![\w/.]){re.escape(name)}(?![\w.]|/\w+/)", w) for w in words):  # fmt: skip
+                shutil.copytree(self.make(what), folder / name, symlinks=True)
+        return folder
+
+    def make(self, what: str) -> Path:
+        """The folder of small.MADE that was asked for."""
+        if what not in self.made:
+            made = small.MADE[what]
+            folder, _ = self.run(made.command, made.has)
+            self.made[what] = folder / made.folder
+        return self.made[what]
+
+
+def wait_for(process: subprocess.Popen, beginning: str) -> str:
+    """What a process prints until a line begins so; then it is interrupted, as by Ctrl-C."""
+    assert process.stdout is not None
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if line.startswith(beginning):
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    return printed
