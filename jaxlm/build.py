@@ -1,8 +1,6 @@
 """From a ConfigDict to the parts of a run: `program` makes what needs no data, this the rest. These two and `tuning` are
 the only modules that know configs."""
 
-import functools
-import importlib.util
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from jaxlm import tokenizers
+from jaxlm.config_files import saved_config
 from jaxlm.data import prepare as preparation
 from jaxlm.data import sources as text_sources
 from jaxlm.data.pipeline import EvalBatches, TrainBatches, make_iterator
@@ -39,7 +38,6 @@ from jaxlm.program import (
     make_program,
     sharded_shapes,
 )
-from jaxlm.sealed import read_object
 from jaxlm.training import stored
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_item, restore_state
 from jaxlm.training.metrics import MetricSums, one_behind, with_perplexity
@@ -49,61 +47,7 @@ from jaxlm.training.throughput import peak_flops
 PyTree = Any
 log = logging.getLogger("jaxlm")
 
-# Fields that are younger than some runs, and what these did when there was none.
-YOUNGER_FIELDS: dict[str, Any] = {
-    "data.cache_dir": "",
-    "offload_optimizer": False,
-    "compiler_flags": "auto",
-    "guards": dict(
-        max_bad_steps=20,
-        spike_factor=0.0,
-        spike_window=128,
-        skip_batches=0,
-        max_rewinds=3,
-        self_check_every_steps=0,
-        watchdog_seconds=1800,
-    ),
-}
-
-MAX_CONFIG_BYTES = 16 << 20
 HUGGING_FACE = "hf:"  # what an `init_from` begins with that is no run of ours
-
-
-def read_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
-    """The config of 'configs/gpt.py:tiny' or of a run's 'W/config.json', with dotted overrides, locked."""
-    path, _, arg = spec.partition(":")
-    if spec.endswith(".json"):
-        config = saved_config(spec)
-    else:
-        module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        if module_spec is None or module_spec.loader is None or not Path(path).is_file():
-            raise FileNotFoundError(
-                f"no config file {path}: expected configs/NAME.py:ARGUMENT or W/config.json"
-            )
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-        config = module.get_config(arg) if arg else module.get_config()
-    config.lock()
-    config.update_from_flattened_dict(dict(overrides or {}))
-    return config
-
-
-def saved_config(path: str | Path) -> ConfigDict:
-    """A config written by `write_config`; JSON's lists become tuples again, and fields that are younger get their values."""
-
-    def tuples(value):
-        if isinstance(value, dict):
-            return {key: tuples(item) for key, item in value.items()}
-        return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-    content = read_object(as_path(path), MAX_CONFIG_BYTES)
-    config = ConfigDict(tuples(content), convert_dict=True)
-    for name, value in YOUNGER_FIELDS.items():
-        *groups, field = name.split(".")
-        group = functools.reduce(lambda at, key: at.get(key), groups, config)
-        if group is not None and field not in group:
-            group[field] = value
-    return config
 
 
 def write_config(config: ConfigDict, path: str | Path) -> None:

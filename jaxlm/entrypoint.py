@@ -9,8 +9,14 @@ from absl import logging as absl_logging
 
 from jaxlm import exits
 from jaxlm.compiled import keep_compiled_programs
+from jaxlm.config_files import whereabouts
 from jaxlm.files import as_path
-from jaxlm.flags import define_config_flag, define_process_flags, process_options
+from jaxlm.flags import (
+    config_spec,
+    define_config_flag,
+    define_process_flags,
+    process_options,
+)
 from jaxlm.host import keep_freed_memory
 from jaxlm.parallel import processes
 from jaxlm.private import keep_private
@@ -45,6 +51,7 @@ def launch(train: Callable[..., Any]) -> None:
         keep_freed_memory()
         keep_compiled_programs(args.workdir)
         log.setLevel(logging.INFO)
+        log.info("config: %s", whereabouts(config_spec(args)))
         with processes.joined(**process_options(args)), stopping.signals() as stop:
             train(
                 args.config,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from jaxlm import build, language_model, reports, tuning
+from jaxlm import build, config_files, language_model, reports, tuning
 from jaxlm.compiled import keep_compiled_programs
 from jaxlm.exits import with_status
 from jaxlm.files import as_path
@@ -33,7 +33,7 @@ def open_run(checkpoint: str | Path, step: int | None = None) -> tuple[build.Run
     """The run of a checkpoint, set to evaluate on all of its held-out text, and the checkpoint's folder."""
     step_dir = find_step(checkpoint, step)
     workdir = step_dir.parent.parent
-    config = build.saved_config(workdir / "config.json")
+    config = config_files.saved_config(workdir / "config.json")
     config.eval.num_batches = 0
     with processes.main_first("data"):
         return build.make_run(config, workdir), step_dir
@@ -56,7 +56,7 @@ def evaluate_data(
     is_run = not checkpoint.startswith(build.HUGGING_FACE)
     if is_run:
         workdir = find_step(split_step(checkpoint)[0], step).parent.parent
-        options["config"] = build.saved_config(workdir / "config.json")
+        options["config"] = config_files.saved_config(workdir / "config.json")
     return {"checkpoint": checkpoint} | evaluate_text(lm, data, **options)
 
 
@@ -121,7 +121,7 @@ def unigram_baselines(batches: Iterable[Mapping[str, np.ndarray]]) -> tuple[floa
 def held_out_documents(workdir: str | Path) -> Iterator[str]:
     """The texts of the validation split of every source of a run, as its tokenizer reads them back."""
     workdir = as_path(workdir)
-    config = build.saved_config(workdir / "config.json")
+    config = config_files.saved_config(workdir / "config.json")
     tokenizer = build.make_tokenizer(config, workdir)
     for path in build.make_stores(config, tokenizer, workdir).values():
         store = build.open_store(config, path, "validation")

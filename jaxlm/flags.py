@@ -4,14 +4,18 @@ Flags are defined by `define_flags()` of the script that is run, not by importin
 flags of one name, and tests and notebooks import several.
 """
 
+import re
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm import saved_config
+from jaxlm import config_files
 from jaxlm.private import refuse_secrets
+
+READER = f"{config_files.__file__}:"
 
 
 def define_config_flag():
@@ -21,8 +25,7 @@ def define_config_flag():
         refuse_secrets(named)
     except ValueError as error:
         sys.exit(str(error))
-    # ml_collections loads Python files only, so a JSON path becomes the argument of one that reads it.
-    sys.argv = [through_saved_config(arg) for arg in sys.argv]
+    sys.argv = [*through_reader(sys.argv)]
     return config_flags.DEFINE_config_file(
         "config", None, "configs/NAME.py:ARGUMENT or a run's W/config.json", lock_config=True
     )
@@ -34,11 +37,25 @@ def _name_of(place: int, arg: str) -> str:
     return name if equals and name.startswith("-") else f"argument {place}"
 
 
-def through_saved_config(arg: str) -> str:
-    for prefix in ("--config=", "-config="):
-        if arg.startswith(prefix) and arg.endswith(".json"):
-            return f"{prefix}{saved_config.__file__}:{arg.removeprefix(prefix)}"
-    return arg
+def through_reader(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments, with --config=SPEC as --config=config_files.py:SPEC.
+
+    ml_collections loads the Python file that a path names, and nothing else; config_files.py has a `get_config` that
+    finds recipes of jaxlm's own, and reads JSON.
+    """
+    before = ""
+    for argument in arguments:
+        flag, equals, spec = argument.partition("=")
+        if equals and re.fullmatch("--?config", flag):
+            yield f"{flag}={READER}{spec}"
+        else:
+            yield f"{READER}{argument}" if re.fullmatch("--?config", before) else argument
+        before = argument
+
+
+def config_spec(args: flags.FlagValues) -> str:
+    """What --config names, as it was written."""
+    return config_flags.get_config_filename(args["config"]).removeprefix(READER)
 
 
 def define_process_flags() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from jaxlm import build, identity, sealed
+from jaxlm import build, config_files, identity, sealed
 from jaxlm.data.positions import as_json
 from jaxlm.exits import Damaged, NotSaved, Stopped
 from jaxlm.files import remove_partials, write_text
@@ -49,7 +49,7 @@ def accept_config(config: ConfigDict, workdir: Path, allow_change: bool) -> None
     refuse_another_config(config)
     path = workdir / "config.json"
     if path.exists():
-        changes = identity.config_changes(build.saved_config(path), config)
+        changes = identity.config_changes(config_files.saved_config(path), config)
         kinds = {name: identity.kind_of(name) for name in changes}
         of = lambda kind: [line for name, line in changes.items() if kinds[name] == kind]
         for line in of("execution"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from jaxlm import api, build, generate
+from jaxlm import api, config_files, generate
 from jaxlm.inference.source_text import encode_source
 from jaxlm.inputs import encode_prompts
 from jaxlm.interop import convert
@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
     tiny_hf.write_source(folder / "hf", recorded["config"] | ids, tiny_hf.make_weights(shapes))
     config = json.loads((folder / "hf" / "config.json").read_text())
     write_spiece(folder / "hf", **config)
-    templates = {"encoder_decoder": build.read_config(str(ROOT / "configs/t5.py:tiny"))}
+    templates = {"encoder_decoder": config_files.read_config(str(ROOT / "configs/t5.py:tiny"))}
     convert.from_hf(str(folder / "hf"), folder / "w", templates, against="round_trip")
     shutil.copytree(folder / "w", folder / "ours")
     manifest = folder / "ours" / "checkpoints" / "0" / "manifest" / "metadata"

@@ -12,7 +12,7 @@ import pytest
 import tokenizers as hf
 from flax.traverse_util import flatten_dict
 
-from jaxlm import api, build, inputs, tuning
+from jaxlm import api, build, config_files, inputs, tuning
 from jaxlm import program as programs
 from jaxlm.inference.fill_mask import encode_masked
 from jaxlm.interop import convert, export
@@ -231,7 +231,7 @@ def test_a_fine_tuned_model_predicts_no_tokens(tuned):
 
 
 def test_an_export_to_hugging_face_is_loaded_as_the_run_that_it_was(workdir, gpt, tmp_path):
-    config = build.saved_config(workdir / "config.json")
+    config = config_files.saved_config(workdir / "config.json")
     export.to_hf(workdir / "checkpoints" / "0", tmp_path / "hf", config, against="round_trip")
     again = api.load(f"hf:{tmp_path / 'hf'}")
     assert again.prefix == gpt.prefix and again.max_len == config.model.max_len
@@ -255,7 +255,9 @@ def base(tmp_path_factory):
 
 
 def test_a_body_without_a_head_embeds_and_predicts_nothing(base, tmp_path):
-    templates = {name: build.read_config(str(ROOT / path)) for name, path in TEMPLATES.items()}
+    templates = {
+        name: config_files.read_config(str(ROOT / path)) for name, path in TEMPLATES.items()
+    }
     convert.from_hf(str(base), tmp_path / "w", templates, against="round_trip")
     one, other = api.load(f"hf:{base}"), api.load(tmp_path / "w")
     np.testing.assert_array_equal(api.embed(one, ["a b"]), api.embed(other, ["a b"]))

@@ -17,14 +17,14 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm import api, build, doctor, evaluate, files
+from jaxlm import api, build, config_files, doctor, evaluate, files
 from jaxlm.data.positions import Rewind, read_rewinds
 from jaxlm.data.store_check import problems
 from jaxlm.data.token_store import TokenStore
 from jaxlm.exits import Damaged, Diverged
 from jaxlm.files import Appender, absolute, as_path, fetch, local_copy, new_folder, write_text
 from jaxlm.finetune import finetune
-from jaxlm.flags import through_saved_config
+from jaxlm.flags import through_reader
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.pretrain import pretrain
 from jaxlm.rewind import until_done
@@ -151,7 +151,7 @@ def test_tools_take_workdirs_on_a_bucket(runs, capsys):
 def test_a_model_on_a_bucket_is_finetuned_there_and_predicts(runs, bucket, cache, tmp_path):
     data, workdir = as_path(f"{bucket}/rows.csv"), as_path(f"{bucket}/tuned")
     write_text(data, write_rows(tmp_path / "rows.csv").read_text())
-    config = build.read_config(
+    config = config_files.read_config(
         f"{tiny.ROOT}/configs/finetune/classification.py:train={data}",
         {
             "init_from": str(runs[1]),
@@ -332,15 +332,18 @@ def test_a_run_on_a_bucket_goes_back_and_leaves_its_bad_batch_there(bucket, tmp_
 
 
 def test_a_config_on_a_bucket_is_one_for_the_command_line(runs, monkeypatch):
-    argument = through_saved_config(f"--config={runs[1]}/config.json")
     values = flags.FlagValues()
-    monkeypatch.setattr(sys, "argv", ["pretrain", argument, "--config.seed=3"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [*through_reader(["pretrain", f"--config={runs[1]}/config.json", "--config.seed=3"])],
+    )
     config_flags.DEFINE_config_file("config", flag_values=values)
     values(sys.argv)
     assert values.config.seed == 3
-    assert values.config.to_dict() == build.saved_config(runs[1] / "config.json").to_dict() | {
-        "seed": 3
-    }
+    assert values.config.to_dict() == config_files.saved_config(
+        runs[1] / "config.json"
+    ).to_dict() | {"seed": 3}
 
 
 def small_state(step):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import build, evaluate, tuning
+from jaxlm import build, config_files, evaluate, tuning
 from jaxlm import program as programs
 from jaxlm.finetune import EarlyStopping, finetune
 from jaxlm.interop import hub
@@ -51,7 +51,7 @@ def make_config(sources, tmp_path, family="bert", **overrides):
     if not data.exists():
         write_rows(data)
     changes = {key.replace("__", "."): value for key, value in overrides.items()}
-    return build.read_config(
+    return config_files.read_config(
         f"{tiny.ROOT}/configs/finetune/classification.py:train={data}",
         {
             "init_from": str(sources / family),
@@ -109,7 +109,7 @@ def test_weights_are_accounted_for(tuned, sources):
     assert {"head/dense", "head/bias", "embed/embedding"} <= set(origin["restored"])
     assert set(origin["new"]) == {"head/out/kernel", "head/out/bias"}
     assert any(name.startswith("mlm_head/") for name in origin["dropped"])
-    config = build.saved_config(workdir / "config.json")
+    config = config_files.saved_config(workdir / "config.json")
     source = tuning.open_source(str(sources / "bert"))
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
     model = programs.make_model(config, mesh)
@@ -249,7 +249,7 @@ def test_text_whose_places_are_marked_is_not_augmented(sources, tmp_path):
     path = tmp_path / "rows.jsonl"
     rng = random.Random(0)
     path.write_text("".join(json.dumps(relation_rows(rng)) + "\n" for _ in range(8)))
-    config = build.read_config(
+    config = config_files.read_config(
         f"{tiny.ROOT}/configs/finetune/relations.py:train={path}",
         {"init_from": str(sources / "bert"), "seq_len": 48, "data.augment_swap": 0.1},
     )
@@ -337,7 +337,7 @@ def test_every_task_trains_reports_and_predicts(sources, tmp_path, name):
     rng = random.Random(0)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(make(rng)) + "\n" for _ in range(32)), encoding="utf-8")
-    config = build.read_config(
+    config = config_files.read_config(
         f"{tiny.ROOT}/configs/finetune/{name}.py:train={path},batch_size=8,num_epochs=1,learning_rate=1e-2",
         {
             "init_from": str(sources / "bert"),

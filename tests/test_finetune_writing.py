@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from jaxlm import build, evaluate, tuning
+from jaxlm import config_files, evaluate, tuning
 from jaxlm.finetune import finetune
 from jaxlm.language_model import load
 from tests import tiny
@@ -50,7 +50,7 @@ def write_dialogues(path, size=32):
 def make_config(name, source, data, **changes):
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     overrides = SMALL | {"init_from": str(source), "data.train": str(data)} | changes
-    return build.read_config(f"{tiny.ROOT}/configs/finetune/{name}.py", overrides)
+    return config_files.read_config(f"{tiny.ROOT}/configs/finetune/{name}.py", overrides)
 
 
 @pytest.fixture(scope="module")

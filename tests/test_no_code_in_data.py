@@ -27,12 +27,15 @@ CALLS: dict[str, tuple[str, str] | None] = {
     "jinja2.Environment": None,
     "jinja2.sandbox.SandboxedEnvironment": None,  # a template could change what it is given
     "torch.load": ("jaxlm/interop/source.py", "read_pickle"),  # behind --allow_pickle
-    "importlib.util.spec_from_file_location": ("jaxlm/build.py", "read_config"),  # configs/*.py
+    "importlib.util.spec_from_file_location": (
+        "jaxlm/config_files.py",
+        "load_recipe",
+    ),  # configs/*.py
     "importlib.import_module": ("jaxlm/tasks/text_scores.py", "_library"),  # names written there
     "shutil.unpack_archive": None,
     "X.extractall": None,  # leaves its folder
     "X.read_pickle": None,
-    "X.exec_module": ("jaxlm/build.py", "read_config"),
+    "X.exec_module": ("jaxlm/config_files.py", "load_recipe"),
 }
 # Arguments that must, and that must not, have a value.
 NEEDED = {"numpy.load": ("allow_pickle", False)}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxlm import build
+from jaxlm import build, config_files
 from jaxlm.evaluate import (
     compare_with_baselines,
     evaluate,
@@ -167,7 +167,7 @@ def test_an_unknown_init_lists_the_known_ones(tmp_path, gpt):
 
 def test_a_runs_own_config_reruns_it(tmp_path, gpt):
     _, workdir = gpt
-    config = build.read_config(str(workdir / "config.json"))
+    config = config_files.read_config(str(workdir / "config.json"))
     pretrain(config, tmp_path / "again")
     assert tiny.learned(tmp_path / "again") == tiny.learned(workdir)
 
@@ -226,5 +226,5 @@ def test_a_config_that_cannot_run_says_what_to_change(tmp_path, store, changes, 
 def test_tuples_survive_config_json(tmp_path):
     config = ConfigDict(dict(a=(1, 2), b=dict(c=("x",), d=())))
     build.write_config(config, tmp_path / "config.json")
-    saved = build.saved_config(tmp_path / "config.json").to_dict()
+    saved = config_files.saved_config(tmp_path / "config.json").to_dict()
     assert {key: saved[key] for key in config} == config.to_dict()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from jaxlm import build
+from jaxlm import build, config_files
 from jaxlm.data.store_writer import write_store
 from jaxlm.tokenizers import make_tokenizer
 from jaxlm.training.checkpoints import Checkpoints
@@ -59,7 +59,7 @@ def make_store(
 def tiny_config(spec: str, store: Path, **overrides):
     """The config `spec` shrunk to seconds, on a prepared store; dots in names are written as __."""
     changes = {key.replace("__", "."): value for key, value in overrides.items()}
-    return build.read_config(
+    return config_files.read_config(
         str(ROOT / spec), OVERRIDES | {"data.sources": (str(store),)} | changes
     )
 

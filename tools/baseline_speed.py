@@ -41,13 +41,13 @@ def train_ours(
     run: baselines.Run, files: Mapping[str, Path], model: str, workdir: Path, steps: int, wait: Wait
 ) -> None:
     """Trains through the loop that users run, `steps` steps a turn, until the run ends."""
-    from jaxlm import build, tuning
+    from jaxlm import config_files, tuning
     from jaxlm.host import keep_freed_memory
     from jaxlm.training.loop import Intervals, Loop, Work
 
     keep_freed_memory()
     fields = baselines.our_fields(run, files, model)
-    config = build.read_config(str(ROOT / DATASETS[run.dataset].config), fields)
+    config = config_files.read_config(str(ROOT / DATASETS[run.dataset].config), fields)
     prepared = tuning.prepare(config, workdir)
     task_run = tuning.make_run(prepared, workdir)
     state = tuning.initial_state(task_run, prepared.source)

@@ -17,7 +17,7 @@ import jax
 from absl import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from jaxlm import build
+from jaxlm import config_files
 from jaxlm.exits import Damaged, with_status
 from jaxlm.interop import FAMILIES, convert, export, parity
 from jaxlm.training.checkpoints import evaluated_item, find_step
@@ -76,7 +76,8 @@ def define_arguments() -> argparse.ArgumentParser:
 
 def from_hf(args: argparse.Namespace) -> dict:
     templates = {
-        name: build.read_config(str(ROOT / spec), CONTINUED) for name, spec in TEMPLATES.items()
+        name: config_files.read_config(str(ROOT / spec), CONTINUED)
+        for name, spec in TEMPLATES.items()
     }
     certificate = convert.from_hf(
         args.source,
@@ -99,7 +100,7 @@ def to_hf(args: argparse.Namespace) -> dict:
     return export.to_hf(
         step_dir,
         args.target,
-        build.saved_config(step_dir.parent.parent / "config.json"),
+        config_files.saved_config(step_dir.parent.parent / "config.json"),
         item=item,
         family=args.family,
         dtype=args.dtype,

@@ -22,7 +22,7 @@ os.environ.update(ENVIRONMENT)  # before jax starts
 
 from absl import app, flags
 
-from jaxlm.build import read_config
+from jaxlm.config_files import read_config
 from jaxlm.files import write_text
 from jaxlm.plan import default_cache, make_plan
 from jaxlm.planning.chips import GIB

@@ -11,7 +11,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from jaxlm import build
+from jaxlm import build, config_files
 from jaxlm.interop import convert, hub, tokenizer_files
 from jaxlm.interop.source import read_config
 from jaxlm.models import BODIES, TransformerConfig, lora
@@ -83,7 +83,7 @@ def open_source(init_from: str) -> Source:
         )
     step_dir = find_step(*split_step(init_from))
     workdir = step_dir.parent.parent
-    config = build.saved_config(workdir / "config.json")
+    config = config_files.saved_config(workdir / "config.json")
     tokenizer, manifest = build.trained_tokenizer(step_dir), read_manifest(step_dir)
     plain = lora.without_adapters(TransformerConfig(**config.model.to_dict()))
     family = BODIES.get(config.family, config.family)

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import bart, bert, gpt, t5, transformer
-from jaxlm import build, tuning
+from jaxlm import config_files, tuning
 from jaxlm.finetune import finetune
 from jaxlm.pretrain import pretrain
 from tests import tiny
@@ -178,7 +178,7 @@ def check_every_leaf_of_fine_tuning_is_read(tmp_path, monkeypatch, store, extra=
     tiny.save_untrained(tiny.tiny_config("configs/gpt.py:tiny", store), source)
     rows = tmp_path / "rows.csv"
     rows.write_text("text,label\n" + "aaa,x\nzzz,y\n" * 12, encoding="utf-8")
-    config = build.read_config(
+    config = config_files.read_config(
         f"{tiny.ROOT}/configs/finetune/classification.py:train={rows},num_epochs=1,seq_len=32",
         {"init_from": str(source), "tuning.train": "lora", "log.progress": False},
     )

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from configs import common, electra, xlnet
-from jaxlm import build, program
+from jaxlm import config_files, program
 from jaxlm.models import TransformerConfig
 from jaxlm.parallel import mesh as meshes
 from jaxlm.pretrain import pretrain
@@ -33,7 +33,7 @@ def test_a_config_is_complete_and_survives_json(module, variant):
 
 @pytest.mark.parametrize(("family", "key"), [("electra", "masked_positions"), ("xlnet", "order")])
 def test_a_recipe_makes_a_program_of_its_model_and_objective(family, key):
-    config = build.read_config(f"{tiny.ROOT}/configs/{family}.py:tiny", tiny.OVERRIDES)
+    config = config_files.read_config(f"{tiny.ROOT}/configs/{family}.py:tiny", tiny.OVERRIDES)
     made = program.make_program(
         config, meshes.make_mesh(), make_tokenizer("bytes", num_sentinels=0)
     )

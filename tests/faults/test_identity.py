@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import build, identity
+from jaxlm import build, config_files, identity
 from jaxlm.exits import Damaged
 from jaxlm.finetune import finetune
 from jaxlm.parallel.mesh import make_mesh
@@ -88,7 +88,7 @@ def check_is_refused(config, workdir, *says, error=identity.OtherRun, **options)
 def check_is_allowed(config, workdir):
     """The run goes on from its checkpoint, and config.json says what it goes on with."""
     pretrain(config, workdir, allow_config_change=True)
-    saved = build.saved_config(workdir / "config.json")
+    saved = config_files.saved_config(workdir / "config.json")
     assert not identity.config_changes(saved, config)
     assert find_step(workdir).name == str(config.num_train_steps)
 
@@ -191,7 +191,7 @@ def test_another_computing_dtype_is_found_though_the_config_leaves_it_to_the_mac
 def test_labelled_rows_that_have_changed_are_refused_or_allowed(folder):
     rows = folder / "rows.csv"
     rows.write_text("text,label\n" + "a cat,animal\na rose,plant\n" * 8)
-    config = build.read_config(
+    config = config_files.read_config(
         f"{tiny.ROOT}/configs/finetune/classification.py:train={rows},num_epochs=1",
         {
             "init_from": str(folder / "run"),

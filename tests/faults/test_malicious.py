@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm.build import read_config
+from jaxlm.config_files import read_config
 from jaxlm.data.token_store import TokenStore
 from jaxlm.exits import Damaged
 from jaxlm.inference.search import Index

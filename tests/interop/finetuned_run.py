@@ -6,7 +6,7 @@ import json
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxlm import build
+from jaxlm import build, config_files
 from jaxlm.interop import convert, export
 from jaxlm.models import MODELS, Head
 from jaxlm.training.checkpoints import Checkpoints
@@ -64,7 +64,7 @@ class FineTuned:
     def export(self, tmp_path, against="round_trip", **options):
         """(its certificate, the folder) of the written run."""
         workdir = self.write(tmp_path / "run")
-        config = build.saved_config(workdir / "config.json")
+        config = config_files.saved_config(workdir / "config.json")
         step_dir = workdir / "checkpoints" / "0"
         target = tmp_path / "out"
         return export.to_hf(step_dir, target, config, against=against, **options), target

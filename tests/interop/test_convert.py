@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from jaxlm import build, interop
+from jaxlm import config_files, interop
 from jaxlm.interop import convert, export, mapping, parity
 from jaxlm.interop.arrays import open_item
 from jaxlm.interop.safetensors_io import BadFile
@@ -19,11 +19,11 @@ from tests.oracles.recorded import read_recorded as read_logits
 from tests.tiny import ROOT
 
 TEMPLATES = {
-    "gpt": build.read_config(str(ROOT / "configs/gpt.py:gpt2")),
-    "bert": build.read_config(str(ROOT / "configs/bert.py:base")),
-    "encoder_decoder": build.read_config(str(ROOT / "configs/t5.py:tiny")),
-    "bart": build.read_config(str(ROOT / "configs/bart.py:tiny")),
-    "xlnet": build.read_config(str(ROOT / "configs/xlnet.py:base")),
+    "gpt": config_files.read_config(str(ROOT / "configs/gpt.py:gpt2")),
+    "bert": config_files.read_config(str(ROOT / "configs/bert.py:base")),
+    "encoder_decoder": config_files.read_config(str(ROOT / "configs/t5.py:tiny")),
+    "bart": config_files.read_config(str(ROOT / "configs/bart.py:tiny")),
+    "xlnet": config_files.read_config(str(ROOT / "configs/xlnet.py:base")),
 }
 
 
@@ -36,14 +36,14 @@ def from_hf(source, target, **options):
 
 
 def to_hf(workdir, target, **options):
-    config = build.saved_config(workdir / "config.json")
+    config = config_files.saved_config(workdir / "config.json")
     step_dir = workdir / "checkpoints" / "0"
     return export.to_hf(step_dir, target, config, against="round_trip", **options)
 
 
 def outputs_of(workdir, family, is_base):
     """What `tiny_hf.run_theirs` gives, by our model of a converted checkpoint."""
-    config = build.saved_config(workdir / "config.json")
+    config = config_files.saved_config(workdir / "config.json")
     pairs = 2 if config.objective.name == "mlm_nsp" else 0
     model = convert.make_model(interop.FAMILIES[family], convert.model_config(config), pairs)
     params = parity.load_float32(open_item(workdir / "checkpoints" / "0" / "params"))
@@ -179,7 +179,10 @@ def test_shards_and_half_precision_come_through(tmp_path):
         source = tiny_hf.write_source(folder / "hf", recorded["config"], half, max_shard_bytes=4000)
         assert len(list(source.glob("*.safetensors"))) > 3
         from_hf(source, folder / "w")
-        assert build.saved_config(folder / "w" / "config.json").param_dtype == np.dtype(dtype).name
+        assert (
+            config_files.saved_config(folder / "w" / "config.json").param_dtype
+            == np.dtype(dtype).name
+        )
         to_hf(folder / "w", folder / "out", max_shard_bytes=4000)
         check_round_trip(half, folder / "out")
         index = json.loads((folder / "out" / "model.safetensors.index.json").read_text())

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxlm import build
+from jaxlm import config_files
 from jaxlm.interop import FAMILIES, convert, export, parity
 from jaxlm.interop.mapping import BadModel
 from jaxlm.interop.source import open_source
@@ -25,7 +25,7 @@ def both_ways(folder, name, *, against="round_trip", weights=None):
     weights = weights or random_weights(twin.shapes)
     tiny_hf.write_source(folder / "hf", twin.hf, weights)
     into = convert.from_hf(str(folder / "hf"), folder / "w", TEMPLATES, against=against)
-    config = build.saved_config(folder / "w" / "config.json")
+    config = config_files.saved_config(folder / "w" / "config.json")
     step_dir = folder / "w" / "checkpoints" / "0"
     out = export.to_hf(step_dir, folder / "out", config, against=against)
     return into, out, weights
@@ -112,7 +112,7 @@ def test_a_base_model_with_its_pooler_comes_back_as_it_was(name, tmp_path):
             parameter.copy_(torch.from_numpy(weights[key]))
     model.save_pretrained(tmp_path / "hf")
     into = convert.from_hf(str(tmp_path / "hf"), tmp_path / "w", TEMPLATES, against="transformers")
-    run_config = build.saved_config(tmp_path / "w" / "config.json")
+    run_config = config_files.saved_config(tmp_path / "w" / "config.json")
     step_dir = tmp_path / "w" / "checkpoints" / "0"
     out = export.to_hf(step_dir, tmp_path / "out", run_config, against="transformers")
     assert into["max_abs_difference"] < 1e-4 and out["max_abs_difference"] < 1e-4

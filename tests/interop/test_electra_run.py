@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from jaxlm import build, program, tuning
+from jaxlm import build, config_files, program, tuning
 from jaxlm.interop import export
 from jaxlm.interop.arrays import open_item
 from jaxlm.interop.source import open_source
@@ -26,7 +26,7 @@ def workdir(tmp_path_factory):
     """As a run leaves it, but with parameters that nothing has trained."""
     folder = tmp_path_factory.mktemp("electra") / "run"
     changes = tiny.OVERRIDES | {"model.embed_factor_dim": 12}
-    config = build.read_config(str(tiny.ROOT / "configs/electra.py:tiny"), changes)
+    config = config_files.read_config(str(tiny.ROOT / "configs/electra.py:tiny"), changes)
     tokenizer = make_tokenizer("bytes", num_sentinels=0)
     tokenizer.save(folder / "tokenizer")
     model = ELECTRA(TransformerConfig(**config.model), **config.generator)
@@ -47,7 +47,7 @@ def stored(workdir):
 
 
 def check_export(workdir, target, against):
-    config = build.saved_config(workdir / "config.json")
+    config = config_files.saved_config(workdir / "config.json")
     certificate = export.to_hf(workdir / "checkpoints" / "0", target, config, against=against)
     about = json.loads((target / "config.json").read_text())
     assert about["architectures"] == ["ElectraForPreTraining"] and about["embedding_size"] == 12

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxlm import build
+from jaxlm import config_files
 from jaxlm.planning.compiling import stand_in_tokenizer
 from jaxlm.program import dummy_batch, make_objective, target_len
 from tests.tiny import ROOT
@@ -15,7 +15,7 @@ T5 = [f"t5.py:tiny,objective={name}" for name in ("span_corruption", "ul2", "mix
     "spec", [*GPT, *T5, "t5.py:tiny,objective=seq2seq_prefix_lm", "bart.py:tiny"]
 )
 def test_an_objective_is_chosen_by_a_word(spec):
-    config = build.read_config(str(ROOT / "configs" / spec), {})
+    config = config_files.read_config(str(ROOT / "configs" / spec), {})
     tokenizer = stand_in_tokenizer(config.model.vocab_size, config.tokenizer.num_sentinels)
     objective = make_objective(config, tokenizer)
     batch = dummy_batch(objective, config.seq_len)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import build, interop
+from jaxlm import build, config_files, interop
 from jaxlm.inference import decode
 from jaxlm.inference.sampling import make_sampling
 from jaxlm.interop import convert, export, mapping, parity
@@ -32,7 +32,7 @@ def from_hf(source, target, against="transformers", **options):
 
 
 def to_hf(workdir, target, **options):
-    config = build.saved_config(workdir / "config.json")
+    config = config_files.saved_config(workdir / "config.json")
     return export.to_hf(
         workdir / "checkpoints" / "0", target, config, against="transformers", **options
     )

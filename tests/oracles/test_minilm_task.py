@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import build
+from jaxlm import config_files
 from jaxlm.data.examples import EvalExamples, Examples, plan_shapes
 from jaxlm.data.records import Record
 from jaxlm.interop import convert, parity
@@ -35,7 +35,7 @@ def our_vectors(workdir, packed):  # noqa: F811
     examples = Examples(features)
     shapes = plan_shapes(examples, len(rows), 0, packed=packed, seq_len=128)
     batches = EvalExamples(examples, shapes, len(rows))
-    config = convert.model_config(build.saved_config(workdir / "config.json"))
+    config = convert.model_config(config_files.saved_config(workdir / "config.json"))
     model = MODELS["bert"](config, head=Head(config, **task.head))
     params = parity.load_float32(open_item(workdir / "checkpoints" / "0" / "params"))
     params = {name: params[name] for name in ("embed", "layers")}

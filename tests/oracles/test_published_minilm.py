@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm import build
+from jaxlm import config_files
 from jaxlm.interop import convert, export, parity
 from jaxlm.interop.arrays import open_item
 from jaxlm.interop.safetensors_io import read_folder
@@ -33,7 +33,9 @@ def published():
 @pytest.fixture(scope="module")
 def workdir(published, tmp_path_factory):
     target = tmp_path_factory.mktemp("minilm") / "workdir"
-    templates = {name: build.read_config(str(ROOT / path)) for name, path in TEMPLATES.items()}
+    templates = {
+        name: config_files.read_config(str(ROOT / path)) for name, path in TEMPLATES.items()
+    }
     certificate = convert.from_hf(str(published), target, templates, against="transformers")
     assert certificate["passed"] and certificate["compared"] == "hidden"
     return target
@@ -44,7 +46,7 @@ def mean_pooled(states_BTD, mask_BT):
 
 
 def our_embeddings(workdir):
-    config = build.saved_config(workdir / "config.json")
+    config = config_files.saved_config(workdir / "config.json")
     tokenizer = load_tokenizer(workdir / "tokenizer")
     rows = [
         np.concatenate([[tokenizer.cls_id], tokenizer.encode(s), [tokenizer.sep_id]])
@@ -87,7 +89,7 @@ def test_the_embedding_check_fails_for_the_sentences_in_another_order(workdir, p
 
 
 def test_every_published_tensor_comes_back(workdir, published, tmp_path):
-    config = build.saved_config(workdir / "config.json")
+    config = config_files.saved_config(workdir / "config.json")
     export.to_hf(workdir / "checkpoints" / "0", tmp_path / "hf", config, against="round_trip")
     before, after = read_folder(published), read_folder(tmp_path / "hf")
     assert set(before) - {"embeddings.position_ids"} == set(after)

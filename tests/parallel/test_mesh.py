@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxlm import build, config_checks
+from jaxlm import config_checks, config_files
 from jaxlm.models.layers import LOGICAL_AXES
 from jaxlm.parallel import mesh as meshes
 from jaxlm.planning import topologies
@@ -77,7 +77,7 @@ class Mesh:
 
 
 def test_everything_in_a_config_that_a_mesh_does_not_divide_is_refused_at_once():
-    config = build.read_config(
+    config = config_files.read_config(
         str(tiny.ROOT / "configs/gpt.py:tiny"),
         {field: size for field, (size, _) in UNEVEN.items()}
         | {"batch_size": 12, "accumulation_steps": 4},
@@ -94,7 +94,7 @@ def test_everything_in_a_config_that_a_mesh_does_not_divide_is_refused_at_once()
 
 
 def test_even_sizes_are_not_refused():
-    config = build.read_config(str(tiny.ROOT / "configs/gpt.py:tiny"))
+    config = config_files.read_config(str(tiny.ROOT / "configs/gpt.py:tiny"))
     assert (
         meshes.misfits(
             meshes.make_mesh(data=2, fsdp=2, context=2), config_checks.shared_sizes(config)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import build
+from jaxlm import build, config_files
 from jaxlm.parallel import mesh as meshes
 from jaxlm.parallel import processes
 from jaxlm.pretrain import pretrain
@@ -105,6 +105,9 @@ def setting(tmp_path_factory):
         eval__prompts=(),
         eval__num_batches=1,
         optimizer__learning_rate=1e-3,
+        # So low that steps are left out: by all processes, the same ones.
+        guards__spike_factor=1.1,
+        guards__spike_window=8,
     )
     path = root / "config.json"
     build.write_config(config, path)
@@ -145,14 +148,17 @@ def check_survivors(children, victim):
 
 
 def test_two_processes_run_as_one_until_one_is_killed(setting, tmp_path):
+    """Guards included: steps that are computed twice give the same bits, and spikes are the same steps."""
     config, whole = setting
     workdir = tmp_path / "run"
-    children = start(tiny.pretrain_command(config, workdir, "--profile_steps=3:5"), 2, devices=2)
+    flags = ["--profile_steps=3:5", "--config.guards.self_check_every_steps=4"]
+    children = start(tiny.pretrain_command(config, workdir, *flags), 2, devices=2)
     wait_for(workdir, children, lines=6)
     children[1].send_signal(signal.SIGKILL)
     check_survivors(children, victim=1)
     assert 0 < int(find_step(workdir).name) < 40
     check_same_curve(workdir, whole, lines=6)
+    assert any(line["spikes"] for line in tiny.learned(workdir)[:6])
     assert json.loads((workdir / "environment.json").read_text())["processes"] == 2
     assert traced_steps(workdir / "profile") == {3, 4, 5}
 
@@ -175,7 +181,7 @@ def main(argv):
         if int(wrong):
             meshes.local_rows = lambda mesh, size: np.arange(size // jax.process_count())
         with processes.main_first("data"):
-            run = build.make_run(build.saved_config(config), workdir)
+            run = build.make_run(config_files.saved_config(config), workdir)
         batches, hashes = run.device_batches(int(first)), []
         for _ in range(int(steps)):
             batch = processes.fetch(next(batches))
@@ -194,7 +200,9 @@ NUM_BATCHES = 3
 def whole_hashes(config_path, workdir, steps):
     """The hashes of the batches of these steps by one process alone, before any device."""
     run = build.make_run(
-        build.saved_config(config_path), workdir, mesh=meshes.make_mesh(devices=jax.devices()[:1])
+        config_files.saved_config(config_path),
+        workdir,
+        mesh=meshes.make_mesh(devices=jax.devices()[:1]),
     )
     hashes = []
     for step in steps:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxlm.build import read_config
+from jaxlm.config_files import read_config
 from jaxlm.planning.compiling import plan_program
 from jaxlm.planning.topologies import parse_topology
 from tools import plan_table

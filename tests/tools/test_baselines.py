@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm import build
+from jaxlm import config_files
 from jaxlm.tasks import scores
 from tools import baseline_data, baseline_speed, baselines, trainer_baseline
 from tools.baseline_data import DATASETS, SPLITS
@@ -149,7 +149,7 @@ FILES = {split: Path(f"/data/{split}.jsonl") for split in SPLITS}
 def test_our_config_has_every_field_that_a_run_sets(name):
     (run,) = baselines.make_runs([name], ["ours"], [7], {"ours": {"batch_size": 5}})
     fields = baselines.our_fields(run, FILES, "/model")
-    config = build.read_config(str(ROOT / DATASETS[name].config), fields)
+    config = config_files.read_config(str(ROOT / DATASETS[name].config), fields)
     assert config.task.name == DATASETS[name].task
     assert (config.batch_size, config.seed, config.init_from) == (5, 7, "hf:/model")
     assert config.optimizer.learning_rate == run.settings["learning_rate"]
@@ -160,7 +160,7 @@ def test_a_setting_that_our_config_does_not_have_is_an_error():
     (run,) = baselines.make_runs(["wnut17"], ["ours"], [0], {"ours": {"batchsize": 5}})
     fields = baselines.our_fields(run, FILES, "/model")
     with pytest.raises((AttributeError, KeyError), match="batchsize"):
-        build.read_config(str(ROOT / DATASETS["wnut17"].config), fields)
+        config_files.read_config(str(ROOT / DATASETS["wnut17"].config), fields)
 
 
 def write_workdir(folder, accuracy):

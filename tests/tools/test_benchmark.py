@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxlm import build
+from jaxlm import config_files
 from jaxlm.objectives import losses
 from tests import tiny
 from tools import benchmark, torch_reference
@@ -88,7 +88,7 @@ def test_decoding_against_torch_reports_both_and_their_ratios(store):
 @pytest.mark.parametrize("spec", ["configs/gpt.py:gpt2", "configs/bert.py:base"])
 def test_torchs_model_has_our_number_of_parameters(spec):
     transformers = pytest.importorskip("transformers")
-    sizes = build.read_config(str(tiny.ROOT / spec)).model
+    sizes = config_files.read_config(str(tiny.ROOT / spec)).model
     sizes.num_layers = 1
     make = torch_reference.make_gpt2 if "gpt" in spec else torch_reference.make_bert
     theirs = sum(p.numel() for p in make(transformers, sizes).parameters())
@@ -101,7 +101,9 @@ def test_torchs_model_has_our_number_of_parameters(spec):
 
 def test_a_model_that_transformers_has_not_is_refused_with_all_reasons():
     with pytest.raises(ValueError) as error:
-        torch_reference.check_has_twin(build.read_config(str(tiny.ROOT / "configs/gpt.py:tiny")))
+        torch_reference.check_has_twin(
+            config_files.read_config(str(tiny.ROOT / "configs/gpt.py:tiny"))
+        )
     for field in ("position", "norm", "activation", "num_kv_heads", "qk_norm"):
         assert f"model.{field}: found" in str(error.value)
 
@@ -139,7 +141,7 @@ def check_mlm_flops(report):
 
 
 def test_bert_base_saves_15_percent_of_its_step_at_the_masked_positions(monkeypatch):
-    config = build.read_config(
+    config = config_files.read_config(
         str(tiny.ROOT / "configs/bert.py:base"), {"batch_size": 2, "seq_len": 128}
     )
     check_mlm_flops(benchmark.benchmark_mlm_flops(config))

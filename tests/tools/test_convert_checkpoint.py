@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import build
+from jaxlm import build, config_files
 from jaxlm.interop import convert
 from jaxlm.interop.mapping import BadModel
 from jaxlm.interop.source import open_source
@@ -82,7 +82,7 @@ def test_what_comes_in_is_a_workdir_that_generates(tmp_path, capsys):
         loaded.tokenizer.encode("def main").tolist()
         == load_tokenizer(source).encode("def main").tolist()
     )
-    config = build.read_config(str(tmp_path / "w" / "config.json"))
+    config = config_files.read_config(str(tmp_path / "w" / "config.json"))
     assert config.init_from == str(tmp_path / "w") and config.seq_len <= config.model.max_len
 
 
@@ -91,7 +91,7 @@ def test_pretraining_starts_from_a_folder_and_from_what_was_converted(name, tmp_
     """init_from=hf:FOLDER and init_from=W give one state, with the source's tensors in it."""
     source, weights = make_source(tmp_path / "hf", name)
     assert run(capsys, "from_hf", "--source", source, "--target", tmp_path / "w")[0] == 0
-    config = build.read_config(str(tmp_path / "w" / "config.json"))
+    config = config_files.read_config(str(tmp_path / "w" / "config.json"))
     (tmp_path / "text").mkdir()
     for number in range(20):
         (tmp_path / "text" / f"{number}.txt").write_text(f"{number}\n{TEXT}")
