@@ -23,11 +23,11 @@ SECONDS = 600
 
 def write_files(folder: Path) -> None:
     """The files that the pages name, with a few lines each."""
-    library = sorted(Path(os.__file__).parent.glob("*.py"))[:8]
-    text = "".join(path.read_text(encoding="utf-8")[:1500] for path in library)
     (folder / "text").mkdir()
-    for name in ("input.txt", "text/a.txt", "text/b.txt"):
-        (folder / name).write_text(text, encoding="utf-8")
+    for number, path in enumerate(sorted(Path(os.__file__).parent.glob("*.py"))[:40]):
+        text = path.read_text(encoding="utf-8")[:1500]
+        (folder / "text" / f"{number}.txt").write_text(text, encoding="utf-8")
+    (folder / "input.txt").write_text(text * 8, encoding="utf-8")
     (folder / "F.txt").write_text("def f\nimport os\n", encoding="utf-8")
     for name in ("my.csv", "new.csv"):
         rows = "".join(f"{'a' * (n % 5 + 1)} {'yz'[n % 2]},{'yz'[n % 2]}\n" for n in range(48))

@@ -63,7 +63,7 @@ STANDS_FOR = {
     "--process_id=I": "--process_id=0",
     "--search=N": "--search=2",
     "HOST:PORT": "localhost:8476",
-    "=FILE": "=text/a.txt",
+    "=FILE": "=text/1.txt",
 }
 
 
