@@ -1,6 +1,7 @@
 """Reads a command's flags and config as its program would, in this process, and stops before it does anything."""
 
 import argparse
+import math
 import re
 import runpy
 import shlex
@@ -8,16 +9,40 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 from absl import app, flags
+from ml_collections import ConfigDict
 from packaging.requirements import Requirement
 
+from jaxlm import config_checks
 from tests.readme.markdown import ROOT
 
 
 class Parsed(Exception):
-    """The flags are read; what they are, where they are argparse's."""
+    """The flags are read: (argparse's, or the words that are no flags; the config, where there is one)."""
+
+
+class Machine(NamedTuple):
+    """What `check_config` asks of a mesh, of more devices than are here."""
+
+    shape: dict[str, int]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape.values())
+
+
+def check_fits(config: ConfigDict, devices: int) -> None:
+    """Raises what a run would, if the config's mesh is not of so many devices or does not divide its sizes."""
+    sizes = config.mesh.to_dict()
+    known = math.prod(size for size in sizes.values() if size != -1)
+    shape = {name: devices // known if size == -1 else size for name, size in sizes.items()}
+    assert math.prod(shape.values()) == devices, f"a mesh of {sizes} on {devices} devices"
+    tokenizer = SimpleNamespace(vocab_size=config.model.vocab_size)
+    config_checks.check_config(config, Machine(shape), tokenizer, 0)
 
 
 @contextmanager
@@ -25,12 +50,12 @@ def stopped_after_flags() -> Iterator[None]:
     """absl's and argparse's programs end by `Parsed`; flags that they define are forgotten at the end."""
     known, parse_args = set(flags.FLAGS), argparse.ArgumentParser.parse_args
 
-    def run(main, argv=None):
-        rest = flags.FLAGS(argv or sys.argv)[1:]
-        raise Parsed(rest)
+    def run(main, argv=None, flags_parser=flags.FLAGS):
+        rest = flags_parser(argv or sys.argv)[1:]
+        raise Parsed(rest, flags.FLAGS.config if "config" in flags.FLAGS else None)
 
     def parse(parser, args=None, namespace=None):
-        raise Parsed(parse_args(parser, args, namespace))
+        raise Parsed(parse_args(parser, args, namespace), None)
 
     with mock.patch.object(app, "run", run), mock.patch.object(argparse.ArgumentParser, "parse_args", parse):  # fmt: skip
         try:
@@ -40,8 +65,11 @@ def stopped_after_flags() -> Iterator[None]:
                 delattr(flags.FLAGS, name)
 
 
-def read_python(words: list[str]) -> None:
-    """`python -m MODULE …` or `python FILE …`: raises what the program says of a wrong flag or config."""
+def read_python(words: list[str], devices: int = 0) -> None:
+    """`python -m MODULE …` or `python FILE …`: raises what the program says of a wrong flag or config.
+
+    devices: of the machine, which a training config must fit, too; 0: any.
+    """
     if words[1] == "-m":
         start = lambda: runpy.run_module(words[2], run_name="__main__", alter_sys=True)
     else:
@@ -51,9 +79,11 @@ def read_python(words: list[str]) -> None:
         try:
             start()
         except Parsed as parsed:
-            (found,) = parsed.args
+            found, config = parsed.args
         else:
             raise AssertionError(f"{shlex.join(words)} ended without reading flags")
+    if devices and config is not None:
+        check_fits(config, devices)
     if isinstance(found, list):
         assert not found, f"{shlex.join(words)}: {found} are no flags"
     elif words[1] == "tools/sweep.py":
@@ -63,19 +93,18 @@ def read_python(words: list[str]) -> None:
         read_python(command)
 
 
-def read_install(text: str) -> None:
-    """`pip install …`: files are there, extras are pyproject.toml's, other requirements can be read."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
-    words = iter(shlex.split(text))
-    for word in words:
-        if word == "-r":
-            assert (ROOT / next(words)).is_file()
-        elif not word.startswith("-") and word not in ("pip", "install"):
-            named = Requirement(word.replace(".[", "jaxlm[", 1) if word.startswith(".") else word)
-            if named.name == "jaxlm":
-                assert named.extras <= set(extras), f"{word}: pyproject.toml has {sorted(extras)}"
+def read_install(words: list[str]) -> None:
+    """What follows `pip install`: files are there, extras are pyproject.toml's, other requirements can be read."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for flag, word in zip(["", *words], words, strict=False):
+        if word.startswith("-"):
+            continue
+        if flag == "-r":
+            assert (ROOT / word).is_file()
+            continue
+        named = Requirement(f"jaxlm{word[1:]}" if word.startswith(".") else word)
+        unknown = named.extras - set(project["optional-dependencies"])
+        assert named.name != "jaxlm" or not unknown, f"{word}: pyproject.toml has no {unknown}"
 
 
 def within(words: list[str]) -> Iterator[str]:
@@ -88,16 +117,17 @@ def within(words: list[str]) -> Iterator[str]:
         yield shlex.join(words[words.index("python") :])
 
 
-def read_other(text: str) -> None:
+def read_other(text: str, devices: int = 0) -> None:
     """A command of another program: what can be known of it here."""
     words = shlex.split(text)
     parts = [part for part in [text, *within(words)] if not re.match("cd |git clone ", part)]
     for part in parts:
         program, *rest = shlex.split(part)
+        program = program.rpartition("/")[2]
         if program == "pip" and rest[0] == "install":
-            read_install(part.partition("&&")[0])
+            read_install(rest[1 : rest.index("&&") if "&&" in rest else None])
         elif program == "python" and rest[0] != "-c":
-            read_python(shlex.split(part))
+            read_python(shlex.split(part), devices)
         elif program == "pytest":
             missing = [word for word in rest if "/" in word and not (ROOT / word).exists()]
             assert not missing, f"{part}: {missing} are not there"

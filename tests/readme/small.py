@@ -50,8 +50,8 @@ STANDS_FOR = {
     "DIR_OR_HUB_ID": "hub/decoder",
     "WORKDIR_OR_STORE": "W",
     "FILE_OR_DIR": "text",
-    "W@1000": "W@10",
-    "W@STEP": "W@10",
+    "W@1000": "W@12",
+    "W@STEP": "W@12",
     "gs://BUCKET/": "runs/",
     "gs://bucket/": "runs/",
     "--checkpoint=…": "--checkpoint=W",
@@ -93,9 +93,13 @@ class Read(NamedTuple):
 
 
 class Shell(NamedTuple):
-    """A command for another machine or of another program, and why; bash parses it, and ours within it is read."""
+    """A command for another machine or of another program, and why; bash parses it, and ours within it is read.
+
+    devices: of that machine; the config within must fit them.
+    """
 
     why: str
+    devices: int = 0
 
 
 # The reader's folders by their names: keys of MADE.
@@ -245,9 +249,11 @@ HOW: dict[str, Run | Read | Shell] = {
     "bash tools/quickstart.sh": Shell("tests/tools/test_quickstart.py runs it whole"),
     "bash tools/check.sh": Shell("it is what runs this test; tests/tools/test_shell_scripts.py"),
     "gcloud ": Shell(NEEDS_ACCELERATOR),
-    "xpk ": Shell(NEEDS_ACCELERATOR),
-    "mpirun ": Shell(NEEDS_ACCELERATOR),
-    "srun ": Shell(NEEDS_ACCELERATOR),
+    "gcloud compute tpus tpu-vm ssh one": Shell(NEEDS_ACCELERATOR, devices=8),
+    "gcloud compute tpus tpu-vm ssh pod": Shell(NEEDS_ACCELERATOR, devices=16),
+    "xpk workload create --cluster=CLUSTER --workload=run1 --tpu-type=v5p-128 --num-slices=2": Shell(NEEDS_ACCELERATOR, devices=128),
+    "mpirun --host node1:1,node2:1 -np 2": Shell(NEEDS_ACCELERATOR, devices=2),
+    "srun ": Shell(NEEDS_ACCELERATOR, devices=32),
     "status=$?": Shell("the rest of a batch script"),
     "[ $status": Shell("the rest of a batch script"),
     "exit $status": Shell("the rest of a batch script"),

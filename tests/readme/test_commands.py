@@ -129,7 +129,7 @@ def test_bash_reads_it_and_ours_within_it_is_known(command, place, monkeypatch):
     text = small.stood_for(small.whole(command.text))
     done = subprocess.run(["bash", "-n", "-c", text], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    read_other(text)
+    read_other(text, how_of(command).devices)
 
 
 @pytest.mark.parametrize(
@@ -138,17 +138,18 @@ def test_bash_reads_it_and_ours_within_it_is_known(command, place, monkeypatch):
         ("python -m jaxlm.pretrain --config=configs/gpt.py:tiny --workdri=W", "workdri"),
         ("python -m jaxlm.pretrain --config=configs/gpt.py:tinny --workdir=W", "tinny"),
         ("python -m jaxlm.pretrain --config=configs/gpt.py:tiny --config.seeed=1 --workdir=W", "seeed"),
-        ("python tools/fsck.py", ""),
+        ("python tools/fsck.py", "2"),
         ("python tools/sweep.py --config=configs/gpt.py:tiny --workdir=S --grid sed=0,1", "sed"),
         ("pip install -e '.[gpus]'", "gpus"),
         ("pytest tests/no_such.py", "no_such"),
+        ("python -m jaxlm.pretrain --config=configs/gpt.py:llama3_1b --workdir=W --config.mesh.fsdp=3", "fsdp"),
         ("xpk create --command='python -m jaxlm.pretrain --config=configs/gpt.py:tiny --mesh=8'", "mesh"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_is_not_known(wrong, error, place, monkeypatch):
     monkeypatch.chdir(place)
     with pytest.raises((Exception, SystemExit), match=error):
-        read_other(wrong)
+        read_other(wrong, devices=16)
 
 
 # --- real runs --------------------------------------------------------------------------------------------------------
