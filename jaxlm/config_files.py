@@ -18,7 +18,7 @@ from jaxlm.files import as_path
 from jaxlm.sealed import read_object
 
 PACKAGE = Path(__file__).parent
-SHIPPED = PACKAGE / "shipped"  # setup.py puts configs/ and tools/ there
+SHIPPED = PACKAGE / "shipped"  # setup.py puts configs/, tools/ and requirements.txt there
 HOME = SHIPPED if SHIPPED.is_dir() else PACKAGE.parent
 MAX_CONFIG_BYTES = 16 << 20
 

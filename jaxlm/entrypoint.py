@@ -1,6 +1,7 @@
 """How the command lines of pretraining and fine-tuning start, alike: flags, the processes of the run, signals, exit status."""
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,19 @@ from jaxlm.training import stopping
 log = logging.getLogger("jaxlm")
 
 
-def launch(train: Callable[..., Any]) -> None:
-    """Runs `train` as a program's main function. train: as `pretrain.pretrain`."""
+def run_program(main: Callable[[list[str]], Any], doc: str | None) -> None:
+    """Runs `main` with the flags that are defined; --help shows doc and jaxlm's flags, whether the program was started by
+    python -m or by its console script."""
+    args = flags.FLAGS
+    for module, defined in args.flags_by_module_dict().items():
+        for flag in defined if module.startswith("jaxlm.") else ():
+            args.register_key_flag_for_module(sys.argv[0], flag)
+    sys.modules["__main__"].__doc__ = doc
+    app.run(main)
+
+
+def launch(train: Callable[..., Any], doc: str | None) -> None:
+    """Runs `train` as a program's main function. train: as `pretrain.pretrain`. doc: what --help shows."""
     keep_private()
     define_config_flag()
     define_process_flags()
@@ -61,4 +73,4 @@ def launch(train: Callable[..., Any]) -> None:
                 stop=stop,
             )
 
-    app.run(main)
+    run_program(main, doc)

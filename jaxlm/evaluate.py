@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 from jaxlm import build, config_files, language_model, reports, tuning
 from jaxlm.compiled import keep_compiled_programs
+from jaxlm.entrypoint import run_program
 from jaxlm.exits import with_status
 from jaxlm.files import as_path
 from jaxlm.flags import define_process_flags, process_options
@@ -223,6 +224,10 @@ def refuse_unused(args: flags.FlagValues, is_finetuned: bool) -> None:
         raise ValueError("\n  ".join(problems))
 
 
-if __name__ == "__main__":
+def command() -> None:
     define_flags()
-    app.run(main)
+    run_program(main, __doc__)
+
+
+if __name__ == "__main__":
+    command()

@@ -113,5 +113,9 @@ class EarlyStopping:
         return 0 < self.patience <= self.waited
 
 
+def command() -> None:
+    launch(finetune, __doc__)
+
+
 if __name__ == "__main__":
-    launch(finetune)
+    command()

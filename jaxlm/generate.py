@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 from jaxlm import api
 from jaxlm.compiled import keep_compiled_programs
+from jaxlm.entrypoint import run_program
 from jaxlm.exits import with_status
 from jaxlm.files import as_path, is_remote, write_whole
 from jaxlm.host import keep_freed_memory
@@ -233,6 +234,10 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"found: {error}")
 
 
-if __name__ == "__main__":
+def command() -> None:
     define_flags()
-    app.run(main)
+    run_program(main, __doc__)
+
+
+if __name__ == "__main__":
+    command()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from absl import logging as absl_logging
 
 try:
@@ -41,6 +41,7 @@ except ImportError as error:
     raise ImportError(MISSING) from error
 
 from jaxlm.compiled import keep_compiled_programs
+from jaxlm.entrypoint import run_program
 from jaxlm.exits import with_status
 from jaxlm.host import keep_freed_memory
 from jaxlm.inference import decode, scoring
@@ -326,6 +327,10 @@ def main(argv):
     print(utils.make_table(results))
 
 
-if __name__ == "__main__":
+def command() -> None:
     define_flags()
-    app.run(main)
+    run_program(main, __doc__)
+
+
+if __name__ == "__main__":
+    command()

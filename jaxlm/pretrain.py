@@ -1,7 +1,7 @@
 """Pretrains a language model: `python -m jaxlm.pretrain --config=configs/gpt.py:tiny --workdir=W`.
 
 The same command again goes on from the newest checkpoint. Started by srun, mpirun, xpk and so on, the processes of a run
-find one another (jaxlm/parallel/launchers.py). Read `main` from top to bottom.
+find one another (jaxlm/parallel/launchers.py). Read `pretrain` from top to bottom.
 """
 
 from pathlib import Path
@@ -76,5 +76,9 @@ def attempt(run: build.Run, session: Session, profile_steps: str) -> dict[str, f
         return last_eval
 
 
+def command() -> None:
+    launch(pretrain, __doc__)
+
+
 if __name__ == "__main__":
-    launch(pretrain)
+    command()

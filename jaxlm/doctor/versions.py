@@ -8,7 +8,9 @@ from typing import NamedTuple
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
+from jaxlm.config_files import HOME
+
+REQUIREMENTS = HOME / "requirements.txt"
 # Whose own requirements are looked at, with the extras that an accelerator is installed by.
 CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections")
 EXTRAS = ("", "tpu", "cuda12", "cuda13")
