@@ -26,8 +26,11 @@ class Denoising(Seq2Seq):
     They are done in this order, each within its document; [bos] and [eos] stay. Both rows have `seq_len` places, the
     decoder's is full. The defaults are those of the released BART.
 
-    permute_sentences, rotate: shares of the documents. infill_rate: share of a row's text that is in spans, exactly;
-      spans are Poisson(mean_span) long, 0 included. delete_rate, mask_rate: shares of what is left, exactly.
+    permute_sentences, rotate: share of the documents that it is done to.
+    infill_rate: share of a row's text that is in spans, exactly.
+    mean_span: spans are Poisson(mean_span) tokens long, 0 included.
+    delete_rate, mask_rate: share of what is left that it takes, exactly.
+
     Everything else: see `Seq2Seq`.
     """
 

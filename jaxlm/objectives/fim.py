@@ -23,8 +23,10 @@ class FillInTheMiddle(CausalLM):
     labels and weights are those of `CausalLM`. A row is cut into its documents first, so parts never mix, and what three
     tokens more for each leave no room for at the end of the row is left out.
 
-    rate: share of the documents (or of what the row has of them) that are rearranged. spm_share: of those, how many as
-    SPM. Everything else: see `CausalLM`.
+    rate: share of the documents (or of what the row has of them) that are rearranged.
+    spm_share: of those, how many as SPM.
+
+    Everything else: see `CausalLM`.
     """
 
     rate: float = 0.5

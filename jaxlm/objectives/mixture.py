@@ -39,9 +39,13 @@ class Mixture:
     all labels alike.
 
     objectives: {name: {"name": …, options…}}, all for decoders or all for encoder-decoders; names are for shares,
-      weights and metrics. shares: of rows, 'STEP:NAME=SHARE,…' from that step on; () = equal ones. loss_weights:
-      'NAME=WEIGHT,…'; '' = all 1. adapt: 0 = fixed weights; above 0 what is hard counts more, below 0 what is easy.
-    decoder_start: of all objectives; see `Seq2Seq`. z_loss, label_smoothing, chunk_tokens: see `cross_entropy`.
+      weights and metrics.
+    shares: of rows, 'STEP:NAME=SHARE,…' from that step on; () = equal ones.
+    loss_weights: 'NAME=WEIGHT,…'; '' = all 1.
+    adapt: 0 = fixed weights; above 0 what is hard counts more, below 0 what is easy.
+    decoder_start: of all objectives; see `Seq2Seq`.
+    tokenizer: gives ids and tables; not kept.
+    z_loss, label_smoothing, chunk_tokens: see `cross_entropy`.
     """
 
     tokenizer: dataclasses.InitVar[Any]

@@ -28,7 +28,10 @@ class PermutationLM:
     Places are chosen as section 2.6 has it: of a stretch of K L tokens a span of L, L from 1 to max_span with
     P(L) ~ 1 / L (as released), at a random place in it. Special ids are never predicted, and no span crosses documents.
 
-    partial: K. tokenizer: gives ids and tables; not kept. static: as of `MaskedLM`.
+    partial: K.
+    max_span: the longest span.
+    tokenizer: gives ids and tables; not kept.
+    static: as of `MaskedLM`.
     label_smoothing, chunk_tokens: see `cross_entropy`.
     """
 

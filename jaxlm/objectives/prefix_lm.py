@@ -51,6 +51,7 @@ class Seq2SeqPrefixLM(Seq2Seq):
 
     rate: 0 = the prefix of each document ends anywhere (then the decoder's row is as long as the encoder's); otherwise
       the share of a row that is predicted, exactly, and of each document within a token, if it is long enough.
+
     Everything else: see `Seq2Seq`.
     """
 

@@ -30,7 +30,10 @@ class SpanCorruption(Seq2Seq):
     whole example does in T5. Spans lie anywhere as long as they do not touch (T5's come after a kept token, and one ends
     the text). Documents too short to hide that much in have the end of their row left out.
 
-    noise_density, mean_span: as above. Everything else: see `Seq2Seq`.
+    noise_density: share of the raw tokens that are hidden.
+    mean_span: mean length of a span in tokens, 1 or more.
+
+    Everything else: see `Seq2Seq`.
     """
 
     noise_density: float = 0.15

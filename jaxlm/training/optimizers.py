@@ -233,7 +233,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
-def make_optimizer(name: str, *, axes: PyTree, **hyper) -> optax.GradientTransformation:
+def make_optimizer(name: str, *, axes: PyTree, **hyper: Any) -> optax.GradientTransformation:
     """The direction of the update by the optimizer `name`; the caller multiplies it by -learning_rate.
 
     Stacked and unstacked parameters get equal updates. Weight decay acts on matrices and embeddings only.

@@ -14,6 +14,7 @@ Step counts from 0. Warm-up gives lr (step + 1) / warmup_steps, so no step has a
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def make_schedule(
-    name: str, *, learning_rate: float, warmup_steps: int, num_train_steps: int, **options
+    name: str, *, learning_rate: float, warmup_steps: int, num_train_steps: int, **options: Any
 ) -> Schedule:
     """A function from the step (int, may be traced) to the learning rate (float32 scalar).
 

@@ -18,7 +18,7 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def make_train_step(
-    model,
+    model: Any,
     loss: Callable,
     optimizer: optax.GradientTransformation,
     schedule: Callable,
