@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from jaxlm import build
+from jaxlm import build, config_checks
 from jaxlm import program as programs
 from jaxlm.data.augment import Augmentation, AugmentedFeatures
 from jaxlm.data.examples import Examples, TrainExamples, lay_out, plan_shapes
@@ -112,7 +112,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
 
 def complete(config: ConfigDict, source: Source, task: Any, num_examples: int) -> ConfigDict:
     """The user's config with what the source and the data decide: family, model, head, steps and intervals."""
-    problems = build.guard_problems(config.guards)
+    problems = config_checks.guard_problems(config.guards)
     model, tuning = source.model, config.tuning
     longest = {"seq_len": config.seq_len}
     if writes(task):

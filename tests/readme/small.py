@@ -19,6 +19,7 @@ GENERATE = "python -m jaxlm.generate --checkpoint=W "
 # Flags alone belong to one of these commands: at its end, or where it has {}.
 BASES = {
     "… ": PRETRAIN,
+    "… --config.init_from": "python -m jaxlm.pretrain --config=configs/gpt.py:tiny --workdir=W2 ",
     "…:train=": FINETUNE,
     "--allow_host": "python tools/demo.py --checkpoint=W --host=0.0.0.0 ",
     "--checkpoint=": "python -m jaxlm.generate --prompt=def ",
@@ -127,7 +128,7 @@ MADE = {
     "decoder": Made(PRETRAIN, "W"),
     "encoder": Made("python -m jaxlm.pretrain --config=configs/bert.py:tiny --workdir=W", "W"),
     "encoder_decoder": Made(
-        "python -m jaxlm.pretrain --config=configs/t5.py:tiny --workdir=W", "W"
+        "python -m jaxlm.pretrain --config=configs/t5.py:small --workdir=W", "W"
     ),
     "hub/decoder": Made(EXPORT, "DIR"),
     "hub/encoder": Made(EXPORT, "DIR", {"W": "encoder"}),
