@@ -402,9 +402,12 @@ def embed(
 
 
 def rows_to_embed(
-    lm: LanguageModel, texts: Sequence[str], pooling: str
+    lm: LanguageModel, texts: Sequence[str], pooling: str, *, cut: bool = False
 ) -> tuple[list[np.ndarray], str]:
-    """(the ids of each text with what stands around it, (n,) int32; where they are read, of `embedding.POOLINGS`)."""
+    """(the ids of each text with what stands around it, (n,) int32; where they are read, of `embedding.POOLINGS`).
+
+    cut: texts that are too long lose their ends; else they are refused.
+    """
     if lm.family not in ("gpt", "bert"):
         raise BadInput(f"{lm.checkpoint} is {FAMILIES.get(lm.family, lm.family)}")
     pooling = pooling or lm.pooling or "mean"
@@ -416,7 +419,7 @@ def rows_to_embed(
         causal=lm.family == "gpt",
         num_token_types=lm.model.config.num_token_types,
     )
-    encoded = encode_texts(lm, texts, most=layout.room(1), allow_any=True)
+    encoded = encode_texts(lm, texts, most=0 if cut else layout.room(1), allow_any=True)
     return [layout.lay(ids).tokens for ids in encoded], POOLINGS[pooling][lm.family]
 
 

@@ -1,6 +1,6 @@
-"""Draws loss.png and throughput.png: `python tools/plot_run.py W` or, of several runs in one picture,
-`python tools/plot_run.py W1 W2 --output=DIR`; with `--metric=accuracy --by=init` one held-out metric, the runs of
-each value of a field together, their mean and standard deviation."""
+"""Draws a run's loss.png, throughput.png and optimization.png (learning rate and gradient norm): `python tools/plot_run.py W`
+or, of several runs in one picture each, `python tools/plot_run.py W1 W2 --output=DIR`; with `--metric=accuracy --by=init` one
+held-out metric, the runs of each value of a field together, their mean and standard deviation."""
 
 import argparse
 import sys

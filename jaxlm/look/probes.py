@@ -51,22 +51,32 @@ def probe(
     >>> found.accuracies.shape, found.labels
     ((3,), ('def', 'import'))
 
-    pooling: as in `api.embed`. seed: of the split and of the shuffled labels.
+    pooling: as in `api.embed`. seed: of the split and of the shuffled labels. Texts that are too long are cut.
 
     Raises:
-      BadInput: for texts that are too long, labels that are not as many as the texts, fewer than two labels, or a label of
-        fewer than four texts.
+      BadInput: for a family that has no vectors, labels that are not as many as the texts, fewer than two labels, or a label
+        of fewer than four texts.
     """
+    check_labels(texts, labels)
+    return probe_states(layer_states(lm, texts, pooling), labels, seed)
+
+
+def layer_states(lm: LanguageModel, texts: Sequence[str], pooling: str = "") -> np.ndarray:
+    """Float32 (L + 1, n, D): of each text the embeddings and then each layer's states, pooled as in `api.embed`."""
+    rows, where = api.rows_to_embed(lm, texts, pooling, cut=True)
+    read = lm.in_mesh(pooled_states)
+    return read(lm.model, lm.params, rows, pooling=where, max_len=lm.max_len)
+
+
+def check_labels(texts: Sequence[str], labels: Sequence[str]) -> None:
+    """Raises BadInput unless there is a label for each text, two kinds or more, and each often enough to be held out."""
     names, counts = np.unique(np.asarray(labels, str), return_counts=True)
     if len(labels) != len(texts) or len(names) < 2 or counts.min() < LEAST_OF_A_LABEL:
         raise BadInput(
             f"found {len(texts)} texts, {len(labels)} labels of {len(names)} kinds, the rarest "
-            f"{counts.min(initial=0)} times; expected a label for each text, two kinds or more, each {LEAST_OF_A_LABEL} "
-            "times or more"
+            f"{counts.min(initial=len(texts))} times; expected a label for each text, two kinds or more, each "
+            f"{LEAST_OF_A_LABEL} times or more"
         )
-    rows, where = api.rows_to_embed(lm, texts, pooling)
-    states = lm.in_mesh(pooled_states)(lm.model, lm.params, rows, pooling=where, max_len=lm.max_len)
-    return probe_states(states, labels, seed)
 
 
 def probe_states(states: np.ndarray, labels: Sequence[str], seed: int = 0) -> Probe:

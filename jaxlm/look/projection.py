@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from jaxlm.language_model import BadInput, LanguageModel
@@ -65,11 +66,12 @@ def draw_projection(
     figure = Figure(figsize=(8, 6.4), layout="constrained")
     axes = figure.subplots()
     groups = list(groups) or [""] * len(projection.points)
+    colors = colormaps["tab10" if len(set(groups)) <= 10 else "tab20"]
     for index, group in enumerate(dict.fromkeys(groups)):
         x, y = projection.points[[g == group for g in groups]].T
-        axes.scatter(x, y, s=12, color=f"C{index % 10}", label=group or None)
+        axes.scatter(x, y, s=12, color=colors(index % colors.N), label=group or None)
     if any(groups):
-        axes.legend(fontsize="small")
+        figure.legend(fontsize="small", loc="outside right upper")
     if names and len(names) <= MAX_NAMES:
         for name, (x, y) in zip(names, projection.points, strict=True):
             axes.annotate(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -140,11 +141,43 @@ def drop_after(path: str | Path, step: int, *, evaluation_left: bool = False) ->
     write_text(path, "".join(kept))
 
 
-def read_metrics(workdir: str | Path) -> list[dict]:
-    """All lines of a run's metrics.jsonl, but not a last one that a kill cut off or a run still writes."""
-    path = as_path(workdir) / "metrics.jsonl"
+def read_metrics(workdir: str | Path, most: int = 0) -> list[dict]:
+    """All lines of a run's metrics.jsonl, but not a last one that a kill cut off or a run still writes.
+
+    most: the number of training lines above which neighbours are averaged, so that about so many are left; 0: no limit.
+    """
+    path, group = as_path(workdir) / "metrics.jsonl", 1
+    if most:
+        with path.open(encoding="utf-8") as lines:
+            group = max(1, math.ceil(sum(1 for _ in lines) / most))
     with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        parsed = (json.loads(line) for line in lines if line.endswith("\n"))
+        return list(averaged(parsed, group))
+
+
+def averaged(lines: Iterable[dict], group: int) -> Iterator[dict]:
+    """Of `group` training lines in a row one: the means of their finite numbers, at the last one's step. Others stay."""
+    window: list[dict] = []
+    for line in lines:
+        if group == 1 or line["split"] != "train":
+            yield line
+            continue
+        window.append(line)
+        if len(window) == group:
+            yield _mean_line(window)
+            window = []
+    if window:
+        yield _mean_line(window)
+
+
+def _mean_line(lines: list[dict]) -> dict:
+    values: dict[str, list[float]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                values.setdefault(key, []).append(value)
+    means = {key: statistics.fmean(found) for key, found in values.items()}
+    return {**lines[-1], **means, "step": lines[-1]["step"]}
 
 
 def _open_tensorboard(workdir: Path, purge_step: int):

@@ -4,41 +4,49 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.files import absolute, as_path, write_whole
 from jaxlm.training.metrics import read_metrics
 
-if (
-    TYPE_CHECKING
-):  # matplotlib takes a third of a second, so it is imported where something is drawn
+# matplotlib takes a third of a second, so it is imported where something is drawn.
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+MOST_LINES = 2000  # of training that a curve shows; of longer runs neighbours are averaged
+Runs = Mapping[str, list[dict[str, Any]]]  # name -> its `read_metrics`
+
+
 def plot_run(workdir: str | Path) -> list[Path]:
-    """Draws `plots/loss.png` and `plots/throughput.png` of one run; returns what it wrote."""
+    """Draws the `PICTURES` of one run into its `plots/`; returns what it wrote."""
     return plot_runs([workdir], as_path(workdir) / "plots")
 
 
 def plot_runs(workdirs: Sequence[str | Path], output: str | Path) -> list[Path]:
-    """Draws the runs over one another: loss.png (training and held-out loss) and throughput.png.
+    """Draws the runs over one another: all `PICTURES`.
 
     Returns the files written; none if no run has logged a step yet.
 
     Raises:
       FileNotFoundError: a workdir without metrics.jsonl.
     """
-    runs = dict(zip(run_names(workdirs), map(read_metrics, workdirs), strict=True))
+    runs = read_runs(workdirs)
     if not any(runs.values()):
         return []
     output = as_path(output)
     output.mkdir(parents=True, exist_ok=True)
-    pictures = {"loss.png": draw_loss(runs), "throughput.png": draw_throughput(runs)}
-    for name, figure in pictures.items():
-        save_figure(figure, output / name)
-    return [output / name for name in pictures]
+    for name, draw in PICTURES.items():
+        save_figure(draw(runs), output / name)
+    return [output / name for name in PICTURES]
+
+
+def read_runs(workdirs: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
+    """The metrics of the runs by their names, thinned to what a picture can show."""
+    lines = [read_metrics(workdir, most=MOST_LINES) for workdir in workdirs]
+    return dict(zip(run_names(workdirs), lines, strict=True))
 
 
 def plot_metric(
@@ -52,7 +60,7 @@ def plot_metric(
     Raises:
       ValueError: if no run has the metric.
     """
-    runs = dict(zip(run_names(workdirs), map(read_metrics, workdirs), strict=True))
+    runs = read_runs(workdirs)
     curves = {name: series(lines, "eval", metric) for name, lines in runs.items()}
     curves = {name: curve for name, curve in curves.items() if curve[0]}
     if not curves:
@@ -118,7 +126,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def draw_loss(runs: dict[str, list[dict[str, Any]]]) -> Figure:
+def draw_loss(runs: Runs) -> Figure:
     """Training loss as thin lines, held-out loss as marked ones, in nats, over the steps."""
     figure, (axes,) = _figure(1, "loss (nats per predicted token)")
     finite: list[float] = []
@@ -140,23 +148,49 @@ def draw_loss(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     return figure
 
 
-def draw_throughput(runs: dict[str, list[dict[str, Any]]]) -> Figure:
+def draw_throughput(runs: Runs) -> Figure:
     """Three panels over the steps: tokens per second, model FLOPs utilisation, time spent on input."""
-    panels = {
-        "tokens_per_second": ("tokens/s", 1),
-        "mfu": ("MFU (%)", 100),
-        "input_wait": ("waiting for input (%)", 100),
-    }
+    figure = draw_panels(
+        runs,
+        {
+            "tokens_per_second": ("tokens/s", 1),
+            "mfu": ("MFU (%)", 100),
+            "input_wait": ("waiting for input (%)", 100),
+        },
+    )
+    for axes in figure.axes:
+        axes.set_ylim(bottom=0)
+    return figure
+
+
+def draw_optimization(runs: Runs) -> Figure:
+    """Two panels over the steps: the learning rate, and the gradient's norm before clipping (logarithmic)."""
+    figure = draw_panels(
+        runs, {"learning_rate": ("learning rate", 1), "grad_norm": ("gradient norm", 1)}
+    )
+    figure.axes[1].set_yscale("log", nonpositive="mask")
+    return figure
+
+
+def draw_panels(runs: Runs, panels: Mapping[str, tuple[str, float]]) -> Figure:
+    """A panel for each training metric -> (its label, what its values are multiplied by); a colour for each run."""
     figure, all_axes = _figure(len(panels), *(label for label, _ in panels.values()))
     for axes, (key, (_, scale)) in zip(all_axes, panels.items(), strict=True):
         for index, (name, lines) in enumerate(runs.items()):
             steps, values = series(lines, "train", key)
             scaled = [scale * value for value in values]
             axes.plot(steps, scaled, color=f"C{index % 10}", linewidth=1, label=name)
-        axes.set_ylim(bottom=0)
     all_axes[0].legend(fontsize="small")
     all_axes[-1].set_xlabel("step")
     return figure
+
+
+# File -> what draws it.
+PICTURES: dict[str, Callable[[Runs], Figure]] = {
+    "loss.png": draw_loss,
+    "throughput.png": draw_throughput,
+    "optimization.png": draw_optimization,
+}
 
 
 def series(lines: list[dict[str, Any]], split: str, key: str) -> tuple[list[int], list[float]]:

@@ -143,7 +143,7 @@ def test_tokens_have_the_rows_of_the_table(gpt):
     names, vectors = look.token_vectors(gpt, count=5)
     ids = [i for i in range(264) if i not in set(gpt.tokenizer.special_ids)][:5]
     np.testing.assert_array_equal(vectors, gpt.params["embed"]["embedding"][np.array(ids)])
-    assert names == tuple(gpt.tokenizer.token(i) for i in ids)
+    assert names == attention.spell(gpt, ids)
 
 
 def test_a_plane_is_drawn_with_names_and_colours(gpt):

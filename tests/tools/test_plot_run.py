@@ -1,12 +1,14 @@
 """Pictures of runs, from metrics.jsonl alone."""
 
 import json
+import sys
 
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from jaxlm.training import plots
+from tests import tiny
 from tools import plot_run
 
 
@@ -19,6 +21,8 @@ def write_run(workdir, losses=(5.0, 4.0, 3.0), extra=()):
             "loss": loss,
             "tokens_per_second": 1000.0 + i,
             "mfu": 0.5,
+            "learning_rate": 1e-3 * (i + 1),
+            "grad_norm": 10.0**i,
             "input_wait": 0.01,
         }
         for i, loss in enumerate(losses)
@@ -33,10 +37,11 @@ def ink(path):
     return int((imread(path)[..., :3].min(axis=-1) < 0.9).sum())
 
 
-def test_a_run_gives_two_pictures_with_something_in_them(tmp_path, capsys):
+def test_a_run_gives_its_pictures_with_something_in_them(tmp_path, capsys):
     workdir = write_run(tmp_path / "run")
     assert plot_run.main([str(workdir)]) == 0
-    pictures = [workdir / "plots" / name for name in ("loss.png", "throughput.png")]
+    names = ("loss.png", "throughput.png", "optimization.png")
+    pictures = [workdir / "plots" / name for name in names]
     assert capsys.readouterr().out.split() == [str(p) for p in pictures]
     assert all(ink(p) > 2000 for p in pictures)
 
@@ -92,6 +97,45 @@ def test_a_run_that_has_not_logged_gives_no_picture(tmp_path):
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     assert plot_run.main([str(tmp_path / "nothing")]) == 2
     assert "nothing" in capsys.readouterr().err
+
+
+def test_learning_rate_and_gradient_norm_of_several_runs_share_a_picture(tmp_path):
+    workdirs = [write_run(tmp_path / name) for name in "ab"]
+    rate, norm = plots.draw_optimization(plots.read_runs(workdirs)).axes
+    assert [list(line.get_ydata()) for line in rate.lines] == [[1e-3, 2e-3, 3e-3]] * 2
+    assert [list(line.get_ydata()) for line in norm.lines] == [[1, 10, 100]] * 2
+    assert norm.get_yscale() == "log" and len(rate.get_legend().get_texts()) == 2
+
+
+def test_a_long_run_is_thinned_to_means_of_neighbours(tmp_path):
+    losses = [*range(1, 11)]
+    lines = plots.read_metrics(write_run(tmp_path / "run", losses, NAN), most=4)
+    train, held_out = ([x for x in lines if x["split"] == s] for s in ("train", "eval"))
+    assert [x["loss"] for x in train] == [
+        2,
+        5,
+        8,
+        10,
+    ]  # 12 lines: three to one; a NaN counts for nothing
+    assert [x["step"] for x in train] == [30, 60, 90, 110]
+    assert [x["loss"] for x in held_out] == [10.1]
+
+
+NAN = [{"step": 110, "split": "train", "loss": float("nan")}]
+
+
+@pytest.mark.slow
+def test_a_run_of_a_million_lines_is_drawn_in_little_memory(tmp_path):
+    """In a process of its own, whose peak says what the lines took."""
+    line = json.dumps({"step": 7, "split": "train", "loss": 2.0, "grad_norm": 1.0, "mfu": 0.5})
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n" * 1_000_000)
+    code = (
+        "import resource, sys; from jaxlm.training import plots; plots.plot_run(sys.argv[1]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    done = tiny.run([sys.executable, "-c", code, str(tmp_path)])
+    assert int(done.stdout) < 700, f"{done.stdout} MiB"
+    assert ink(tmp_path / "plots" / "loss.png") > 1000
 
 
 @pytest.mark.parametrize("key", ["tokens_per_second", "mfu", "input_wait"])
