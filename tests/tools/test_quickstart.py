@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,15 @@ SMALL = {
 
 @pytest.fixture
 def copy(tmp_path):
-    """A checkout whose .venv is the environment that runs this test."""
+    """A checkout whose .venv has jaxlm of its own, and all else of the environment that runs this test."""
     root = tmp_path / "a copy"  # a space in the path must not matter
     for name in ("jaxlm", "configs", "tools"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "requirements.txt", root)
-    (root / ".venv").symlink_to(sys.prefix)
+    for name in ("pyproject.toml", "setup.py", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", root / ".venv"], check=True)
+    (site_packages,) = root.glob(".venv/lib/python*/site-packages")
+    (site_packages / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return root
 
 
@@ -41,7 +45,8 @@ def quickstart(root: Path, *arguments: str, cwd: Path) -> str:
     done = subprocess.run(
         ["bash", str(root / "tools" / "quickstart.sh"), *arguments, "--", *flags],
         cwd=cwd,
-        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        | {"PIP_NO_BUILD_ISOLATION": "0"},  # pip's way to say: with the setuptools that is here
         capture_output=True,
         text=True,
     )
