@@ -68,6 +68,7 @@ def launch(train: Callable[..., Any], doc: str | None) -> None:
             train(
                 args.config,
                 as_path(args.workdir),
+                recipe=config_spec(args),
                 allow_config_change=args.allow_config_change,
                 profile_steps=args.profile_steps,
                 stop=stop,

@@ -20,18 +20,21 @@ from jaxlm.training.metrics import read_metrics
 from jaxlm.training.plots import plot_run
 from jaxlm.training.session import Session
 from jaxlm.training.stopping import Stop
-from jaxlm.workdir import accept_config, accept_data, begun, opened, train
+from jaxlm.workdir import accept_config, accept_data, begun, note_recipe, opened, train
 
 
 def finetune(
     config: ConfigDict,
     workdir: Path,
     *,
+    recipe: str = "",
     allow_config_change: bool = False,
     profile_steps: str = "",
     stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Trains for `config.num_epochs`, or until the best metric stands still, and returns what report.json says.
+
+    recipe: what `config` was made of ('configs/gpt.py:tiny'), for the run's page (`jaxlm.page`); '' where nobody knows.
 
     Raises:
       RunError: where the run ends before; see `exits`. stop: what asks for that.
@@ -44,6 +47,7 @@ def finetune(
         with processes.main_first("run"):
             run = tuning.make_run(prepared, workdir)
         accept_data(run, allow_config_change)
+        note_recipe(recipe, workdir)
         tuning.add_reference(run, prepared.source)
         best_dir = until_done(run, lambda: attempt(run, prepared.source, session, profile_steps))
         if processes.is_main():

@@ -18,18 +18,21 @@ from jaxlm.training.metrics import drop_after
 from jaxlm.training.plots import plot_run
 from jaxlm.training.session import Session
 from jaxlm.training.stopping import Stop
-from jaxlm.workdir import accept_config, accept_data, begun, opened, train
+from jaxlm.workdir import accept_config, accept_data, begun, note_recipe, opened, train
 
 
 def pretrain(
     config: ConfigDict,
     workdir: Path,
     *,
+    recipe: str = "",
     allow_config_change: bool = False,
     profile_steps: str = "",
     stop: Stop | None = None,
 ) -> dict[str, float]:
     """Trains to `config.num_train_steps` and returns the last held-out metrics.
+
+    recipe: what `config` was made of ('configs/gpt.py:tiny'), for the run's page (`jaxlm.page`); '' where nobody knows.
 
     Raises:
       RunError: where the run ends before; see `exits`. stop: what asks for that.
@@ -39,6 +42,7 @@ def pretrain(
         with processes.main_first("data"):
             run = build.make_run(config, workdir, allow_change=allow_config_change)
         accept_data(run, allow_config_change)
+        note_recipe(recipe, workdir)
         metrics = until_done(run, lambda: attempt(run, session, profile_steps))
         if processes.is_main():
             plot_run(workdir)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from jaxlm import build, config_files, identity, sealed
@@ -22,6 +23,7 @@ from jaxlm.exits import Damaged, NotSaved, Stopped
 from jaxlm.files import remove_partials, write_text
 from jaxlm.lock import held
 from jaxlm.parallel import processes
+from jaxlm.private import refuse_secrets
 from jaxlm.rewind import check_rewinds
 from jaxlm.training.checkpoints import FOLDER, Checkpoints, find_steps
 from jaxlm.training.goodput import Ledger
@@ -74,6 +76,15 @@ def accept_data(run: build.Run, allow_change: bool) -> None:
             about = read_manifest(folder / str(step))
             changes, kept = identity.manifest_changes(about, manifest(run, step))
             return identity.accept_changes(run.workdir, changes, kept, allowed=allow_change)
+
+
+def note_recipe(recipe: str, workdir: Path) -> None:
+    """recipe.json: what --config named, and the config that it is before any flag; '' is none."""
+    if recipe and processes.is_main():
+        config = config_files.read_config(recipe)
+        refuse_secrets(flatten_dict(config.to_dict(), sep="."))
+        content = {"name": recipe, "config": json.loads(config.to_json())}
+        write_text(workdir / "recipe.json", json.dumps(content, indent=2) + "\n")
 
 
 def refuse_another_config(config: ConfigDict) -> None:

@@ -18,6 +18,7 @@ from jaxlm.evaluate import (
 from jaxlm.pretrain import pretrain
 from jaxlm.training.checkpoints import find_step, load_item
 from jaxlm.training.metrics import read_metrics
+from jaxlm.training.plots import PICTURES
 from jaxlm.training.stored import read_manifest
 from tests import tiny
 
@@ -57,7 +58,7 @@ def test_a_run_leaves_everything_that_one_needs(gpt):
         "environment.json",
         "plots",
     }
-    assert {p.name for p in (workdir / "plots").iterdir()} == {"loss.png", "throughput.png"}
+    assert {p.name for p in (workdir / "plots").iterdir()} == set(PICTURES)
     assert [line["step"] for line in lines(workdir, "train")] == [4, 8, 12]
     assert [line["step"] for line in lines(workdir, "eval")] == [6, 12]
     train, held_out = lines(workdir, "train")[-1], lines(workdir, "eval")[-1]

@@ -51,6 +51,9 @@ class Files:
         with (self.workdir / name).open("rb") as lines:
             return sum(line.endswith(b"\n") for line in lines)
 
+    def glob(self, pattern: str) -> list[Path]:
+        return sorted(self.workdir.glob(pattern))
+
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         return self.read("config.json")

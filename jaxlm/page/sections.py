@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
+from jaxlm.data.positions import read_rewinds
 from jaxlm.page.blocks import Block, Note, Picture, Quote, Section, Table, thinned
 from jaxlm.page.files import Files, flat
 from jaxlm.page.summary import UNREADABLE
@@ -86,11 +87,9 @@ KEYS = ("step", "split", "params")
 
 def _pictures(files: Files) -> list[Block]:
     """Of plots/, what is not drawn anew: confusion.png, and curves of one metric."""
-    folder = files.workdir / "plots"
-    paths = sorted(folder.glob("*.png")) if folder.is_dir() else []
     return [
         Picture(path.read_bytes(), path.name)
-        for path in paths
+        for path in files.glob("plots/*.png")
         if path.name not in PICTURES and path.stat().st_size <= MAX_PICTURE
     ]
 
@@ -98,23 +97,23 @@ def _pictures(files: Files) -> list[Block]:
 def _predictions(files: Files) -> list[Block]:
     records = files.first_lines("predictions.jsonl", ROWS)
     names = list(dict.fromkeys(name for record in records for name in record))
-    rows = [[record.get(name, "") for name in names] for record in records]
+    rows = [tuple(record.get(name, "") for name in names) for record in records]
     count = files.count_lines("predictions.jsonl")
     return [Table(rows, names, f"The first {len(rows)} of {count:,} predictions")] if rows else []
 
 
 def config(files: Files) -> list[Block]:
     """In what the run differs from its recipe, and all of its fields."""
-    fields, blocks = flat(files.config), []
+    fields = flat(files.config)
+    blocks: list[Block] = []
     if files.has("recipe.json"):
         recipe = files.read("recipe.json")
         before = flat(recipe["config"])
         names = [n for n in dict.fromkeys([*before, *fields]) if before.get(n) != fields.get(n)]
         rows = [(n, before.get(n, "absent"), fields.get(n, "absent")) for n in names]
-        blocks = [
-            Note(f"From the recipe {recipe['name']}" + (", changed:" if rows else ", unchanged.")),
-            *([Table(rows, ("field", "recipe", "this run"))] if rows else []),
-        ]
+        says = "changed:" if rows else "unchanged."
+        blocks.append(Note(f"From the recipe {recipe['name']}, {says}"))
+        blocks += [Table(rows, ("field", "recipe", "this run"))] if rows else []
     whole = Table(list(fields.items()), ("field", "value"), f"All {len(fields)} fields")
     return [*blocks, whole]
 
@@ -152,44 +151,26 @@ def time(files: Files) -> list[Block]:
 
 
 def trouble(files: Files) -> list[Block]:
-    """Steps that were left out, rewinds, checkpoints set aside, rows that could not be used, hangs."""
+    """Steps that were left out, rewinds, checkpoints set aside, hangs, and rows that could not be used."""
     rows: list[tuple[str, str]] = []
     lives = read_lives(files.workdir / "goodput.jsonl") if files.has("goodput.jsonl") else []
     if bad := sum(life["bad"] for life in lives):
         rows.append(
             ("bad steps", f"{bad:,}: loss or gradient was not finite, or a spike; not applied")
         )
-    for rewind in _rewinds(files):
-        first, last = rewind["bad_steps"]
-        rows.append(
-            (
-                "rewind",
-                f"steps {first}-{last} were bad: back to step {rewind['step']}, on with batch {rewind['batch']}",
-            )
-        )
-    rows += [("bad steps kept", name) for name in _names(files, "bad_steps", "*")]
-    for name in _names(files, DAMAGED, "*.txt"):
-        reason = (files.workdir / DAMAGED / name).read_text(encoding="utf-8")
-        rows.append((f"checkpoint {name.removesuffix('.txt')} set aside", reason.strip()))
-    rows += [("no step for too long", name) for name in _names(files, ".", "stacks-*.txt")]
-    count = files.count_lines("problems.jsonl")
+    for rewind in read_rewinds(files.workdir):
+        first, last = rewind.bad_steps
+        back = f"back to step {rewind.step:,}, on with batch {rewind.batch:,}"
+        rows.append(("rewind", f"steps {first}-{last} were bad: {back}"))
+    rows += [("bad steps kept", path.name) for path in files.glob("bad_steps/*")]
+    for path in files.glob(f"{DAMAGED}/*.txt"):
+        rows.append((f"checkpoint {path.stem} set aside", path.read_text(encoding="utf-8").strip()))
+    rows += [("no step for too long", path.name) for path in files.glob("stacks-*.txt")]
     for problem in files.first_lines("problems.jsonl", ROWS):
         rows.append((f"{problem['source']}:{problem['line']}", problem["text"]))
-    if count > ROWS:
+    if (count := files.count_lines("problems.jsonl")) > ROWS:
         rows.append(("rows that cannot be used", f"{count:,} in all, in problems.jsonl"))
     return [Table(rows)] if rows else []
-
-
-def _rewinds(files: Files) -> list[dict[str, Any]]:
-    import json
-
-    path = files.workdir / "rewinds.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-
-
-def _names(files: Files, folder: str, pattern: str) -> Iterable[str]:
-    path = files.workdir / folder
-    return sorted(p.name for p in path.glob(pattern)) if path.is_dir() else []
 
 
 def checkpoints(files: Files) -> list[Block]:

@@ -207,3 +207,42 @@ def test_a_folder_that_is_no_run_is_refused(content, tmp_path, capsys):
     said = capsys.readouterr().err
     assert status and "found" in said and "config.json" in said and "Traceback" not in said
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A run of the command line, as a user starts it: a recipe, and flags that change it."""
+    folder = tmp_path_factory.mktemp("ran")
+    store = tiny.make_store(folder / "store")
+    changes = tiny.OVERRIDES | {
+        "data.sources": (str(store),),
+        "num_train_steps": 4,
+        "eval_every_steps": 2,
+    }
+    flags = [f"--config.{name}={value}" for name, value in changes.items()]
+    tiny.run(tiny.pretrain_command("configs/gpt.py:tiny", folder / "run", *flags))
+    return folder / "run"
+
+
+def test_the_page_of_a_real_run_says_what_its_flags_changed(ran):
+    found = Reader(page.write_page(ran))
+    assert found.sections == [
+        "curves",
+        "samples",
+        "evaluation",
+        "config",
+        "time",
+        "checkpoints",
+        "environment",
+    ]
+    config = found.text.partition("From the recipe configs/gpt.py:tiny, changed: ")[2]
+    changed = config.partition(" All ")[0]
+    recipe, mine = (json.loads((ran / name).read_text()) for name in ("recipe.json", "config.json"))
+    assert recipe["config"]["model"]["emb_dim"] == 256 and "model.emb_dim 256 16" in changed
+    assert (
+        f"data.sources {recipe['config']['data']['sources'][0]} {mine['data']['sources'][0]}"
+        in changed
+    )
+    assert "optimizer.learning_rate" not in changed, "no flag has changed it"
+    assert "steps 4 of 4" in found.text and "cpu:0" in found.text
+    assert not any("This cannot be read" in words for words in found.words)
