@@ -14,6 +14,7 @@ TOOLS = (
     "doctor",
     "fsck",
     "inspect_checkpoint",
+    "look",
     "plan",
     "plot_run",
     "prepare_data",
