@@ -1,6 +1,6 @@
 """Tasks to fine-tune for: records -> features, a head, a loss, predictions, scores and a report.
 
-A task is one file and one line here. What it must have is in CONTRIBUTING.md, "Add a task"; the shortest example is
+A task is one file and one line here. What it must have is in docs/how_to/add_a_task.md; the shortest example is
 `sequence_classification`.
 """
 
