@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ NAMES = {
     "decoder/layers/attention": "decoder",
     "decoder/layers/cross_attention": "cross",
 }
-SIGNS = {"\n": "↵", "\t": "→", " ": "␣"}
+SIGNS = {"\n": "↵", "\t": "→", " ": "␣", "▁": "␣"}
 MAX_LABELS = 40  # tokens that fit beside a map
 COLUMNS = 4
 
@@ -118,10 +118,16 @@ def one_row(row: np.ndarray) -> dict[str, np.ndarray]:
     return pad_batch([row], Batch(np.array([0]), 1, length))
 
 
-def spell(lm: LanguageModel, ids: np.ndarray) -> tuple[str, ...]:
-    """Each id as its vocabulary spells it, with a sign for each blank and for what cannot be printed."""
-    sign = lambda c: SIGNS.get(c, c if c.isprintable() else "·")
-    return tuple("".join(map(sign, lm.tokenizer.token(int(id)))) for id in ids)
+def spell(lm: LanguageModel, ids: Iterable[int]) -> tuple[str, ...]:
+    """Each id as its text, with a sign for each blank; as its vocabulary spells it where that is no text of its own."""
+    return tuple(_spell_one(lm.tokenizer, int(id)) for id in ids)
+
+
+def _spell_one(tokenizer: Any, id: int) -> str:
+    spelled, text = tokenizer.token(id), tokenizer.decode([id])
+    # SentencePiece's mark of a space is not in the text of a token that stands alone.
+    shown = spelled if not text or "\ufffd" in text or spelled.startswith("▁") else text
+    return "".join(SIGNS.get(c, c if c.isprintable() else "·") for c in shown)
 
 
 def draw_attention(found: AttentionMap, layer: int | None = None) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,17 +26,23 @@ class Projection:
 
 
 def token_vectors(lm: LanguageModel, count: int = 300) -> tuple[tuple[str, ...], np.ndarray]:
-    """(the first `count` tokens as text, their embeddings float32 (n, table_dim)), specials left out.
+    """(the first `count` tokens that can be printed, their embeddings float32 (n, table_dim)), specials left out.
 
-    A vocabulary has its commonest tokens first in most tokenizers: byte-pair merges in the order they were made,
-    SentencePiece's by their scores.
+    Most vocabularies have their commonest tokens first: byte-pair merges stand in the order they were made, after the
+    characters; SentencePiece's unigrams by their probability.
     """
     if count < 2:
         raise BadInput(f"count={count}: expected 2 or more")
     special = set(lm.tokenizer.special_ids)
-    ids = np.array([i for i in range(lm.num_tokens) if i not in special][:count], np.int32)
+    is_text = lambda id: id not in special and is_printable(lm.tokenizer.decode([id]))
+    ids = np.array([*itertools.islice(filter(is_text, range(lm.num_tokens)), count)], np.int32)
     table = lm.params["embed"]["embedding"]
     return spell(lm, ids), np.asarray(fetch(table[ids]), np.float32)
+
+
+def is_printable(text: str) -> bool:
+    """Whether something is seen of it: more than blanks, and no half of a character."""
+    return bool(text.strip()) and text.strip().isprintable() and "\ufffd" not in text
 
 
 def project(vectors: np.ndarray) -> Projection:
