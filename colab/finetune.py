@@ -2,11 +2,10 @@
 # # Fine-tune a language model on your own file with jaxlm
 #
 # A CSV with a column of texts and a column of labels becomes a classifier, from a Hugging Face model or
-# from a model that you pretrained. On a TPU, a GPU or a CPU; in Colab choose *Runtime → Change runtime
-# type → TPU* first.
+# from a model that you pretrained. On a TPU, a GPU or a CPU.
 #
-# Run the cells from top to bottom. A run that was cut off goes on where it stopped when its cell runs
-# again with the same `WORKDIR`; in Colab, a folder on a mounted Drive outlives the machine.
+# Run the cells from top to bottom. A run that was cut off goes on where it stopped when the cells run again with
+# the same `WORKDIR`; in Colab, let `DRIVE` name a folder for that.
 
 # %%
 # @title Settings { display-mode: "form" }
@@ -17,63 +16,31 @@ TRAIN = "demo:package:train"  # @param {type: "string"}
 # @markdown Empty: guess. Otherwise the names of the columns.
 TEXT_COLUMN = ""  # @param {type: "string"}
 LABEL_COLUMN = ""  # @param {type: "string"}
-# @markdown The model to begin with: a run's folder, or `hf:` and a Hugging Face folder or id.
+# @markdown The model to begin with: a run's `WORKDIR`, or `hf:` and a Hugging Face folder or id.
 INIT_FROM = "hf:sentence-transformers/all-MiniLM-L6-v2"  # @param {type: "string"}
-WORKDIR = "runs/finetuned"  # @param {type: "string"}
+# @markdown A folder in `runs`, or on the Drive.
+WORKDIR = "finetuned"  # @param {type: "string"}
 NUM_EPOCHS = 3.0  # @param {type: "number"}
 # @markdown Tokens of a text at most; what is longer is cut, and counted in the report.
 SEQ_LEN = 128  # @param {type: "integer"}
 LEARNING_RATE = 5e-5  # @param {type: "number"}
 # @markdown LoRA trains small adapters and the head only.
 LORA = False  # @param {type: "boolean"}
-# @markdown Where the code comes from, if it is not here yet: the address of a git repository.
-REPOSITORY = ""  # @param {type: "string"}
+# @markdown A trial of the whole notebook: a few steps, short texts.
+FAST = False  # @param {type: "boolean"}
 
-# %% [markdown]
-# ## Code and packages
-# What this machine has already (jax and its TPU library, above all) stays as it is.
-
-# %%
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-if Path("../jaxlm").is_dir():
-    os.chdir("..")
-if not Path("jaxlm").is_dir():
-    if not Path("jaxlm-code").is_dir():
-        assert REPOSITORY, "set REPOSITORY in the settings: the code is not here"
-        subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "jaxlm-code"], check=True)
-    os.chdir("jaxlm-code")
-sys.path.insert(0, os.getcwd())
-subprocess.run(
-    [sys.executable, "-m", "pip", "install", "--quiet", "-r", "requirements.txt"], check=True
-)
-
-# %% [markdown]
-# ## Devices
-
-# %%
-import jax
-
-try:
-    devices = jax.devices()
-except RuntimeError as error:
-    print(f"No accelerator could be started ({error}); on to the CPU.")
-    jax.config.update("jax_platforms", "cpu")
-    devices = jax.devices()
-print(f"jax {jax.__version__} with {len(devices)} x {devices[0].device_kind}")
+# %% [include] setup
 
 # %% [markdown]
 # ## The run
 # The fields of a config can all be changed: `overrides["data.augment_dropout"] = 0.1`.
 
 # %%
-from jaxlm import build
+from jaxlm import config_files
 
+is_ours = not INIT_FROM.startswith("hf:")
 overrides = {
-    "init_from": INIT_FROM,
+    "init_from": str(RUNS / INIT_FROM) if is_ours else INIT_FROM,
     "data.train": TRAIN,
     "num_epochs": float(NUM_EPOCHS),
     "seq_len": SEQ_LEN,
@@ -83,7 +50,9 @@ overrides = {
 for role, column in (("text", TEXT_COLUMN), ("label", LABEL_COLUMN)):
     if column:
         overrides[f"data.{role}_column"] = column
-config = build.read_config(CONFIG, overrides)
+if FAST:
+    overrides |= {"num_epochs": 0.05, "seq_len": min(SEQ_LEN, 32)}
+config = config_files.read_config(CONFIG, overrides)
 print(config)
 
 # %% [markdown]
@@ -93,12 +62,13 @@ print(config)
 # %%
 from jaxlm.finetune import finetune
 
-report = finetune(config, Path(WORKDIR))
+workdir = RUNS / WORKDIR
+report = finetune(config, workdir)
 
 # %%
 from IPython.display import Image, display
 
-for picture in sorted((Path(WORKDIR) / "plots").glob("*.png")):
+for picture in sorted((workdir / "plots").glob("*.png")):
     display(Image(filename=str(picture)))
 
 # %% [markdown]
@@ -107,17 +77,18 @@ for picture in sorted((Path(WORKDIR) / "plots").glob("*.png")):
 # %%
 import json
 
-lines = (Path(WORKDIR) / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+lines = (workdir / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
 rows = [json.loads(line) for line in lines]
-wrong = [row for row in rows if row.get("label") != row["prediction"].get("label")]
-for row in wrong[:5]:
-    print(
-        str(row.get("text"))[:200],
-        "\n   is",
-        row.get("label"),
-        "and was taken for",
-        row["prediction"].get("label"),
-    )
+
+
+def is_wrong(row):
+    return any(row[name] != value for name, value in row["prediction"].items() if name in row)
+
+
+for row in list(filter(is_wrong, rows))[:5]:
+    for name in row["prediction"].keys() & row.keys():
+        print(str(row.get("text", ""))[:200])
+        print(f"   {name}: is {row[name]}, was taken for {row['prediction'][name]}")
 
 # %% [markdown]
 # ## Use it
@@ -127,20 +98,24 @@ for row in wrong[:5]:
 # %%
 from jaxlm.tuning import load_finetuned
 
-model = load_finetuned(WORKDIR)
+model = load_finetuned(workdir)
 for row in rows[:3]:
     fields = {k: v for k, v in row.items() if k not in ("source", "line", "label", "prediction")}
-    print(model.predict([fields])[0].get("label"))
+    print({k: v for k, v in model.predict([fields])[0].items() if k != "probabilities"})
 
 # %% [markdown]
 # ## Take it out
 # A folder that `transformers` loads, tokenizer and label names included, adapters merged.
 
 # %%
-export = subprocess.run(
-    [sys.executable, "tools/convert_checkpoint.py", "to_hf", "--source", WORKDIR]
-    + ["--target", f"{WORKDIR}-hf", "--certificate=round_trip"],
-    capture_output=True,
-    text=True,
-)
-print(export.stdout[-2000:] or export.stderr[-2000:])
+target = RUNS / f"{WORKDIR}-hf-{report['step']}"
+if not target.exists():
+    run_tool(
+        "convert_checkpoint",
+        "to_hf",
+        "--source",
+        workdir,
+        "--target",
+        target,
+        "--certificate=round_trip",
+    )
