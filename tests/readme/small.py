@@ -151,8 +151,8 @@ MADE = {
         "T",
     ),
     "sweep": Made(
-        "python tools/sweep.py --entrypoint=jaxlm.finetune --config=configs/finetune/classification.py:train=my.csv "
-        "--workdir=S --grid init=params,random -- --config.init_from=W",
+        "python tools/sweep.py --entrypoint=jaxlm.finetune --config=configs/finetune/demo.py:package --workdir=S "
+        "--grid init=params,random -- --config.init_from=runs/quickstart",
         "S",
     ),
 }
@@ -174,10 +174,11 @@ LITTLE_TRAINING = {
 }
 LITTLE_MODEL = LITTLE_TRAINING | {
     "config.data.sources": "('text/*.txt',)",
+    "config.data.split": "tail",
     "config.model.emb_dim": 16,
     "config.model.mlp_dim": 32,
-    "config.tokenizer.vocab_size": 384,
-    "config.model.vocab_size": 384,
+    "config.tokenizer.vocab_size": 640,
+    "config.model.vocab_size": 640,
 }
 LITTLE_TUNING = {
     "config.batch_size": 8,
@@ -228,9 +229,7 @@ HOW: dict[str, Run | Read | Shell] = {
     "python tools/benchmark.py --mode=cross_entropy": Read("it takes 6 GB: tests/tools/test_benchmark.py"),
     "python tools/benchmark.py --mode=decode": Run(LITTLE_BENCHMARK, lane="oracles"),
     "python tools/benchmark.py --mode=guards": Run(LITTLE_MODEL | {"steps": 2}),
-    "python tools/compare_objectives.py ": Run(
-        {"seeds": 0, "objectives": "causal", "jobs": 1, "finetune_flag": "--config.num_epochs=0.1"},
-    ),
+    "python tools/compare_objectives.py ": Read("it pretrains and fine-tunes for hours: tests/tools/test_compare_objectives.py"),
     "python tools/compare_runs.py ": Run(),
     "python tools/convert_checkpoint.py ": Run(),
     "python tools/demo.py ": Run({"port": 0}, until="open "),
@@ -243,9 +242,12 @@ HOW: dict[str, Run | Read | Shell] = {
     "python tools/prepare_data.py": Run({"sources": "text/*.txt", "tokenizer": "T", "output": "STORE"}, has={"T": "tokenizer"}),
     "python tools/search.py ": Run(has={"F": "embedder"}),
     "python tools/search.py --checkpoint=F --corpus=FILE --index=I.npz": Run({"query": "a text"}, has={"F": "embedder"}),
-    "python tools/sweep.py ": Run(LITTLE_MODEL, after="--"),
+    "python tools/sweep.py ": Run(LITTLE_MODEL, put={"seed=0,1,2": "seed=0,1"}, after="--"),
     "python tools/sweep.py --entrypoint=jaxlm.finetune": Run(LITTLE_TUNING | {"config.init_from": "W"}, after="--"),
-    "python tools/train_tokenizer.py ": Run(put={"8000": "384"}),
+    "python tools/sweep.py --entrypoint=jaxlm.finetune --config=configs/finetune/demo.py:package": Run(
+        LITTLE_TUNING, put={"demo.py:package": "classification.py:train=my.csv", "seed=0,1,2": "seed=0,1"},
+    ),
+    "python tools/train_tokenizer.py ": Run(put={"8000": "640"}),
     # other programs
     "bash tools/quickstart.sh": Shell("tests/tools/test_quickstart.py runs it whole"),
     "bash tools/check.sh": Shell("it is what runs this test; tests/tools/test_shell_scripts.py"),
