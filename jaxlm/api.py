@@ -196,6 +196,7 @@ def stream(
 
 
 def common_options(lm: LanguageModel, max_new_tokens: int) -> dict[str, Any]:
+    """What every way of writing passes to the decoder. Raises BadInput for a count below 1."""
     check_counts(max_new_tokens=max_new_tokens)
     return dict(max_new_tokens=max_new_tokens, max_len=lm.max_len, eos_id=lm.tokenizer.eos_id)
 
@@ -203,6 +204,7 @@ def common_options(lm: LanguageModel, max_new_tokens: int) -> dict[str, Any]:
 def sampling_options(
     lm: LanguageModel, max_new_tokens: int, sampling: Sampling, stop: Sequence[str], seed: int
 ) -> dict[str, Any]:
+    """What sampling passes to the decoder, checked. seed: 0 to 2**32 - 1."""
     if not 0 <= seed < 2**32:
         raise BadInput(f"seed={seed}: expected 0 to 2**32 - 1")
     checked(TextStream, lm.tokenizer, stop)
@@ -264,6 +266,7 @@ def ranked(
 def stream_pieces(
     lm: LanguageModel, prompt_ids: np.ndarray, stop: Sequence[str], options: dict[str, Any]
 ) -> Iterator[Piece]:
+    """A prompt's continuation, a piece of text as soon as it is certain. prompt_ids: int (n,)."""
     text, shown = Text(lm, prompt_ids, stop), 0
     decoder = decode.make_decoder(lm.model, lm.num_tokens, **lm.writing)
     steps = decode.stream(
@@ -285,6 +288,7 @@ def stream_pieces(
 
 
 def pairs(ids: np.ndarray, logprobs: np.ndarray) -> tuple[tuple[int, float], ...]:
+    """(id, log-probability in nats) of each candidate; ids, logprobs: (n,)."""
     return tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
 
 
@@ -318,6 +322,7 @@ class Text:
         return self.written
 
     def generation(self, found: decode.Continuation) -> Generation:
+        """What the decoder found, as text that ends where a stop string begins."""
         self.stops(found.tokens)
         score = float(found.logprobs.sum(dtype=np.float64))
         return Generation(self.finish(), found.tokens, found.logprobs, score, found.finish)
@@ -439,6 +444,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
+        """Bits for each UTF-8 byte of the text."""
         return -self.logprob / math.log(2) / self.num_bytes
 
 

@@ -104,6 +104,7 @@ def named_sources(sources: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def is_store(path: str) -> bool:
+    """Whether a whole token store is at `path`."""
     return (as_path(path) / "manifest.json").is_file()
 
 
@@ -144,6 +145,7 @@ def make_stores(
 
 
 def open_store(config: ConfigDict, path: Path, split: str) -> TokenStore:
+    """A split of the store at `path`, with the config's folder for copies from buckets."""
     return TokenStore(path, split, cache_dir=config.data.cache_dir)
 
 
@@ -201,6 +203,7 @@ class Run(Program):
             yield self.put_batch(batch)
 
     def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows of a batch, on the run's devices."""
         return meshes.put_batch(self.mesh, batch)
 
     def evaluate(
@@ -228,6 +231,7 @@ class Run(Program):
 
     @cached_property
     def peak(self) -> tuple[float, str]:
+        """(FLOP/s of all devices together, what says so), for MFU."""
         return peak_flops(list(self.mesh.devices.flat), self.model.config.dtype)
 
 

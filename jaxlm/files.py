@@ -71,6 +71,7 @@ def _without_stale_listings() -> None:
 
 
 def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is a URL, such as gs://bucket/folder."""
     return _URL.match(os.fspath(path)) is not None
 
 
@@ -186,6 +187,7 @@ class Appender:
             self._file = open(self.path, "ab", buffering=0)
 
     def write(self, data: bytes) -> None:
+        """Appends bytes; on a bucket they are there after the next flush."""
         if self._file is not None:
             self._file.write(data)
             return
@@ -203,6 +205,7 @@ class Appender:
         self._due = now + max(REWRITE_SECONDS, (now - started) / REWRITE_SHARE)
 
     def close(self) -> None:
+        """Writes what is held, and closes the file."""
         self.flush()
         if self._file is not None:
             self._file.close()

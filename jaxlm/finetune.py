@@ -105,6 +105,7 @@ class EarlyStopping:
     waited: int = 0
 
     def see(self, metrics) -> None:
+        """Takes the metrics of an evaluation."""
         value = metrics[self.best_metric]
         sign = -1 if self.best_mode == "min" else 1
         if self.best is None or sign * value > sign * self.best:
@@ -114,10 +115,12 @@ class EarlyStopping:
 
     @property
     def is_over(self) -> bool:
+        """Whether as many evaluations as `patience` says brought nothing better."""
         return 0 < self.patience <= self.waited
 
 
 def command() -> None:
+    """The console script jaxlm-finetune."""
     launch(finetune, __doc__)
 
 

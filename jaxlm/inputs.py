@@ -37,6 +37,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_object(where: str, line: str) -> str:
+    """The text of a JSON line. where: what an error calls it."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -154,6 +155,7 @@ def unknown_in(lm: LanguageModel, parts: Sequence[str]) -> str:
 
 
 def abbreviated(text: str, shown: int = 40) -> str:
+    """A text as an error shows it: quoted, its first characters."""
     return repr(text) if len(text) <= shown else f"{text[:shown]!r} …"
 
 

@@ -37,6 +37,7 @@ def make_plan(config: ConfigDict, topology: str, *, cache: Path | None = None) -
 
 
 def default_cache() -> Path:
+    """The folder where plans keep what was compiled."""
     return cache_folder() / "plans"
 
 

@@ -81,6 +81,7 @@ def attempt(run: build.Run, session: Session, profile_steps: str) -> dict[str, f
 
 
 def command() -> None:
+    """The console script jaxlm-pretrain."""
     launch(pretrain, __doc__)
 
 

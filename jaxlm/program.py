@@ -62,6 +62,7 @@ class Program:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Program)}
 
     def in_mesh(self, function: Callable) -> Callable:
+        """The function, called with the program's mesh and rules in force."""
         return in_mesh(self.mesh, function)
 
     @cached_property
@@ -95,6 +96,7 @@ class Program:
         }
 
     def new_state(self, params: PyTree) -> TrainState:
+        """The state of step 0 with these parameters."""
         trained, frozen = partition.split(params, self.is_trained)
         guards = self.config.guards
         return new_state(
@@ -176,6 +178,7 @@ class Program:
 
     @property
     def num_params(self) -> int:
+        """Parameters, those that are not trained included."""
         return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(self.param_shapes))
 
 
@@ -261,6 +264,7 @@ def resolve_kernel(options: TransformerConfig, mesh: jax.sharding.Mesh) -> Trans
 
 
 def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:
+    """The config's model, in the dtype that its devices compute in. Raises ValueError for options that do not go together."""
     options = TransformerConfig(
         **config.model,
         dtype=resolve_dtype(config.dtype, mesh),
@@ -286,6 +290,7 @@ def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:
 
 
 def make_objective(config: ConfigDict, tokenizer: Any) -> Any:
+    """The config's objective, which keeps tables of the tokenizer."""
     options = config.objective.to_dict()
     return pick(OBJECTIVES, options.pop("name"), "objective")(tokenizer=tokenizer, **options)
 
@@ -315,6 +320,7 @@ def dummy_batch(objective: Any, seq_len: int) -> dict[str, jax.Array]:
 
 
 def make_schedule(config: ConfigDict) -> Callable:
+    """step -> learning rate."""
     schedule = config.optimizer.schedule.to_dict()
     return optimizers.make_schedule(
         schedule.pop("name"),

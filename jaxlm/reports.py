@@ -47,6 +47,7 @@ def write_reports(run: TaskRun, params: PyTree, step: int, workdir: Path) -> dic
 
 
 def print_scores(scores: Mapping[str, float]) -> None:
+    """Prints a score a line."""
     for name, value in scores.items():
         print(f"  {name:<22} {value:.4f}")
 

@@ -72,6 +72,7 @@ def evaluate_text(
 
 
 def check_options(lm: LanguageModel, window: int, stride: int, num_pseudo: int) -> None:
+    """Raises BadInput with all that is wrong with the options for this model."""
     problems = []
     if not 3 <= window <= lm.max_len:
         problems.append(f"window={window}: expected 3 to {lm.max_len}, the model's context")
@@ -111,6 +112,7 @@ def open_corpus(lm: LanguageModel, data: str, text_field: str) -> Corpus:
 
 
 def open_store(lm: LanguageModel, data: str) -> Corpus:
+    """The held-out documents of a store, or all. Raises BadInput for a store of another tokenizer."""
     manifest = read_manifest(data)
     if manifest["tokenizer_sha256"] != lm.tokenizer.sha256:
         raise BadInput(
@@ -130,6 +132,7 @@ def open_store(lm: LanguageModel, data: str) -> Corpus:
 
 
 def open_files(lm: LanguageModel, data: str, text_field: str) -> Corpus:
+    """The documents of text files. Raises BadInput with all that cannot be read."""
     num_documents, num_bytes, problems = 0, 0, []
     for item in sources.read_documents(data, text_field=text_field):
         if isinstance(item, sources.Document):

@@ -14,6 +14,7 @@ def tools() -> dict[str, Path]:
 
 
 def command() -> None:
+    """The console script jaxlm-tool."""
     known = tools()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in known:

@@ -248,6 +248,7 @@ def manifest(run: build.Run, step: int) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
+    """The versions of what a run's numbers depend on."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {name: importlib.metadata.version(name) for name in names}
 

@@ -30,6 +30,7 @@ def file_bytes(dtype: np.dtype, length: int) -> int:
 
 
 def num_blocks(num_bytes: int) -> int:
+    """Blocks that so many bytes have; the last may be shorter."""
     return -(-num_bytes // BLOCK_BYTES)
 
 

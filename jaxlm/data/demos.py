@@ -278,6 +278,7 @@ def cut_lines(text: str, limit: int) -> str:
 
 
 def dump_jsonl(records: Sequence[Record]) -> str:
+    """The records as JSON lines."""
     return "".join(json.dumps(record.fields, ensure_ascii=False) + "\n" for record in records)
 
 

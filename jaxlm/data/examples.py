@@ -101,6 +101,7 @@ class Examples:
 
 
 def num_slots(feature: Feature) -> int:
+    """How many slots a feature has: one for each of its segments."""
     return int(feature["segments"].max()) if "segments" in feature else 1
 
 
@@ -155,6 +156,7 @@ class TrainExamples:
         return draw(len(self.examples), self.batch_size, self.seed, k)
 
     def epochs_seen(self, k: int) -> dict[str, float]:
+        """How often the examples have been read after k batches."""
         return {"train": k * self.batch_size / len(self.examples)}
 
 
@@ -410,6 +412,7 @@ def _next(length: int, wanted: float) -> int:
 
 
 def rows_needed(examples: Examples, ids: Sequence[int], shapes: Shapes) -> int:
+    """How many rows these examples take, packed in this order into rows of the first shape."""
     row_sizes = (shapes.lengths[0], shapes.slots, shapes.encoder_lengths[0])
     places = pack(examples.sizes(ids), row_sizes)
     return 1 + max(place.row for place in places)

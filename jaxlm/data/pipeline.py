@@ -192,6 +192,7 @@ class Draw(NamedTuple):
     rng: np.random.Generator
 
     def says(self) -> dict[str, Any]:
+        """Where the draw's tokens and documents are, as `TrainBatches.documents` gives it."""
         examples, store = self.source.examples, self.source.examples.store
         parts = []
         for start, stop in map(examples.span, self.indices):

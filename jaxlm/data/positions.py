@@ -68,10 +68,12 @@ def read_rewinds(workdir: Path) -> list[Rewind]:
 
 
 def write_rewinds(workdir: Path, rewinds: Sequence[Rewind]) -> None:
+    """Writes all rewinds of a run into its folder."""
     write_text(workdir / FILE, json.dumps(as_json(rewinds), indent=1) + "\n")
 
 
 def as_json(rewinds: Sequence[Rewind]) -> list[dict[str, Any]]:
+    """Rewinds as `read_rewinds` reads them."""
     return [{**rewind._asdict(), "bad_steps": list(rewind.bad_steps)} for rewind in rewinds]
 
 

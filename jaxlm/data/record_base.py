@@ -108,6 +108,7 @@ def read_text(path: Path) -> str:
 
 
 def decode_text(data: bytes, source: str) -> str:
+    """The text of a file's bytes: UTF-8, with or without its mark, or UTF-16 with one."""
     marked = data.startswith(b"\xef\xbb\xbf")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return _decoded(data, "utf-16", source)

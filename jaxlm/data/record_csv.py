@@ -20,6 +20,8 @@ _NUMBER = re.compile(r"[-+]?(\d+[.,]?\d*|[.,]\d+)([eE][-+]?\d+)?")
 
 
 class Row(NamedTuple):
+    """A row of a table. line: of the file, from 1. cells: as they stand there."""
+
     line: int
     cells: list[str]
 
@@ -32,10 +34,12 @@ class Table(NamedTuple):
 
     @property
     def width(self) -> int:
+        """Cells of the first row, which all others should have."""
         return len(self.rows[0].cells) if self.rows else 0
 
     @property
     def num_bad(self) -> int:
+        """Rows that cannot be read, or have another width."""
         return len(self.broken) + sum(len(row.cells) != self.width for row in self.rows)
 
 

@@ -64,6 +64,7 @@ def read_squad(path: Path, options: ReadOptions) -> Found:
 
 
 def is_squad(tree: Any) -> bool:
+    """Whether a parsed JSON file has SQuAD's articles and paragraphs."""
     articles = tree.get("data") if isinstance(tree, dict) else None
     return isinstance(articles, list) and any(
         isinstance(article, dict) and "paragraphs" in article for article in articles

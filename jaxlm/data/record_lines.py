@@ -16,6 +16,8 @@ _PART_OF_WORD = re.compile(
 
 
 class Line(NamedTuple):
+    """A line of a file with columns. number: from 1. cells: its columns."""
+
     number: int
     text: str
     cells: list[str]

@@ -29,12 +29,14 @@ class Runs:
         self._held = 0
 
     def add(self, key: int, ids: np.ndarray, num_bytes: int) -> None:
+        """Takes a document: its place in the shuffled order, ids (n,), and the UTF-8 bytes of its text."""
         self._documents.append((key, ids.astype(self.dtype), num_bytes))
         self._held += len(ids)
         if self._held >= RUN_TOKENS:
             self.flush()
 
     def flush(self) -> None:
+        """Writes the documents that are held, sorted by their keys, as the next run."""
         if not self._documents:
             return
         keys, ids, num_bytes = zip(*self._documents, strict=True)
@@ -87,6 +89,7 @@ def in_order_of_keys(
 
 
 def run_path(work: Path, piece: int, run: int, split: str, part: str) -> Path:
+    """The file of a part of a run: 'tokens' or 'table'."""
     return work / f"run-{piece:05d}-{run:03d}.{split}.{part}.npy"
 
 
@@ -100,6 +103,7 @@ def replacing(path: Path) -> Iterator[Any]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a file whole, or not at all."""
     with replacing(path) as file:
         file.write(text)
 

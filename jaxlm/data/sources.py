@@ -48,6 +48,8 @@ _GENERATED = (
 
 @dataclasses.dataclass(frozen=True)
 class Document:
+    """A text, and where it is from."""
+
     text: str
     origin: str  # 'path' of a text file, 'path:line' of JSON lines, 'path:row' of Parquet, from 1
 
@@ -147,6 +149,7 @@ def read_span(span: Span, text_field: str = "text") -> Iterator[Document | Bad]:
 
 
 def format_of(path: Path) -> str:
+    """'jsonl', 'parquet' or 'text', by the file's name."""
     name = path.name.removesuffix(compression_of(path))
     return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(
         Path(name).suffix, "text"
@@ -154,6 +157,7 @@ def format_of(path: Path) -> str:
 
 
 def compression_of(path: Path) -> str:
+    """'.gz', '.zst' or '', by the file's name."""
     return path.suffix if path.suffix in (".gz", ".zst") else ""
 
 

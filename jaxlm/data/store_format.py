@@ -40,10 +40,12 @@ _SHOWN = 10  # how many problems an error names
 
 
 def shard_name(split: str, index: int, part: str) -> str:
+    """The file of a part of a shard: 'tokens', 'documents', 'sentences' or 'blocks'."""
     return f"{split}-{index:05d}.{part}.npy"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned type that holds every id of a vocabulary."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
@@ -63,6 +65,7 @@ def layout(
 
 
 def sha256_of(path: Path) -> str:
+    """The hexadecimal sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -128,6 +131,7 @@ def size_problems(path: Path, manifest: dict[str, Any], split: str) -> list[str]
 
 
 def raise_problems(kind: type[Exception], path: Path, problems: list[str]) -> None:
+    """Raises `kind` with the first problems of a store, if there are any."""
     if problems:
         more = [f"… and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         lines = [f"the token store {path} cannot be used:", *problems[:_SHOWN], *more]

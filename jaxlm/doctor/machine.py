@@ -33,6 +33,7 @@ SLOW_COMPILE = 20.0  # s for a matmul
 
 
 def check_python(patient: Patient) -> Said:
+    """Whether this Python is one that jaxlm is tested with."""
     says, (least, most) = f"Python {platform.python_version()}", PYTHONS
     if sys.version_info[:2] < least:
         yield FAIL, says, "take Python 3.11, 3.12 or 3.13"
@@ -43,6 +44,7 @@ def check_python(patient: Patient) -> Said:
 
 
 def check_versions(patient: Patient) -> Said:
+    """Whether the installed packages go together."""
     conflicts = find_conflicts()
     for conflict in conflicts:
         yield (FAIL if conflict.breaks else WARN), conflict.found, conflict.mend
@@ -51,6 +53,7 @@ def check_versions(patient: Patient) -> Said:
 
 
 def check_devices(patient: Patient) -> Said:
+    """Which devices jax finds, and whether they are those that are there."""
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:

@@ -75,6 +75,7 @@ def find_conflicts() -> list[Conflict]:
 
 
 def read_requirements(path: Path) -> list[Requirement]:
+    """The requirements of a requirements.txt, without its comments."""
     lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").split("\n"))
     return [Requirement(line) for line in lines if line]
 
@@ -88,6 +89,7 @@ def own_requirements(name: str) -> list[Requirement]:
 
 
 def known_conflicts(installed: Mapping[str, str]) -> Iterator[Conflict]:
+    """The lines of KNOWN that the installed versions are in. installed: {canonical name: version}."""
     for known in KNOWN:
         if all(is_met(Requirement(text), installed) for text in known.versions):
             names = [Requirement(text).name for text in known.versions]
@@ -96,6 +98,7 @@ def known_conflicts(installed: Mapping[str, str]) -> Iterator[Conflict]:
 
 
 def is_met(requirement: Requirement, installed: Mapping[str, str]) -> bool:
+    """Whether a package is installed in a version that a requirement allows."""
     version = installed.get(canonicalize_name(requirement.name))
     return version is not None and requirement.specifier.contains(version, prereleases=True)
 

@@ -28,6 +28,7 @@ SLOW_DISK = 50e6  # bytes/s
 
 
 def check_config(patient: Patient) -> Said:
+    """Whether the config makes a program, how large it is, and its checkpoint."""
     if program := make_config_program(patient):
         size = f"{checkpoint_bytes(program) / GB:.2f} GB"
         yield OK, f"{program.num_params:,} parameters; a checkpoint has {size}"
@@ -44,6 +45,7 @@ def make_config_program(patient: Patient) -> Program | None:
 
 
 def checkpoint_bytes(program: Program) -> int:
+    """Bytes of the state of a run."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state_shape))
 
 
@@ -101,6 +103,7 @@ def check_room(patient: Patient) -> Said:
 
 
 def write_and_read(folder: Path) -> Said:
+    """Saves a probe of noise as a checkpoint, reads it again, compares, and says how fast both were."""
     mesh = meshes.make_mesh()
     rows = mesh.size * (PROBE_BYTES // 4096 // mesh.size)
     noise = np.random.default_rng(0).standard_normal((rows, 1024), np.float32)
@@ -130,6 +133,7 @@ def write_and_read(folder: Path) -> Said:
 
 
 def remove(folder: Path) -> None:
+    """Removes a folder, here or on a bucket, with all that is in it."""
     (folder.rmtree if is_remote(folder) else lambda: shutil.rmtree(folder))()
 
 
@@ -167,4 +171,5 @@ def check_data(patient: Patient) -> Said:
 
 
 def has_text(config: ConfigDict | None) -> bool:
+    """Whether the config is of pretraining, which has sources of text."""
     return config is not None and "sources" in config.data

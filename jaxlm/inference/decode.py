@@ -179,6 +179,7 @@ class SourceDecoder(Decoder):
 
 
 def unrolled(model: Any) -> Any:
+    """The model with a loop over its layers that is written out, which is faster a token."""
     return model.clone(config=dataclasses.replace(model.config, unroll=0))
 
 
@@ -250,10 +251,12 @@ class State:
 
     @property
     def done_B(self) -> jax.Array:
+        """bool (B,): rows that have ended, or are as long as they may be."""
         return self.ended_B | (self.count_B >= self.limit_B)
 
     @property
     def last_B(self) -> jax.Array:
+        """int32 (B,): the tokens made last."""
         return self.tokens_BN[:, self.made - 1]
 
 
@@ -329,6 +332,7 @@ def generate(
 
 
 def join_pieces(pieces: Sequence[Continuation]) -> Continuation:
+    """The pieces of a streamed continuation as one."""
     tokens, logprobs, finish, alternatives = zip(*pieces, strict=True)
     join = lambda arrays: np.concatenate(list(arrays))
     likeliest = None if None in alternatives else tuple(map(join, zip(*alternatives, strict=True)))
@@ -446,6 +450,7 @@ def pad_right(prompts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, n
 def pad(
     prompts: Sequence[np.ndarray], length: int, place: Callable[[int], slice]
 ) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, segment_ids), int32 (B, length), 0 around each prompt. place: where one of n tokens lies."""
     tokens_BP = np.zeros((len(prompts), length), np.int32)
     segment_ids_BP = np.zeros_like(tokens_BP)
     for tokens, segment_ids, prompt in zip(tokens_BP, segment_ids_BP, prompts, strict=True):

@@ -154,6 +154,7 @@ class Scorer:
 
 
 def is_encoder(model: Any) -> bool:
+    """Whether a model sees both sides, and so predicts masks and not what follows."""
     return isinstance(model, BERT)
 
 
@@ -348,6 +349,7 @@ def batch_devices() -> int:
 
 
 def check_rows(rows: Sequence[Row], max_len: int) -> None:
+    """Raises ValueError naming the rows that are empty, too long, or ask for nothing."""
     wrong = [
         f"row {i} has {len(row.tokens)} tokens, of which {len(row.places)} are asked for"
         for i, row in enumerate(rows)

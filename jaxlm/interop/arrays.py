@@ -33,9 +33,11 @@ class Array:
         self.dtype: np.dtype = store.dtype.numpy_dtype
 
     def read(self, index: Any = ...) -> np.ndarray:
+        """The slice at `index`, whole without one."""
         return self._store[index].read().result()
 
     def write(self, index: Any, array: np.ndarray) -> None:
+        """Writes the slice at `index`."""
         self._store[index].write(array).result()
 
     def blocks(self) -> list[slice]:
@@ -44,6 +46,7 @@ class Array:
 
 
 def row_blocks(shape: Shape, dtype: np.dtype) -> list[slice]:
+    """Slices of rows that take about BLOCK bytes each and cover an array of this shape."""
     rows = max(1, BLOCK // max(1, math.prod(shape[1:]) * np.dtype(dtype).itemsize))
     return [slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
 

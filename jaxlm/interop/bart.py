@@ -31,6 +31,7 @@ def attention_rows(ours: str, theirs: str, norm: str) -> tuple[Row, ...]:
 
 
 def mlp_rows(ours: str, theirs: str) -> tuple[Row, ...]:
+    """The rows of a feed-forward layer, two matrices with biases, and of its norm."""
     return (
         Row(f"{ours}/up", f"{theirs}fc1.weight", linear()),
         Row(f"{ours}/up_bias", f"{theirs}fc1.bias"),

@@ -76,10 +76,12 @@ class Incoming:
 
     @property
     def family(self) -> Family:
+        """The table that converts it."""
         return self.source.family
 
     @property
     def present(self) -> list[Piece]:
+        """The pieces that the folder has tensors for."""
         names = {p.name for p in self.absent}
         return [p for p in self.pieces if p.name not in names]
 
@@ -106,6 +108,7 @@ def parameter_shapes(model: nn.Module) -> dict[str, Shape]:
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
+    """A tree's leaves by their paths, 'layers/attention/query'."""
     return {"/".join(path_names(p)): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -252,6 +255,7 @@ class InMemory:
         self.array = np.empty(shape, dtype)
 
     def write(self, index: Any, array: np.ndarray) -> None:
+        """Writes the slice at `index`."""
         self.array[index] = array
 
 
@@ -339,6 +343,7 @@ def usual_family(model: str, config: TransformerConfig, first: str = "") -> str:
 
 
 def expresses(family: Family, config: TransformerConfig) -> bool:
+    """Whether a family's config.json can say what this model is."""
     try:
         config_to_hf(family, config)
     except BadModel:

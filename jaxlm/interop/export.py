@@ -242,6 +242,7 @@ def plan(
 def model_card(
     name: str, architecture: str, planned: Sequence[Planned], certificate: Mapping[str, Any]
 ) -> str:
+    """The README.md of an exported folder, with what its certificate measured."""
     size = sum(int(np.prod(t.shape)) for t in planned)
     task = "For" + architecture.partition("For")[2]
     auto = "AutoModel" + (task if task in AUTO_TASKS else "")

@@ -139,6 +139,7 @@ class Row(NamedTuple):
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """The paths of our parameters that this tensor of theirs holds."""
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
 
@@ -402,9 +403,11 @@ class Piece:
         return self.transform.shape(self.shapes)
 
     def to_theirs(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Our arrays as their tensor."""
         return self.transform.merge(arrays)
 
     def to_ours(self, tensor: np.ndarray) -> list[np.ndarray]:
+        """Their tensor as our arrays."""
         return self.transform.split(tensor, self.shapes)
 
 
@@ -467,6 +470,7 @@ def canonical_names(family: Family, names: Iterable[str]) -> dict[str, str]:
 
 
 def is_ignored(family: Family, name: str) -> bool:
+    """Whether a tensor of this name may be there and is not read."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in family.ignored)
 
 

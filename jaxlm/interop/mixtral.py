@@ -51,6 +51,7 @@ def check_experts(num_experts: Any, num_layers: Any) -> None:
 
 
 def window_to_hf(config: TransformerConfig) -> int | None:
+    """Their `sliding_window`: tokens, or None. Raises ValueError where layers differ."""
     if len(windows := set(config.layer_windows)) > 1:
         raise ValueError(f"attention_windows={config.attention_windows}: its layers are all alike")
     return windows.pop() or None

@@ -88,6 +88,7 @@ def certify(
 
 
 def write(certificate: Mapping[str, Any], path: Path) -> None:
+    """Writes a certificate as JSON."""
     path.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
 
 
@@ -245,6 +246,7 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def load_float32(arrays: Mapping[str, Array]) -> Params:
+    """The parameters whole, in float32."""
     held = {path: jnp.asarray(array.read().astype(np.float32)) for path, array in arrays.items()}
     return unflatten_dict(held, sep="/")
 

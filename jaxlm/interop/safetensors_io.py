@@ -57,6 +57,7 @@ class Tensor:
 
     @property
     def dtype(self) -> np.dtype:
+        """The type as numpy has it. Raises BadFile for one that no parameter has."""
         if self.kind not in DTYPES:
             raise BadFile(
                 f"{self.path.name}: a parameter of dtype {self.kind}; known are {', '.join(DTYPES)}: "
@@ -65,6 +66,7 @@ class Tensor:
         return DTYPES[self.kind]
 
     def read(self) -> np.ndarray:
+        """The tensor whole."""
         return self.read_rows(0, self.shape[0]) if self.shape else self._read(0, self.nbytes, ())
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
@@ -181,6 +183,7 @@ def parse_json(blob: bytes, path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
+    """A file's JSON object. Raises BadFile above `limit` bytes."""
     size = path.stat().st_size
     if size > limit:
         raise BadFile(f"{path}: {size} bytes; expected at most {limit}")
@@ -245,6 +248,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def repair_list(title: str, problems: Sequence[str], limit: int = 200) -> str:
+    """A title and a line for each problem, at most `limit`."""
     more = [f"and {len(problems) - limit} more"] if len(problems) > limit else []
     return title + ":\n" + "\n".join(f"  - {p}" for p in [*problems[:limit], *more])
 
@@ -263,6 +267,7 @@ class Planned:
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

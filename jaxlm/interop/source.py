@@ -29,11 +29,18 @@ class Stored(Protocol):
     """A tensor that is read when it is wanted: `safetensors_io.Tensor`, or one that is held already."""
 
     @property
-    def shape(self) -> Shape: ...
+    def shape(self) -> Shape:
+        """Its shape."""
+
     @property
-    def dtype(self) -> np.dtype: ...
-    def read(self) -> np.ndarray: ...
-    def read_rows(self, start: int, stop: int) -> np.ndarray: ...
+    def dtype(self) -> np.dtype:
+        """Its type, one that a parameter can have."""
+
+    def read(self) -> np.ndarray:
+        """All of it."""
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """The rows [start, stop) of its first axis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +51,22 @@ class Held:
 
     @property
     def shape(self) -> Shape:
+        """Its shape."""
         return self.array.shape
 
     @property
     def dtype(self) -> np.dtype:
+        """Its type. Raises BadFile for one that no parameter has."""
         if self.array.dtype not in DTYPES.values():
             raise BadFile(f"a parameter of dtype {self.array.dtype}: save it again as float32")
         return self.array.dtype
 
     def read(self) -> np.ndarray:
+        """All of it."""
         return self.array
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """The rows [start, stop) of its first axis."""
         return self.array[start:stop]
 
 
@@ -72,6 +83,7 @@ class Source:
     task: str = ""
 
     def shapes(self) -> dict[str, Shape]:
+        """{name: shape} of all tensors."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
 

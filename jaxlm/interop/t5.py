@@ -27,6 +27,7 @@ ACTIVATIONS = {
 
 
 def attention_rows(ours: str, theirs: str) -> tuple[Row, ...]:
+    """The rows of an attention: four matrices without biases."""
     return (
         Row(f"{ours}/query", f"{theirs}.q.weight", linear()),
         Row(f"{ours}/key", f"{theirs}.k.weight", linear()),

@@ -55,10 +55,12 @@ def last(theirs: str) -> Task:
 
 
 def tokens(theirs: str) -> Task:
+    """A class for each token; theirs: its matrix."""
     return Task("token_classification", dense_rows("out", theirs), (({}, {}),))
 
 
 def spans(theirs: str = "qa_outputs", prefix: str = "") -> Task:
+    """The start and the end of an answer, two classes for each token; theirs: its matrix."""
     return Task("question_answering", dense_rows("out", theirs), (({}, {}),), 2, prefix)
 
 
@@ -94,6 +96,7 @@ def decoder(
 
 
 def encoder(name: str, sequence: Task) -> dict[str, Task]:
+    """The three classes that every encoder has. sequence: its own one for whole texts."""
     return {
         f"{name}ForSequenceClassification": sequence,
         f"{name}ForTokenClassification": tokens("classifier"),

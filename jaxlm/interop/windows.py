@@ -39,6 +39,7 @@ def shortest_period(windows: Sequence[int]) -> tuple[int, ...]:
 
 
 def layer_types(config: TransformerConfig) -> list[str]:
+    """What their config.json calls each layer, by whether it has a window."""
     return [SLIDING if window else FULL for window in config.layer_windows]
 
 

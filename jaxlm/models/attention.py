@@ -243,6 +243,7 @@ class Attention(nn.Module):
         return whole("key", key_BSKH), whole("value", value_BSKH)
 
     def project(self, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
+        """x (B, T, D) by the parameter `name` to (B, T, heads, H), with its adapter and bias."""
         c = self.config
         init = nn.initializers.normal(c.init_std)
         shape, axes = (c.emb_dim, heads, c.head_dim), ("embed", axis, "head_dim")
@@ -270,6 +271,7 @@ class Attention(nn.Module):
         views: tuple[View, ...],
         index: jax.Array | None,
     ) -> jax.Array:
+        """What the queries read, (B, T, N, H), by the config's kernel. index: the layer's kind among `views`."""
         c = self.config
         if limits := find_limits(c):
             raise ValueError(f"attention_kernel={c.attention_kernel!r}:\n  " + "\n  ".join(limits))
@@ -312,6 +314,7 @@ class Attention(nn.Module):
         return kernels[0](*inputs) if index is None else jax.lax.switch(index, kernels, *inputs)
 
     def merge(self, x_BTNH: jax.Array) -> jax.Array:
+        """Heads (B, T, N, H) by the parameter `out` to (B, T, D), with its adapter and bias."""
         c = self.config
         init = nn.initializers.normal(residual_std(c))
         shape, axes = (c.num_heads, c.head_dim, c.emb_dim), ("heads", "head_dim", "embed")

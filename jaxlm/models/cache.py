@@ -39,6 +39,7 @@ class KVCache:
 
     @property
     def size(self) -> int:
+        """Places, those not yet written included."""
         return self.segment_ids.shape[1]
 
 

@@ -116,6 +116,7 @@ class TransformerConfig:
 
     @property
     def is_gated(self) -> bool:
+        """Whether the feed-forward layers multiply by a gate."""
         return self.activation in GATED
 
     @property

@@ -116,6 +116,7 @@ class MoE(nn.Module):
         return checkpoint_name(y_BTD, "mlp_out"), sums
 
     def kernel(self, name: str) -> jax.Array:
+        """The experts' matrices `name`, (E, D, F) or for 'down' (E, F, D), in the compute dtype."""
         c = self.config
         down = name == "down"
         init = nn.initializers.normal(residual_std(c) if down else c.init_std)

@@ -53,6 +53,7 @@ ACTIVATION = ("batch", "length", "act_embed")
 
 
 def make_norm(config: TransformerConfig, name: str) -> Norm:
+    """The config's norm, as a module of this name."""
     c = config
     bias = c.norm_bias and c.norm == "layer_norm"
     return Norm(c.norm, c.norm_eps, bias, c.dtype, c.param_dtype, c.norm_scale_offset, name=name)
@@ -127,12 +128,14 @@ class Embed(nn.Module):
         return x, table_VD
 
     def table(self, name: str, size: int, axis: str | None) -> jax.Array:
+        """The parameter `name`, (size, table_dim)."""
         return make_table(self, self.config, name, size, axis, self.config.init_std)
 
 
 def make_table(
     module: nn.Module, config: TransformerConfig, name: str, size: int, axis: str | None, std: float
 ) -> jax.Array:
+    """The parameter `name` of `module`, (size, table_dim), normal with deviation `std`. axis: the logical name of its rows."""
     init, shape = nn.initializers.normal(std), (size, config.table_dim)
     return make_param(module, name, init, shape, (axis, "embed"), config.param_dtype)
 
@@ -186,6 +189,7 @@ class MLP(nn.Module):
     def project(
         self, name: str, x: jax.Array, size: int, axes: tuple[str, str], std: float
     ) -> jax.Array:
+        """x (..., n) by the parameter `name` to (..., size), with its adapter and bias. axes: logical names of both."""
         c = self.config
         shape = (x.shape[-1], size)
         init = nn.initializers.normal(std)
@@ -249,6 +253,7 @@ def layer_differences(config: TransformerConfig) -> dict[str, jax.Array]:
 
 
 def distinct_windows(config: TransformerConfig) -> list[int]:
+    """The windows that layers have, ascending; 0 = none."""
     return sorted(set(config.layer_windows))
 
 
@@ -343,6 +348,7 @@ class Block(nn.Module):
         return x + self.drop(y)
 
     def drop(self, x: jax.Array) -> jax.Array:
+        """Dropout at the config's rate, the shape kept."""
         rate = self.config.dropout_rate
         return dropout(x, rate, dropout_key(self, rate, self.deterministic))
 

@@ -195,6 +195,7 @@ def see_up_to(order_BQ: jax.Array, length: int) -> jax.Array:
 
 
 def equal(a_BQ: jax.Array, b_BS: jax.Array) -> jax.Array:
+    """bool (B, Q, S): where a (B, Q) and b (B, S) are alike."""
     return a_BQ[:, :, None] == b_BS[:, None, :]
 
 
@@ -246,6 +247,7 @@ class XLNetBlock(nn.Module):
         return constrain(x, names), None
 
     def drop(self, x: jax.Array) -> jax.Array:
+        """Dropout at the config's rate, the shape kept."""
         rate = self.config.dropout_rate
         return dropout(x, rate, dropout_key(self, rate, self.deterministic))
 

@@ -43,6 +43,7 @@ class Denoising(Seq2Seq):
     mask_rate: float = 0.0
 
     def find_problems(self) -> list[str]:
+        """Shares outside 0 to 1, and spans that are not longer than 0."""
         shares = {name: getattr(self, name) for name in SHARES}
         problems = [
             f"{name} {value}: expected 0 <= {name} <= 1"

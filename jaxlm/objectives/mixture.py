@@ -87,6 +87,7 @@ class Mixture:
             object.__setattr__(self, name, value)
 
     def make_part(self, options: Mapping[str, Any], tokenizer: Any) -> Any:
+        """One of the objectives, by its options."""
         from jaxlm.objectives import OBJECTIVES  # which has this module in it
 
         options = dict(options)
@@ -151,6 +152,7 @@ class Mixture:
         return raw_G / jnp.where(mean > 0, mean, 1.0)
 
     def cross_entropy(self, outputs: Any, batch: dict, weights_BT: Any, groups_B: Any) -> tuple:
+        """The cross-entropy with weights (B, T), and its parts by objective. groups_B: int (B,), whose each row is."""
         return label_cross_entropy(
             outputs,
             {**batch, "weights": weights_BT},
@@ -173,6 +175,7 @@ class OfMixture:
     index: int
 
     def corrupt(self, rng: np.random.Generator, example: dict, seq_len: int) -> dict:
+        """The row of an example, with `objective_ids` (1,) that say which objective made it."""
         mixture, part = self.mixture, self.mixture.parts[self.index]
         row = part.corrupt(rng, crop(rng, example, part.window(seq_len).length), seq_len)
         row = widened(row, seq_len, mixture.num_predictions(seq_len), mixture.tables.pad_id)

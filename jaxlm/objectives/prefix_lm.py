@@ -58,6 +58,7 @@ class Seq2SeqPrefixLM(Seq2Seq):
     rate: float = 0.0
 
     def find_problems(self) -> list[str]:
+        """A rate outside [0, 1)."""
         if 0 <= self.rate < 1:
             return []
         return [f"rate {self.rate}: expected 0 <= rate < 1"]

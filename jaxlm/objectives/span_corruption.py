@@ -40,6 +40,7 @@ class SpanCorruption(Seq2Seq):
     mean_span: float = 3.0
 
     def find_problems(self) -> list[str]:
+        """A density outside (0, 1), and spans shorter than a token."""
         problems = []
         if not 0 < self.noise_density < 1:
             problems.append(f"noise_density {self.noise_density}: expected 0 < noise_density < 1")
@@ -64,6 +65,7 @@ class SpanCorruption(Seq2Seq):
         return lengths.hidden + lengths.spans + 1
 
     def lengths(self, seq_len: int) -> "Lengths":
+        """Of a row whose encoder has `seq_len` places."""
         return fit(self.noise_density, self.mean_span, seq_len)
 
     def corrupt(self, rng: np.random.Generator, example: dict, seq_len: int) -> dict:

@@ -29,6 +29,7 @@ class Runs(NamedTuple):
 
     @classmethod
     def of(cls, tokens: np.ndarray, segment_ids: np.ndarray, tables: TokenTables) -> "Runs":
+        """The runs of a row; tokens, segment_ids: int (n,)."""
         is_text = (tokens != tables.bos_id) & (tokens != tables.eos_id)
         number = np.where(is_text, segment_ids, 0)
         edges = np.flatnonzero(np.diff(number, prepend=0, append=0))

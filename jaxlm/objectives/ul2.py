@@ -46,6 +46,7 @@ class UL2(Seq2Seq):
     parts: tuple[Seq2Seq, ...] = dataclasses.field(init=False, repr=False)
 
     def find_problems(self) -> list[str]:
+        """A mode from outside."""
         return [f"mode {self.mode}: expected 0, as UL2 has its own"] if self.mode else []
 
     def __post_init__(self, tokenizer: Any) -> None:

@@ -44,6 +44,7 @@ class Picture:
 
     @property
     def address(self) -> Markup:
+        """The picture itself, as a URL."""
         return Markup("data:image/png;base64," + base64.b64encode(self.png).decode())
 
 
@@ -61,11 +62,14 @@ Block = Note | Table | Picture | Quote
 
 @dataclass(frozen=True)
 class Section:
+    """A heading and what stands below it."""
+
     title: str
     blocks: Sequence[Block]
 
     @property
     def id(self) -> str:
+        """The section's anchor."""
         return self.title.lower().replace(" ", "-")
 
 

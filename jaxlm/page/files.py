@@ -30,6 +30,7 @@ class Files:
             )
 
     def has(self, name: str) -> bool:
+        """Whether the run has such a file."""
         return (self.workdir / name).is_file()
 
     def read(self, name: str) -> dict[str, Any]:
@@ -43,19 +44,23 @@ class Files:
                 yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
     def first_lines(self, name: str, most: int) -> list[Any]:
+        """The first lines of a file of JSON lines, at most so many."""
         return list(itertools.islice(self.lines(name), most))
 
     def count_lines(self, name: str) -> int:
+        """How many whole lines a file has; 0 if it is not there."""
         if not self.has(name):
             return 0
         with (self.workdir / name).open("rb") as lines:
             return sum(line.endswith(b"\n") for line in lines)
 
     def glob(self, pattern: str) -> list[Path]:
+        """The files of a pattern, sorted."""
         return sorted(self.workdir.glob(pattern))
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
+        """The run's config.json."""
         return self.read("config.json")
 
     @functools.cached_property
@@ -65,6 +70,7 @@ class Files:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are of evaluations."""
         return [line for line in self.metrics if line["split"] == "eval"]
 
 

@@ -64,6 +64,7 @@ def compiler_options(mesh: jax.sharding.Mesh, flags: str = "auto") -> dict[str, 
 
 
 def wanted_options(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """What is known to help on the mesh's devices, and between slices if there are several."""
     devices = mesh.devices.flat
     slices = {getattr(device, "slice_index", 0) for device in devices}
     tables = [OPTIONS, SLICES_OPTIONS] if len(slices) > 1 else [OPTIONS]

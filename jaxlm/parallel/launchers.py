@@ -203,6 +203,7 @@ def find_open_mpi(environ: Environment, given: Mapping[str, object]) -> Place | 
 
 
 def find_torchrun(environ: Environment, given: Mapping[str, object]) -> Place | None:
+    """The place that torchrun's variables say; None where it did not start this process."""
     if "WORLD_SIZE" not in environ:
         return None
     numbers = _need("torchrun", environ, ("WORLD_SIZE", "RANK", "MASTER_PORT"), ("MASTER_ADDR",))
@@ -216,6 +217,7 @@ def find_torchrun(environ: Environment, given: Mapping[str, object]) -> Place | 
 
 
 def find_xpk(environ: Environment, given: Mapping[str, object]) -> Place | None:
+    """The place that xpk's variables say; None where it did not start this process."""
     if "JAX_COORDINATOR_ADDRESS" not in environ or "NNODES" not in environ:
         return None
     numbers = _need("xpk", environ, ("NNODES", "NODE_RANK"))

@@ -64,6 +64,7 @@ class Cost:
 
     @cached_property
     def seconds(self) -> tuple[float, float]:
+        """(least, most) seconds of a step."""
         low, high = (sum(o.seconds[k] for o in self.operations) for k in (0, 1))
         return low, high
 
@@ -324,6 +325,7 @@ def matmul_flops(line: hlo.Instruction, module: hlo.Module, shapes: Mapping[str,
 
 
 def is_matmul(line: hlo.Instruction) -> bool:
+    """Whether an instruction multiplies matrices."""
     gemm = line.opcode == "custom-call" and ("gemm" in line.target or "matmul" in line.target)
     return gemm or line.opcode in ("dot", "convolution")
 

@@ -52,6 +52,7 @@ class Instruction:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
+        """The names of the instructions that it reads."""
         return tuple(re.findall(r"%([\w.\-]+)", self.operands))
 
     @cached_property
@@ -61,20 +62,24 @@ class Instruction:
 
     @property
     def num_bytes(self) -> float:
+        """Bytes of its results."""
         return sum(BYTES[dtype] * math.prod(shape) for dtype, shape in self.arrays)
 
     @property
     def estimated_cycles(self) -> float | None:
+        """The compiler's own estimate; None where it makes none."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return float(found[1]) if found else None
 
     @property
     def op_name(self) -> str:
+        """What jax calls it, with the scopes that it is in; '' if nothing."""
         found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
         return found[1] if found else ""
 
     @property
     def frame(self) -> int | None:
+        """The number of its stack frame in the module's table; None without one."""
         found = re.search(r"stack_frame_id=(\d+)", self.attributes)
         return int(found[1]) if found else None
 
@@ -86,6 +91,7 @@ class Instruction:
 
     @property
     def channel(self) -> int | None:
+        """The channel that a collective goes over; None without one."""
         found = re.search(r"channel_id=(\d+)", self.attributes)
         return int(found[1]) if found else None
 
@@ -115,6 +121,7 @@ class Module:
     frames: dict[int, list[tuple[str, int, str]]] = field(default_factory=dict)
 
     def by_name(self, computation: str) -> dict[str, Instruction]:
+        """The instructions of a computation."""
         return {i.name: i for i in self.computations[computation]}
 
     def trip_count(self, loop: Instruction) -> int:
@@ -223,6 +230,7 @@ def whole_lines(text: str) -> Iterator[str]:
 
 
 def parse_instruction(line: str) -> Instruction | None:
+    """The instruction that a line of HLO text is; None if it is none."""
     head = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
     if not head:
         return None

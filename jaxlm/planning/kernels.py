@@ -48,6 +48,7 @@ def gpu_work(operands: list[Arrays], matmuls: int, share: float) -> Work:
 def splash_work(
     line: hlo.Instruction, operands: list[Arrays], causal: bool, mxu_width: int
 ) -> Work:
+    """The work of a call of the splash kernel, forward or backward, by its operands' shapes."""
     blocks = operands[0][0][1]  # (1 or heads, blocks of queries, blocks of keys)
     query, key = operands[2][0][1], operands[3][0][1]  # (…, N, T, H) and (…, K, S, H)
     name = line.op_name + line.name

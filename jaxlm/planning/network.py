@@ -33,6 +33,7 @@ class Network:
 
     @classmethod
     def of(cls, chip: Chip, devices: Sequence[Any]) -> "Network":
+        """The network of a mesh's devices, whose coordinates say the shape of its torus."""
         coords = np.array([getattr(d, "coords", (0,)) for d in devices])
         return cls(chip, devices, tuple(coords.max(axis=0) + 1))
 
@@ -43,6 +44,7 @@ class Network:
         return getattr(device, "slice_index", 0)
 
     def crosses_slices(self, group: np.ndarray) -> bool:
+        """Whether a group of devices, by their numbers, is in more than one slice."""
         return len({self.slice_of(self.devices[k]) for k in group}) > 1
 
     def seconds(self, kind: str, whole_bytes: float, group: np.ndarray) -> float:

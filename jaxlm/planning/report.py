@@ -70,6 +70,7 @@ def make_report(
 
 
 def times(program: Program, topology: Topology, cost: Cost) -> dict[str, Any]:
+    """The estimates of a step: seconds, tokens a second, MFU, each with its range, and what takes the time."""
     chip, chips = topology.chip, topology.num_chips
     (low, high), mean = cost.seconds, cost.estimate
     mfu = lambda seconds: program.step_flops / seconds / chips / chip.peak_flops
@@ -168,6 +169,7 @@ def describe_mesh(plan: dict[str, Any]) -> str:
 
 
 def format_times(plan: dict[str, Any]) -> list[str]:
+    """The estimates as lines of text."""
     low, high = plan["estimated_step_seconds_range"]
     slow, fast = plan["tokens_per_second_per_chip_range"]
     worst, best = plan["estimated_mfu_range"]
@@ -205,6 +207,7 @@ def draw(plan: dict[str, Any], output: Path) -> list[Path]:
 
 
 def draw_memory(plan: dict[str, Any]) -> Figure:
+    """A device's memory by kind, beside its limit, in GiB."""
     figure = Figure(figsize=(8, 2.4))
     axes, left = figure.subplots(), 0.0
     for kind, size in plan["bytes_by_kind"].items():
@@ -219,6 +222,7 @@ def draw_memory(plan: dict[str, Any]) -> Figure:
 
 
 def draw_times(plan: dict[str, Any]) -> Figure:
+    """The operations that take longest, in milliseconds."""
     colors = {"compute": "tab:blue", "kernel": "tab:green"}
     rows = plan["top_operations"][::-1]
     figure = Figure(figsize=(8, 0.4 * len(rows) + 1))

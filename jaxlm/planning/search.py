@@ -51,6 +51,7 @@ class Candidate:
     accumulation_steps: int
 
     def apply(self, config: ConfigDict) -> ConfigDict:
+        """The config with the candidate's mesh, rematerialisation and micro-batches."""
         changed = config.copy_and_resolve_references()
         with changed.unlocked():
             sizes = dict(data=self.data, fsdp=self.fsdp, tensor=self.tensor, context=self.context)
@@ -60,6 +61,7 @@ class Candidate:
 
     @property
     def key(self) -> str:
+        """A name for what was compiled of it."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
 
 
@@ -84,6 +86,7 @@ def candidates(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
 
 
 def divisors(n: int) -> list[int]:
+    """The divisors of n, ascending."""
     return [k for k in range(1, n + 1) if n % k == 0]
 
 

@@ -64,6 +64,7 @@ class Topology:
 
     @property
     def num_chips(self) -> int:
+        """Chips of all slices."""
         return math.prod(self.shape) * self.num_slices
 
 

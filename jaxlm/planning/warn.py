@@ -46,6 +46,7 @@ def find_warnings(
 
 
 def does_not_fit(program: Program, outcome: Outcome) -> str:
+    """What is said of a program that needs more memory than a device has."""
     return (
         f"does not fit: needs {outcome.hbm_bytes / GIB:.2f} GiB of {outcome.usable_bytes / GIB:.2f} GiB a device; shard over "
         f"fsdp, take remat='full', raise accumulation_steps, or plan with --search"

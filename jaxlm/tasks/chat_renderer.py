@@ -81,6 +81,7 @@ renderer = Renderer()
 
 
 def main() -> None:
+    """Renders the templates of standard input, a JSON line each, under limits of memory and time."""
     import jinja2.sandbox  # noqa: F401  before files are limited
 
     if sys.platform == "linux":  # elsewhere nobody says how much it is

@@ -50,6 +50,7 @@ class Dialogue(WritingTask):
         self.end_id, self.system = self.template.end_id, system
 
     def problem(self, record: Any, training: bool) -> str:
+        """Why a record cannot be used, or ''."""
         try:
             messages = self.messages(record)
             if training and not any(m["role"] == "assistant" for m in messages):
@@ -84,6 +85,7 @@ class Dialogue(WritingTask):
         return messages
 
     def features(self, record: Any) -> tuple[list[Feature], bool]:
+        """One feature: the dialogue, with weights on the assistant's words; and whether it was cut."""
         ids, is_answer = self.template.encode(self.messages(record))
         kept = fit(is_answer, self.writer.seq_len + 1, self.target_len)
         was_cut = kept.start > 0 or bool(is_answer[kept.stop :].any())
@@ -97,6 +99,7 @@ class Dialogue(WritingTask):
         return ids[-(self.writer.seq_len - self.target_len) :]
 
     def reference(self, record: Any) -> list[str]:
+        """The last answer, if there is one."""
         answer = split_answer(self.messages(record))[1]
         return [answer] if answer else []
 

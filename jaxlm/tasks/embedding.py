@@ -120,6 +120,7 @@ class Embedding:
         }
 
     def problem(self, record: Any, training: bool) -> str:
+        """Why a record cannot be used, or ''."""
         texts = _texts(record)
         if self._room(len(texts)) < 1:
             return f"{len(texts)} texts have no room in seq_len {self.layout.seq_len}"
@@ -188,6 +189,7 @@ class Embedding:
     def decode(
         self, record: Any, features: Sequence[Feature], outputs: Sequence[Mapping[str, np.ndarray]]
     ) -> Pair:
+        """The vectors of a record's texts, float32 (texts, D)."""
         return Pair(np.asarray(outputs[0]["slot_vectors"], np.float32))
 
     def is_labelled(self, record: Any) -> bool:

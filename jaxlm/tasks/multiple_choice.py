@@ -43,9 +43,11 @@ class MultipleChoice:
 
     @property
     def head(self) -> dict[str, Any]:
+        """One number for each choice."""
         return {"num_classes": 1}
 
     def problem(self, record: Any, training: bool) -> str:
+        """Why a record cannot be used, or ''."""
         question, choices = _texts(record)
         if not choices:
             return "there are no choices"
@@ -69,6 +71,7 @@ class MultipleChoice:
         return ""
 
     def features(self, record: Any) -> tuple[list[Feature], bool]:
+        """One feature with a segment and a slot for each choice; and whether text was cut."""
         check_usable(self, record)
         question, choices = _texts(record)
         ids = self.tokenizer.encode_batch([question, *choices] if question else choices)
@@ -109,6 +112,7 @@ class MultipleChoice:
     def decode(
         self, record: Any, features: Sequence[Feature], outputs: Sequence[Mapping[str, np.ndarray]]
     ) -> dict[str, Any]:
+        """The number of the choice that scores best, and the probabilities of all."""
         scores = np.asarray(outputs[0]["slot_scores"], np.float64)
         return {"label": int(scores.argmax()), "probabilities": np.exp(scores).tolist()}
 

@@ -69,9 +69,11 @@ class Preference(Dialogue):
         return both[0], both[1]
 
     def messages(self, record: Any) -> list[Message]:
+        """The messages of the answer that was chosen, or of a dialogue."""
         return self.pair(record)[0] if "chosen" in record.fields else super().messages(record)
 
     def problem(self, record: Any, training: bool) -> str:
+        """Why a record cannot be used, or ''."""
         try:
             for messages in self.pair(record):
                 self.template.parts(messages)

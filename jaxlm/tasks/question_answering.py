@@ -115,9 +115,11 @@ class QuestionAnswering:
 
     @property
     def head(self) -> dict[str, Any]:
+        """Two numbers for each token: does the answer start, and end, there?"""
         return {"num_classes": 2}
 
     def problem(self, record: Any, training: bool) -> str:
+        """Why a record cannot be used, or ''."""
         if not training:
             return ""
         question, context, answers = _texts(record)

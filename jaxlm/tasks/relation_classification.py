@@ -64,6 +64,7 @@ class RelationClassification(SequenceClassification):
         self.best_metric = "semeval_f1" if self.is_directed else "f1_macro"
 
     def problem(self, record: Any, training: bool) -> str:
+        """Why a record cannot be used, or '': also if its entities are not marked as they should be."""
         why = super().problem(record, training)
         if why:
             return why
@@ -174,6 +175,7 @@ def mark(
 
 
 def join(before: str, after: str) -> str:
+    """Two texts with one space between them; an empty one is left out."""
     return " ".join(filter(None, (before.rstrip(), after.strip())))
 
 

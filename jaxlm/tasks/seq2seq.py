@@ -55,11 +55,13 @@ class Seq2Seq(WritingTask):
             raise ValueError(f"task.baseline={baseline!r}: use {' or '.join(map(repr, BASELINES))}")
 
     def problem(self, record: Any, training: bool) -> str:
+        """Why a record cannot be used, or ''."""
         if not self._source(record).strip():
             return "the source is empty"
         return "" if not training or self.reference(record) else "the target is missing"
 
     def features(self, record: Any) -> tuple[list[Feature], bool]:
+        """A feature for each reference of the source; and whether text was cut."""
         source, source_cut = self._encode_source(record)
         targets = self.tokenizer.encode_batch(self.reference(record) or [""])
         before = self.writer.prefix if self.writer.has_encoder else ()  # BART's <s>, T5 has none
@@ -97,6 +99,7 @@ class Seq2Seq(WritingTask):
         return self.prefix + (f"{control} " if control else "") + source if source.strip() else ""
 
     def reference(self, record: Any) -> list[str]:
+        """The targets that are not empty."""
         return [text for text in record.fields.get("target") or () if text.strip()]
 
     def scores(self, records: Sequence[Any], predictions: Sequence[Mapping]) -> dict[str, float]:

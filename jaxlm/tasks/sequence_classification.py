@@ -103,10 +103,12 @@ class SequenceClassification:
 
     @property
     def head(self) -> dict[str, Any]:
+        """A number for each class, or one."""
         mean = {"pooling": "mean", "transform": "", "use_norm": False} if self.pooling else {}
         return {"num_classes": len(self.labels) or 1, **mean}
 
     def problem(self, record: Any, training: bool) -> str:
+        """Why a record cannot be used, or ''."""
         fields = record.fields
         if not training:
             return ""
@@ -123,6 +125,7 @@ class SequenceClassification:
         return f"unknown label {', '.join(map(repr, unknown))}" if unknown else ""
 
     def features(self, record: Any) -> tuple[list[Feature], bool]:
+        """One feature with one slot; example_labels: int32 (1,), of several classes float32 (1, C), a number's (1,)."""
         fields = record.fields
         texts = [fields["text"]] + ([fields["text_pair"]] if "text_pair" in fields else [])
         laid = self.layout.lay(*self.tokenizer.encode_batch([text or "" for text in texts]))
@@ -177,6 +180,7 @@ class SequenceClassification:
     def decode(
         self, record: Any, features: Sequence[Feature], outputs: Sequence[Mapping[str, np.ndarray]]
     ) -> dict[str, Any]:
+        """The label, or labels, with the probability of each; or the number."""
         values = outputs[0]["slot_scores"][0]
         if self.problem_type == "regression":
             return {"score": float(values[0])}
@@ -188,6 +192,7 @@ class SequenceClassification:
         return {"label": said, "probabilities": probabilities}
 
     def scores(self, records: Sequence[Any], predictions: Sequence[Mapping]) -> dict[str, float]:
+        """Those of the problem's kind; see `jaxlm.tasks.scores`."""
         gold = [record.fields["label"] for record in records]
         if self.problem_type == "regression":
             return scores.regression_scores(gold, [p["score"] for p in predictions])
@@ -197,6 +202,7 @@ class SequenceClassification:
         return scores.classification_scores(self._ids(gold), self._ids(said), self.labels)
 
     def report(self, records: Sequence[Any], predictions: Sequence[Mapping]) -> str:
+        """Precision, recall and F1 of each class; nothing for numbers."""
         gold = [record.fields["label"] for record in records]
         if self.problem_type == "regression":
             return ""

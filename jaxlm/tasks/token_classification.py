@@ -101,9 +101,11 @@ class TokenClassification:
 
     @property
     def head(self) -> dict[str, Any]:
+        """A number for each class of each token."""
         return {"num_classes": len(self.labels)}
 
     def problem(self, record: Any, training: bool) -> str:
+        """Why a record cannot be used, or ''."""
         words, labels = record.fields.get("words") or [], record.fields.get("labels")
         predicate = record.fields.get("predicate")
         if labels is not None and len(labels) != len(words):
@@ -214,12 +216,14 @@ class TokenClassification:
         return prediction
 
     def scores(self, records: Sequence[Any], predictions: Sequence[Mapping]) -> dict[str, float]:
+        """Of entities, whole ones; of plain tags, the accuracy of words."""
         gold, said = self._gold(records), [p["labels"] for p in predictions]
         if self.scheme == tags.PLAIN:
             return {"token_accuracy": scores.token_accuracy(gold, said)}
         return scores.entity_scores(gold, said)
 
     def report(self, records: Sequence[Any], predictions: Sequence[Mapping]) -> str:
+        """Precision, recall and F1 of each type of entity, or tag."""
         if self.scheme != tags.PLAIN:
             return scores.entity_report(self._gold(records), [p["labels"] for p in predictions])
         return scores.classification_report(*self._ids(records, predictions), self.labels)
@@ -251,6 +255,7 @@ def read_labels(labels: Sequence[str], scheme: str) -> list[str]:
 
 
 def entities(words: Sequence[str], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """The entities that labels mark: first word, word after the last, type, text."""
     return [
         {"start": s.start, "end": s.end, "type": s.name, "text": " ".join(words[s.start : s.end])}
         for s in tags.tags_to_spans(labels)

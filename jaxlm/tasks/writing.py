@@ -35,6 +35,7 @@ class Writer:
 
     @property
     def has_encoder(self) -> bool:
+        """Whether the source is read by an encoder, and only the answer is in the decoder's row."""
         return self.family == "encoder_decoder"
 
 
@@ -87,12 +88,15 @@ class WritingTask:
 
     @staticmethod
     def infer(records: Sequence[Any], **options: Any) -> dict[str, Any]:
+        """Nothing is learned from the training rows."""
         return {"labels": []}
 
     def reference(self, record: Any) -> list[str]:
+        """The texts that would be right; [] where none is known."""
         raise NotImplementedError
 
     def is_labelled(self, record: Any) -> bool:
+        """Whether a record has a reference."""
         return bool(self.reference(record))
 
     def loss(
@@ -117,6 +121,7 @@ class WritingTask:
     def decode(
         self, record: Any, features: Sequence[Feature], outputs: Sequence[Mapping[str, np.ndarray]]
     ) -> dict[str, Any]:
+        """Nothing: texts are written after the pass that gives the loss."""
         return {}
 
     def scores(self, records: Sequence[Any], predictions: Sequence[Mapping]) -> dict[str, float]:

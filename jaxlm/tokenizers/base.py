@@ -225,10 +225,12 @@ def _check_reserved(reserved: Mapping[str, Any], num_tokens: int) -> None:
 
 
 def reserved_names() -> list[str]:
+    """The spellings of the reserved ids, by id."""
     return [f"<{role}>" for role in ROLES]
 
 
 def known_spellings() -> set[str]:
+    """How tokenizers of others spell reserved ids."""
     return {name for names in SPELLINGS.values() for name in names}
 
 
@@ -272,6 +274,7 @@ def _ends_sentence(text: str) -> bool:
 
 
 def pick(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """The entry `name` of a table. Raises ValueError with the known names. what: what an error calls it."""
     if name not in table:
         raise ValueError(f"unknown {what} {name!r}; known: {', '.join(sorted(table))}")
     return table[name]

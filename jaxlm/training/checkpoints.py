@@ -63,6 +63,7 @@ class Checkpoints:
         return find_steps(self.directory)
 
     def latest_step(self) -> int | None:
+        """The newest step that is saved whole; None without one."""
         return self._saver.open().latest_step()
 
     def best_step(self) -> int | None:
@@ -101,6 +102,7 @@ class Checkpoints:
         self._saver.wait()
 
     def close(self) -> None:
+        """Waits for what is being saved, and stops."""
         self._saver.close()
 
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:

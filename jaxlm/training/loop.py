@@ -30,6 +30,7 @@ class Intervals:
 
     @staticmethod
     def due(step: int, every: int, last: int) -> bool:
+        """Whether what is done `every` steps, and after the last, is done after this one. 0: only after the last."""
         return step == last or (every > 0 and step % every == 0)
 
 

@@ -22,6 +22,7 @@ class MetricSums:
         self.sums = {name: list(map(float, pair)) for name, pair in (sums or {}).items()}
 
     def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
+        """Adds the metrics of a step; of those in LAST the newest value counts."""
         for name, (total, weight) in jax.device_get(dict(metrics)).items():
             old_total, old_weight = (
                 self.sums.get(name, (0.0, 0.0)) if name not in LAST else (0.0, 0.0)
@@ -37,6 +38,7 @@ class MetricSums:
         return {name: list(pair) for name, pair in self.sums.items()}
 
     def merge(self, other: "MetricSums") -> None:
+        """Adds the sums of another part of the same steps."""
         for name, (total, weight) in other.sums.items():
             mine = self.sums.setdefault(name, [0.0, 0.0])
             mine[0] += total
@@ -104,6 +106,7 @@ class MetricWriter:
             self._wandb.log(numbers, step=step)
 
     def write_text(self, step: int, name: str, text: str) -> None:
+        """A text for TensorBoard."""
         if self.is_writer and self._tensorboard:
             self._tensorboard.add_text(name, text, step)
 
@@ -113,6 +116,7 @@ class MetricWriter:
             self._file.flush()
 
     def close(self) -> None:
+        """Closes all that it writes to."""
         if not self.is_writer:
             return
         self._file.close()

@@ -45,10 +45,12 @@ Axes = tuple[str | None, ...]  # the logical axes of one parameter, e.g. ('layer
 
 
 def is_axes(x: Any) -> bool:
+    """Whether a node of a tree is a tuple of logical names, and so a leaf."""
     return isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
 
 
 def is_stacked(axes: Axes) -> bool:
+    """Whether a parameter's first axis is the layers."""
     return axes[:1] == ("layers",)
 
 

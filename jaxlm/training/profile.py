@@ -43,6 +43,7 @@ class Profile:
         return self._scratch is not None and step >= min(self.last, last_of_run)
 
     def start(self) -> None:
+        """Begins the trace."""
         # The profiler writes to local disks only.
         self._scratch = tempfile.TemporaryDirectory()
         options = jax.profiler.ProfileOptions()
@@ -50,6 +51,7 @@ class Profile:
         jax.profiler.start_trace(self._scratch.name, profiler_options=options)
 
     def stop(self) -> None:
+        """Ends the trace and puts it into the folder."""
         scratch, self._scratch = self._scratch, None
         assert scratch is not None
         jax.profiler.stop_trace()

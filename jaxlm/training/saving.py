@@ -161,6 +161,7 @@ class Saver:
             raise self._not_saved("the newest step", error) from error
 
     def close(self) -> None:
+        """Waits for what is being saved, and stops its thread."""
         try:
             self.forget()
         finally:

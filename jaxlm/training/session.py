@@ -48,6 +48,7 @@ class Session:
         self.leave_if(self.stop.is_due())
 
     def leave_if(self, stopping: bool) -> None:
+        """Raises EvaluationLeft, if a stop may leave this evaluation for later."""
         if stopping and self.leaves_evaluation:
             raise EvaluationLeft
 

@@ -56,6 +56,7 @@ class Stop:
 
     @contextlib.contextmanager
     def around_steps(self) -> Iterator[None]:
+        """The steps of a run; after them a stop waits for nothing more."""
         try:
             yield
         finally:

@@ -78,6 +78,7 @@ def read_manifest(step_dir: Path) -> dict[str, Any]:
 
 
 def has_checksums(manifest: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's manifest has what its bytes can be checked against."""
     return "checksums" in manifest
 
 

@@ -154,6 +154,7 @@ def local_rows(mesh: jax.sharding.Mesh, shapes: Shapes) -> dict[int, np.ndarray]
 
 
 def make_task(config: ConfigDict, source: Source, fitted: Mapping[str, Any]) -> Any:
+    """The config's task. fitted: what `infer` learned from the training rows."""
     options = config.task.to_dict()
     kind = programs.pick(TASKS, options.pop("name"), "task")
     if writes(kind):

@@ -194,6 +194,7 @@ class TaskRun(build.Run):
 
     @cached_property
     def predictor(self) -> Predictor:
+        """What evaluates and predicts with the run's program."""
         return Predictor(self.config, self.mesh, self.model, self.objective)
 
     def documents(self, k: int) -> list[dict[str, Any]]:
@@ -206,6 +207,7 @@ class TaskRun(build.Run):
     def scored(
         self, params: PyTree, name: str, most: int | None = None
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """(scores, predictions) of a split's records, of the first `most` if given."""
         return self.predictor.scored(params, self.splits[name], self.eval_batches[name], most)
 
     def evaluate(

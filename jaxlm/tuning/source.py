@@ -140,6 +140,7 @@ def split_step(checkpoint: str) -> tuple[str, int | None]:
 
 
 def model_fields(config: TransformerConfig) -> dict[str, Any]:
+    """The config's fields that say what the model computes, not how."""
     fields = dataclasses.asdict(config)
     return {name: value for name, value in fields.items() if name not in convert.EXECUTION}
 
@@ -208,6 +209,7 @@ def read_weights(source: Source, wanted: PyTree) -> tuple[dict[str, Any], Repair
 
 
 def refuse_strangers(source: Source, repair: Repair) -> None:
+    """Raises ValueError if the checkpoint is of a model of another shape."""
     where = source.folder or source.step_dir
     below = [path for path in repair.mismatched if not path.startswith("head/")]
     if below:

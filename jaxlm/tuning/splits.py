@@ -109,6 +109,7 @@ def hold_out(records: Sequence[Record], config: ConfigDict) -> tuple[list[Record
 
 
 def make_split(name: str, task: Any, records: Sequence[Record]) -> Split:
+    """A split's records with their features; says in the log how many were cut."""
     features: list[Any] = []
     spans, truncated = [], 0
     for record in records:

@@ -38,6 +38,7 @@ def find_writing(config: ConfigDict, source: Source) -> dict[str, Any]:
 
 
 def make_writer(config: ConfigDict, family: str, fitted: Mapping[str, Any]) -> Writer:
+    """What a writing task knows of the model that writes."""
     return Writer(
         family,
         config.seq_len,

@@ -12,6 +12,8 @@ from tests.tiny import ROOT
 
 PAGES = sorted((ROOT / "docs" / "how_to").glob("add_*.md"))
 TREE = ("jaxlm", "configs", "tests", "docs", "mkdocs.yml", "pyproject.toml", "README.md")
+# One device, and the programs that earlier runs of the tests have compiled.
+CACHE = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
 
 
 @pytest.fixture
@@ -35,8 +37,7 @@ def follow(page: Path, root: Path) -> str:
         if block.title:
             walk.write(block, root)
         elif block.language == "bash":
-            cache = jax.config.jax_compilation_cache_dir
-            printed += walk.run(block.text, root, JAX_COMPILATION_CACHE_DIR=cache or "")
+            printed += walk.run(block.text, root, XLA_FLAGS="", **CACHE)
     return printed
 
 
@@ -57,3 +58,14 @@ def test_an_objective_is_added_by_following_the_page(copy):
     assert "5 passed" in printed
     found = losses(copy / "W", "loss")
     assert found[-1] < found[0] - 1, found
+
+
+@pytest.mark.slow
+@pytest.mark.smoke
+def test_a_task_is_added_by_following_the_page(copy):
+    printed = follow(ROOT / "docs" / "how_to" / "add_a_task.md", copy)
+    assert "4 passed" in printed
+    found = losses(copy / "F", "loss")
+    assert found[-1] < found[0] / 2, found
+    report = json.loads((copy / "F" / "report.json").read_text("utf-8"))
+    assert report["dev"]["accuracy"] > 0.8

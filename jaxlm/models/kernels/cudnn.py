@@ -24,6 +24,7 @@ LARGEST_HEAD = 256  # from Hopper on; 128 before it
 
 
 def find_limits(config: TransformerConfig, context: int) -> list[str]:
+    """What of a config cuDNN cannot do, each as found and expected."""
     c, limits = config, []
     if c.dtype not in DTYPES:
         limits.append(f"dtype={c.dtype!r}: cuDNN attends in {' or '.join(DTYPES)}")

@@ -47,6 +47,7 @@ def get_split(rows: int, length: int, kv_heads: int) -> Split:
 
 
 def divisible(axes: Axes, size: int) -> Axes:
+    """`axes`, if the devices along them divide `size`; else None: whole on each."""
     return None if size % num_shards(axes) else axes
 
 

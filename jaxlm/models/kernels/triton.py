@@ -18,6 +18,7 @@ BLOCK = 128  # places; rows are padded to whole ones
 
 
 def find_limits(config: TransformerConfig, context: int) -> list[str]:
+    """What of a config the Triton kernel cannot do, each as found and expected."""
     c, limits = config, []
     if c.attention_softcap:
         limits.append(
