@@ -1,4 +1,4 @@
-"""The commands of README.md and docs/guide: fenced bash, and code in the text that begins with a program or with flags."""
+"""The commands of the pages for users: fenced bash, and code in the text that begins with a program or with flags."""
 
 import re
 import shlex
@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    *sorted((ROOT / "docs" / "guide").glob("*.md")),
+    *sorted((ROOT / "docs" / "objectives").glob("*.md")),
+)
 
 # What a command in the running text begins with.
 PROGRAMS = ("python", "pip", "bash", "pytest", "jaxlm-")

@@ -14,6 +14,7 @@ TRANSLATE = (
     "python -m jaxlm.finetune --config=configs/finetune/translation.py:train=a.en+a.de,dev=b.en+b.de "
     "--config.init_from=W --workdir=T "
 )
+MASKED = "python -m jaxlm.pretrain --config=configs/bert.py:tiny --workdir=W "
 GENERATE = "python -m jaxlm.generate --checkpoint=W "
 
 # Flags alone belong to one of these commands: at its end, or where it has {}.
@@ -27,6 +28,10 @@ BASES = {
     "--config.checkpoint.best_metric=bleu": TRANSLATE + "--config.eval.dev_texts=100 ",
     "--config.data.augment": CLASSIFY,
     "--config.eval.": TRANSLATE,
+    "--config.objective.": PRETRAIN,
+    "--config.objective.max_ngram": MASKED,
+    "--config.objective.rate": MASKED,
+    "--config.objective.whole_word": MASKED,
     "--config.patience": CLASSIFY,
     "--config.tuning.": CLASSIFY,
     "--config=": "python -m jaxlm.pretrain --workdir=W2 ",
@@ -195,11 +200,18 @@ LITTLE_STEP = LITTLE_TRAINING | {"config.model.emb_dim": 16, "config.model.mlp_d
 LITTLE_BENCHMARK = LITTLE_STEP | {"steps": 2}
 
 NEEDS_ACCELERATOR = "a cluster or a cloud is needed"
+TRAINED_THERE = "tests/configs/test_networks.py and tests/objectives/test_learning.py train it"
 INSTALLS = "it installs; extras and requirements are read"
 
 HOW: dict[str, Run | Read | Shell] = {
     # entrypoints
     "python -m jaxlm.pretrain ": Run(LITTLE_MODEL),
+    "python -m jaxlm.pretrain --config=configs/gpt.py:tiny,objective": Read(TRAINED_THERE),
+    "python -m jaxlm.pretrain --config=configs/bert.py:tiny,objective": Read(TRAINED_THERE),
+    "python -m jaxlm.pretrain --config=configs/electra.py:tiny": Read(TRAINED_THERE),
+    "python -m jaxlm.pretrain --config=configs/xlnet.py:tiny": Read(TRAINED_THERE),
+    "python -m jaxlm.pretrain --config=configs/t5.py:tiny": Read(TRAINED_THERE),
+    "python -m jaxlm.pretrain --config=configs/bart.py:tiny": Read(TRAINED_THERE),
     PRETRAIN + "--coordinator": Read("it waits for other processes: tests/parallel/test_processes.py"),
     PRETRAIN + "--num_processes": Read("it waits for other processes: tests/parallel/test_processes.py"),
     PRETRAIN + "--config.mesh": Run(LITTLE_MODEL, devices=8),
