@@ -15,6 +15,7 @@ TOOLS = (
     "fsck",
     "inspect_checkpoint",
     "look",
+    "look",
     "plan",
     "plot_run",
     "prepare_data",
