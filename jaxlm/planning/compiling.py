@@ -57,6 +57,20 @@ class Outcome:
     seconds: float = 0.0
 
 
+def lower(program: Program) -> jax.stages.Lowered:
+    """The train step lowered; jax's own error of a missing cuDNN does not say what to do."""
+    try:
+        return program.lower_train_step()
+    except RuntimeError as error:
+        if "cuDNN not found" not in str(error):
+            raise
+        raise ModuleNotFoundError(
+            "found: no cuDNN, whose version jax asks for while it traces cuDNN's attention\n"
+            "expected: its library; no card is needed\n"
+            "change: pip install nvidia-cudnn-cu12, or plan with --config.attention_kernel=triton"
+        ) from error
+
+
 def plan_program(config: ConfigDict, topology: Topology) -> Program:
     """The program of a pretraining config on a topology's devices; nothing is allocated and no text is read."""
     mesh = meshes.make_mesh(**config.mesh, devices=topology_devices(topology))
@@ -83,9 +97,10 @@ def compile_program(program: Program, chip: Chip, cache: Path | None = None) -> 
 
     Raises:
       JaxRuntimeError: of the compiler, for anything but a lack of memory.
+      ModuleNotFoundError: with what to install, if a plan for GPUs lacks cuDNN.
     """
     began = time.perf_counter()
-    lowered = program.lower_train_step()
+    lowered = lower(program)
     options = (
         compiler_options(program.mesh, program.config.compiler_flags) | AHEAD_OF_TIME[chip.platform]
     )
