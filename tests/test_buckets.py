@@ -35,7 +35,7 @@ from jaxlm.workdir import manifest
 from tests import tiny
 from tests.test_finetune import write_rows
 from tests.training.test_checkpoints import abstract
-from tools import compare_runs, inspect_checkpoint, plot_run
+from tools import compare_runs, inspect_checkpoint, plot_run, report
 
 emulator = pytest.importorskip("gcp_storage_emulator.server")  # in the dev extra only
 
@@ -145,6 +145,9 @@ def test_tools_take_workdirs_on_a_bucket(runs, capsys):
     assert compare_runs.main([local, remote]) in (0, None)
     assert inspect_checkpoint.main([remote]) in (0, None)
     assert f"{remote}/checkpoints/4" in capsys.readouterr().out
+    assert report.main([remote]) == 0
+    page = as_path(f"{remote}/report.html").read_text()
+    assert page.count("data:image/png") == 3 and "This cannot be read" not in page
 
 
 @pytest.mark.slow
@@ -165,8 +168,11 @@ def test_a_model_on_a_bucket_is_finetuned_there_and_predicts(runs, bucket, cache
             "log.tensorboard": False,
         },
     )
-    report = finetune(config, workdir)
-    assert json.loads((workdir / "report.json").read_text()) == report
+    found = finetune(config, workdir)
+    assert json.loads((workdir / "report.json").read_text()) == found
+    assert report.main([str(workdir)]) == 0
+    page = as_path(f"{workdir}/report.html").read_text()
+    assert page.count("data:image/png") == 4 and "This cannot be read" not in page
     assert (workdir / "plots" / "confusion.png").read_bytes().startswith(b"\x89PNG")
     scores = evaluate.evaluate_task(workdir, str(data), output=f"{bucket}/table.csv")
     assert scores["records"] == as_path(f"{bucket}/table.csv").read_text().count("\n") - 1 == 48

@@ -14,7 +14,7 @@ from jaxlm.training.checkpoints import DAMAGED, FOLDER, find_steps
 from jaxlm.training.goodput import account, read_lives, report
 from jaxlm.training.plots import PICTURES
 
-MAX_PICTURE = 4 << 20
+MAX_PICTURES = 8
 SAMPLE_STEPS = 8
 EVALUATIONS = 6
 ROWS = 10
@@ -87,11 +87,8 @@ KEYS = ("step", "split", "params")
 
 def _pictures(files: Files) -> list[Block]:
     """Of plots/, what is not drawn anew: confusion.png, and curves of one metric."""
-    return [
-        Picture(path.read_bytes(), path.name)
-        for path in files.glob("plots/*.png")
-        if path.name not in PICTURES and path.stat().st_size <= MAX_PICTURE
-    ]
+    paths = [path for path in files.glob("plots/*.png") if path.name not in PICTURES]
+    return [Picture(path.read_bytes(), path.name) for path in paths[:MAX_PICTURES]]
 
 
 def _predictions(files: Files) -> list[Block]:
@@ -103,18 +100,22 @@ def _predictions(files: Files) -> list[Block]:
 
 
 def config(files: Files) -> list[Block]:
-    """In what the run differs from its recipe, and all of its fields."""
+    """In what the run differs from its recipe, what the recipe left open, and all fields."""
     fields = flat(files.config)
-    blocks: list[Block] = []
-    if files.has("recipe.json"):
-        recipe = files.read("recipe.json")
-        before = flat(recipe["config"])
-        names = [n for n in dict.fromkeys([*before, *fields]) if before.get(n) != fields.get(n)]
-        rows = [(n, before.get(n, "absent"), fields.get(n, "absent")) for n in names]
-        says = "changed:" if rows else "unchanged."
-        blocks.append(Note(f"From the recipe {recipe['name']}, {says}"))
-        blocks += [Table(rows, ("field", "recipe", "this run"))] if rows else []
     whole = Table(list(fields.items()), ("field", "value"), f"All {len(fields)} fields")
+    if not files.has("recipe.json"):
+        return [whole]
+    recipe = files.read("recipe.json")
+    before = flat(recipe["config"])
+    changed = [(n, x, fields.get(n, "absent")) for n, x in before.items() if fields.get(n) != x]
+    filled = [(name, value) for name, value in fields.items() if name not in before]
+    blocks: list[Block] = [
+        Note(f"From the recipe {recipe['name']}, {'changed:' if changed else 'unchanged.'}")
+    ]
+    if changed:
+        blocks.append(Table(changed, ("field", "recipe", "this run")))
+    if filled:  # by the model that is fine-tuned, and by the data
+        blocks.append(Table(filled, ("field", "value"), f"{len(filled)} fields that it left open"))
     return [*blocks, whole]
 
 
@@ -174,11 +175,13 @@ def trouble(files: Files) -> list[Block]:
 
 
 def checkpoints(files: Files) -> list[Block]:
+    """The steps that are kept."""
     steps = find_steps(files.workdir / FOLDER)
     return [Note("Steps " + ", ".join(f"{step:,}" for step in steps) + ".")] if steps else []
 
 
 def environment(files: Files) -> list[Block]:
+    """Versions, devices and the rest of environment.json."""
     rows = list(flat(files.read("environment.json")).items())
     return [Table(rows)] if rows else []
 

@@ -57,11 +57,15 @@ def _steps(files: Files) -> str:
 
 
 def _held_out(files: Files) -> str:
-    losses = [(x["loss"], x["step"]) for x in files.evaluations if _is_number(x.get("loss"))]
-    if not losses:
+    """By what the run chooses its checkpoints, else by the loss."""
+    rule = files.config["checkpoint"]
+    metric = rule["best_metric"] or "loss"
+    best = max if rule["best_metric"] and rule["best_mode"] == "max" else min
+    found = [(x[metric], x["step"]) for x in files.evaluations if _is_number(x.get(metric))]
+    if not found:
         return ""
-    loss, step = min(losses)
-    return f"{loss:.4g} at step {step:,}"
+    value, step = best(found, key=lambda pair: pair[0])
+    return f"{metric} {value:.4g} at step {step:,}"
 
 
 def _bits(files: Files) -> str:
@@ -88,7 +92,7 @@ def _is_number(value: object) -> bool:
 FIGURES: dict[str, Callable[[Files], str]] = {
     "parameters": _parameters,
     "steps": _steps,
-    "best held-out loss": _held_out,
+    "best held-out": _held_out,
     "best bits per byte": _bits,
     "tokens/s (median)": _speed,
     "goodput": _goodput,

@@ -133,7 +133,8 @@ def draw_loss(runs: Runs) -> Figure:
     for index, (name, lines) in enumerate(runs.items()):
         color = f"C{index % 10}"
         steps, losses = series(lines, "train", "loss")
-        axes.plot(steps, losses, color=color, alpha=0.45, linewidth=1, label=f"{name}: training")
+        style = {"alpha": 0.45, "linewidth": 1, "marker": _marker(steps)}
+        axes.plot(steps, losses, color=color, label=f"{name}: training", **style)
         finite += losses[len(losses) // 20 :]  # the first steps would squeeze the rest
         steps, losses = series(lines, "eval", "loss")
         if losses:
@@ -179,7 +180,8 @@ def draw_panels(runs: Runs, panels: Mapping[str, tuple[str, float]]) -> Figure:
         for index, (name, lines) in enumerate(runs.items()):
             steps, values = series(lines, "train", key)
             scaled = [scale * value for value in values]
-            axes.plot(steps, scaled, color=f"C{index % 10}", linewidth=1, label=name)
+            style = {"color": f"C{index % 10}", "linewidth": 1, "marker": _marker(steps)}
+            axes.plot(steps, scaled, label=name, **style)
     all_axes[0].legend(fontsize="small")
     all_axes[-1].set_xlabel("step")
     return figure
@@ -191,6 +193,11 @@ PICTURES: dict[str, Callable[[Runs], Figure]] = {
     "throughput.png": draw_throughput,
     "optimization.png": draw_optimization,
 }
+
+
+def _marker(steps: Sequence[int]) -> str:
+    """A line through one point cannot be seen."""
+    return "o" if len(steps) == 1 else ""
 
 
 def series(lines: list[dict[str, Any]], split: str, key: str) -> tuple[list[int], list[float]]:

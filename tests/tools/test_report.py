@@ -59,6 +59,7 @@ def write_whole_run(workdir, said="a text"):
     config = tiny.tiny_config("configs/gpt.py:tiny", "store", seed=7)
     (workdir / "config.json").write_text(config.to_json())
     recipe = json.loads(config.to_json()) | {"seed": 0, "init_from": said}
+    del recipe["model"]  # as of a fine-tuning recipe, whose model the checkpoint says
     write_json(workdir / "recipe.json", {"name": f"configs/gpt.py:tiny{said}", "config": recipe})
     samples = [{"step": s, "prompt": said, "text": f"{said} {s}"} for s in range(10, 200, 10)]
     write_lines(workdir / "samples.jsonl", samples)
@@ -110,6 +111,7 @@ EXPECTED = (
     "From the recipe configs/gpt.py:tinya text, changed: field recipe this run",
     "seed 0 7",
     "init_from a text none",
+    "fields that it left open field value model.vocab_size 264",
     "optimizer.learning_rate",
     "new 30: a text",
     "steps 4-6 were bad: back to step 3, on with batch 9",
