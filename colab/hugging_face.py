@@ -68,7 +68,7 @@ show_certificate(base)
 # %%
 from jaxlm import api
 
-TEXTS = ["def read_lines(path):", "import os", "class Reader:"]
+TEXTS = ["def read(path):", "import os", "class Reader:"]
 
 
 def try_out(checkpoint):

@@ -79,7 +79,7 @@ def test_the_fine_tuning_notebook_runs(pretrained, runs):
 
 @pytest.mark.core
 def test_the_hugging_face_notebook_runs(runs):
-    settings = {"MODEL": str(runs / "hf"), "TRAIN": str(runs / "rows.csv")}
+    settings = {"MODEL": str(runs / "hf"), "TRAIN": str(runs / "rows.csv"), "SEQ_LEN": 24}
     notebook = run("hugging_face", runs, settings | {"CERTIFICATE": "round_trip"})
     (exported,) = runs.glob("lora-hf-*")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(exported))
@@ -114,6 +114,7 @@ def test_a_decoder_is_brought_in_taught_to_write_and_taken_out(runs, tmp_path):
         "CONFIG": "configs/finetune/summarisation.py",
         "WORKDIR": str(tmp_path / "lora"),
         "CERTIFICATE": "round_trip",
+        "SEQ_LEN": 24,
     }
     assert "largest difference, run and export" in printed(run("hugging_face", runs, settings))
 
@@ -154,7 +155,7 @@ def test_a_notebook_that_has_run_runs_again(pretrained, runs):
     """All of them, on what they have left: nothing is trained or written twice."""
     run("pretrain", runs, {})
     settings = {"TRAIN": str(runs / "rows.csv"), "INIT_FROM": "pretrained", "LORA": True}
-    hugging_face = {"MODEL": str(runs / "hf"), "TRAIN": str(runs / "rows.csv")}
+    hugging_face = {"MODEL": str(runs / "hf"), "TRAIN": str(runs / "rows.csv"), "SEQ_LEN": 24}
     hugging_face |= {"CERTIFICATE": "round_trip"}
     for _ in range(2):
         run("finetune", runs, settings)
