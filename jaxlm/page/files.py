@@ -12,6 +12,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from jaxlm.sealed import read_object
+from jaxlm.training.goodput import read_lives
 from jaxlm.training.metrics import read_metrics
 from jaxlm.training.plots import MOST_LINES
 
@@ -67,6 +68,12 @@ class Files:
     def metrics(self) -> list[dict[str, Any]]:
         """metrics.jsonl, thinned to what a curve shows."""
         return read_metrics(self.workdir, most=MOST_LINES) if self.has("metrics.jsonl") else []
+
+    @functools.cached_property
+    def lives(self) -> list[dict[str, Any]]:
+        """The starts of the run, as `goodput.read_lives` gives them."""
+        path = self.workdir / "goodput.jsonl"
+        return read_lives(path) if path.is_file() else []
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:

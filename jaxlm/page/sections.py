@@ -11,7 +11,7 @@ from jaxlm.page.blocks import Block, Note, Picture, Quote, Section, Table, thinn
 from jaxlm.page.files import Files, flat
 from jaxlm.page.summary import UNREADABLE
 from jaxlm.training.checkpoints import DAMAGED, FOLDER, find_steps
-from jaxlm.training.goodput import account, read_lives, report
+from jaxlm.training.goodput import account, report
 from jaxlm.training.plots import PICTURES
 
 MAX_PICTURES = 8
@@ -131,9 +131,9 @@ def origin(files: Files) -> list[Block]:
 
 def time(files: Files) -> list[Block]:
     """Where the time of all starts of the run went."""
-    if not files.has("goodput.jsonl"):
+    lives = files.lives
+    if not lives:
         return []
-    lives = read_lives(files.workdir / "goodput.jsonl")
     seconds = account(lives)
     wall = seconds.pop("wall")
     spent = sorted(seconds.items(), key=lambda item: -item[1])
@@ -154,8 +154,7 @@ def time(files: Files) -> list[Block]:
 def trouble(files: Files) -> list[Block]:
     """Steps that were left out, rewinds, checkpoints set aside, hangs, and rows that could not be used."""
     rows: list[tuple[str, str]] = []
-    lives = read_lives(files.workdir / "goodput.jsonl") if files.has("goodput.jsonl") else []
-    if bad := sum(life["bad"] for life in lives):
+    if bad := sum(life["bad"] for life in files.lives):
         rows.append(
             ("bad steps", f"{bad:,}: loss or gradient was not finite, or a spike; not applied")
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from jaxlm.files import absolute
 from jaxlm.page.blocks import shown
 from jaxlm.page.files import Files
-from jaxlm.training.goodput import account, read_lives
+from jaxlm.training.goodput import account
 
 FAMILIES = {
     "gpt": "A decoder",
@@ -79,9 +79,9 @@ def _speed(files: Files) -> str:
 
 
 def _goodput(files: Files) -> str:
-    if not files.has("goodput.jsonl"):
+    if not files.lives:
         return ""
-    shares = account(read_lives(files.workdir / "goodput.jsonl"))
+    shares = account(files.lives)
     return f"{shares['useful'] / shares['wall']:.1%} of {shares['wall']:,.0f} s"
 
 

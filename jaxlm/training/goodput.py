@@ -95,9 +95,9 @@ def _line(life: Mapping[str, Any]) -> str:
 
 def read_lives(path: Path) -> list[dict[str, Any]]:
     """The last line of each life, in order."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    lives = [json.loads(line) for line in lines if line.endswith("\n")]
-    return list({life["life"]: life for life in lives}.values())
+    with path.open(encoding="utf-8") as lines:
+        lives = (json.loads(line) for line in lines if line.endswith("\n"))
+        return list({life["life"]: life for life in lives}.values())
 
 
 def account(lives: Sequence[Mapping[str, Any]]) -> dict[str, float]:

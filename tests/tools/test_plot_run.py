@@ -134,7 +134,7 @@ def test_a_run_of_a_million_lines_is_drawn_in_little_memory(tmp_path):
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
     done = tiny.run([sys.executable, "-c", code, str(tmp_path)])
-    assert int(done.stdout) < 700, f"{done.stdout} MiB"
+    assert int(done.stdout) < 500, f"{done.stdout} MiB"
     assert ink(tmp_path / "plots" / "loss.png") > 1000
 
 
