@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -253,17 +254,20 @@ def package_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
+def git_revision() -> str | None:
+    """The commit of the clone that runs; None where there is no clone, or no git."""
+    if not (config_files.HOME / ".git").exists() or shutil.which("git") is None:
+        return None
+    ask = ["git", "-C", str(config_files.HOME), "rev-parse", "HEAD"]
+    return subprocess.run(ask, capture_output=True, text=True).stdout.strip() or None
+
+
 def write_environment(workdir: Path, run: build.Run, peak_says: str) -> None:
     """environment.json: what one needs to know to run this again."""
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-    )
     content = {
         "python": platform.python_version(),
         "packages": package_versions(),
-        "git_revision": git.stdout.strip() or None,
+        "git_revision": git_revision(),
         "devices": [str(d) for d in jax.devices()],
         "processes": jax.process_count(),
         "mesh": dict(run.mesh.shape),
