@@ -4,6 +4,7 @@ A config holds decisions only: nothing derived, nothing optional, and in the opt
 and its schedule read. Leaves are int, float, str, bool or tuple.
 """
 
+import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -89,11 +90,16 @@ def parse_arg(arg: str, variants: Iterable[str], **choices: Any) -> dict[str, An
     problems = []
     variant = first or known[0]
     if variant not in known:
-        problems.append(f"unknown variant {variant!r}; known: {', '.join(known)}")
+        problems.append(
+            f"unknown variant {variant!r}{meant(variant, known)}; known: {', '.join(known)}"
+        )
     for part in filter(None, rest):
         key, equals, text = part.partition("=")
         if key not in choices or not equals:
-            problems.append(f"unknown {part!r}; write key=value with a key of {', '.join(choices)}")
+            near = meant(key, choices)
+            problems.append(
+                f"unknown {part!r}{near}; expected key=value with a key of {', '.join(choices)}"
+            )
             continue
         try:
             values[key] = parse_value(text, choices[key])
@@ -104,10 +110,17 @@ def parse_arg(arg: str, variants: Iterable[str], **choices: Any) -> dict[str, An
     return {"variant": variant, **values}
 
 
+def meant(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
 def parse_value(text: str, choice: Any) -> Any:
     if isinstance(choice, tuple):
         if text not in choice:
-            raise ValueError(f"use one of {', '.join(repr(c) for c in choice)}")
+            raise ValueError(
+                f"expected one of {', '.join(filter(None, choice))}{meant(text, choice)}"
+            )
         return text
     if isinstance(choice, bool):
         if text.lower() not in ("true", "false"):

@@ -47,6 +47,8 @@ from jaxlm.training.throughput import peak_flops
 PyTree = Any
 log = logging.getLogger("jaxlm")
 
+MODEL_SIZES = "vocab_size emb_dim num_layers num_heads num_kv_heads head_dim mlp_dim".split()
+
 HUGGING_FACE = "hf:"  # what an `init_from` begins with that is no run of ours
 
 
@@ -312,13 +314,41 @@ def initial_state(run: Run) -> TrainState:
         write_origin(run, commit=weights.commit)
         return run.init_state(weights.params)
     path, _, step = config.init_from.partition("@")
+    if config.init not in ("params", "ema", "state"):
+        raise ValueError(f"init {config.init!r} must be 'params', 'ema' or 'state'")
     source = find_step(path, int(step) if step else None)
+    refuse_another_model(run, source)
     write_origin(run, checkpoint=str(source))
-    if config.init in ("params", "ema"):
-        return run.init_state(load_item(source, run.param_shapes, config.init))
     if config.init == "state":
         return restore_state(source, run.state_shape)
-    raise ValueError(f"init {config.init!r} must be 'params', 'ema' or 'state'")
+    return run.init_state(load_item(source, run.param_shapes, config.init))
+
+
+def refuse_another_model(run: Run, source: Path) -> None:
+    """Raises ValueError, with all of it, where a checkpoint is of another model or tokenizer than the run's."""
+    workdir, config = source.parent.parent, run.config
+    its, problems = saved_config(workdir / "config.json"), []
+    if "head" in its:
+        problems.append(
+            f"it is a fine-tuned run with a head for {its.task.name}: name what it was tuned from, {its.init_from}"
+        )
+    if its.family != config.family:
+        problems.append(
+            f"its model is of the family {its.family}, and the config's is {config.family}"
+        )
+    problems += [
+        f"model.{name} is {its.model[name]} there and {config.model[name]} here: set --config.model.{name}={its.model[name]}"
+        for name in MODEL_SIZES
+        if its.model[name] != config.model[name]
+    ]
+    ids = stored.read_manifest(source).get("tokenizer_sha256", run.tokenizer.sha256)
+    if ids != run.tokenizer.sha256:
+        problems.append(
+            f"its tokenizer is another, so ids would mean other tokens: set --config.tokenizer.path={workdir / 'tokenizer'}"
+        )
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise ValueError(f"init_from={config.init_from} does not fit this run:{lines}")
 
 
 def write_origin(run: Run, **found: Any) -> None:

@@ -1,11 +1,26 @@
 """What a pretraining config must hold to run on a mesh, and how its fields must fit one another; all that does not, at once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from jaxlm.parallel import mesh as meshes
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+FROM_ONE = (
+    "batch_size",
+    "seq_len",
+    "num_train_steps",
+    "accumulation_steps",
+    "log_every_steps",
+    "eval_every_steps",
+    "checkpoint_every_steps",
+    "eval.batch_size",
+    "evals_per_epoch",
+)
 
 # The fields whose sizes devices share, and the logical axes that they are the sizes of.
 MODEL_AXES = {
@@ -42,6 +57,8 @@ def check_config(
 
     target_len: places of a row of the decoder beside an encoder's `seq_len`; 0 where there is one stream of tokens.
     """
+    if wrong := range_problems(config):
+        raise cannot_run(wrong)  # sizes are divided by some of these
     decoder_row = ("the decoder's row", "length", target_len)
     problems = meshes.misfits(mesh, [*shared_sizes(config), decoder_row])
     if config.model.vocab_size < tokenizer.vocab_size:
@@ -52,16 +69,42 @@ def check_config(
     if config.model.position == "learned" and config.seq_len > config.model.max_len:
         problems.append(
             f"seq_len {config.seq_len} is longer than model.max_len {config.model.max_len}, the number of "
-            "learned positions"
+            "learned positions: set --config.seq_len to that or less, or raise --config.model.max_len"
         )
     if config.batch_size % config.accumulation_steps:
         problems.append(
             f"batch_size {config.batch_size} is not divisible by accumulation_steps "
-            f"{config.accumulation_steps}"
+            f"{config.accumulation_steps}: make it a multiple of that"
         )
     problems += guard_problems(config.guards)
     if problems:
-        raise ValueError("this config cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise cannot_run(problems)
+
+
+def cannot_run(problems: Sequence[str]) -> ValueError:
+    """All that is wrong with a config, as one error."""
+    return ValueError("this config cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def range_problems(config: ConfigDict) -> list[str]:
+    """A line for each field, of pretraining or of fine-tuning, that is out of its range whatever the others are."""
+    fields = flatten_dict(config.to_dict(), sep=".")
+    problems = [
+        f"{name} {fields[name]}: set --config.{name} to 1 or more"
+        for name in FROM_ONE
+        if fields.get(name, 1) < 1
+    ]
+    for name in ("dtype", "param_dtype"):
+        if fields[name] not in DTYPES:
+            problems.append(f"{name} {fields[name]!r}: set it to one of {', '.join(DTYPES)}")
+    return problems
+
+
+def need_kind(config: ConfigDict, entrypoint: str) -> None:
+    """Raises ValueError if the config is of the other entrypoint: 'jaxlm.pretrain' or 'jaxlm.finetune'."""
+    takes = "jaxlm.finetune" if "task" in config else "jaxlm.pretrain"
+    if takes != entrypoint:
+        raise ValueError(f"this config is for python -m {takes}, and this is {entrypoint}")
 
 
 def guard_problems(guards: ConfigDict) -> list[str]:

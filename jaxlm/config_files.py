@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxlm.files import as_path
+from jaxlm.near import meant_path
 from jaxlm.sealed import read_object
 
 PACKAGE = Path(__file__).parent
@@ -42,7 +43,7 @@ YOUNGER_FIELDS: dict[str, Any] = {
 def read_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     """The config of 'configs/gpt.py:tiny' or of a run's 'W/config.json', with dotted overrides, locked."""
     if spec.endswith(".json"):
-        config = saved_config(spec)
+        config = saved_config(found(spec, as_path(spec)))
     else:
         name, _, argument = spec.partition(":")
         recipe = load_recipe(find_recipe(name))
@@ -58,11 +59,17 @@ def find_recipe(name: str) -> Path:
     Raises:
       FileNotFoundError: if there is neither.
     """
-    for path in (Path(name), HOME / name):
+    return found(name, Path(name), HOME / name)
+
+
+def found(name: str, *paths: Path) -> Path:
+    """The first of them that is a file. name: what was asked for."""
+    for path in paths:
         if path.is_file():
             return path
+    near = next(filter(None, map(meant_path, paths)), "")
     raise FileNotFoundError(
-        f"no config file {name}: expected configs/NAME.py:ARGUMENT or W/config.json"
+        f"no config file {name!r}{near}; expected configs/NAME.py:VARIANT or W/config.json"
     )
 
 

@@ -16,10 +16,13 @@ from jaxlm.flags import (
     config_spec,
     define_config_flag,
     define_process_flags,
+    parse,
     process_options,
+    require,
 )
 from jaxlm.host import keep_freed_memory
 from jaxlm.parallel import processes
+from jaxlm.parallel.accelerators import unseen_accelerators
 from jaxlm.private import keep_private
 from jaxlm.training import stopping
 
@@ -34,7 +37,7 @@ def run_program(main: Callable[[list[str]], Any], doc: str | None) -> None:
         for flag in defined if module.startswith("jaxlm.") else ():
             args.register_key_flag_for_module(sys.argv[0], flag)
     sys.modules["__main__"].__doc__ = doc
-    app.run(main)
+    app.run(main, flags_parser=parse)
 
 
 def launch(train: Callable[..., Any], doc: str | None) -> None:
@@ -53,7 +56,10 @@ def launch(train: Callable[..., Any], doc: str | None) -> None:
         "",
         "FIRST:LAST: traces these steps into W/profile, for xprof (TensorBoard).",
     )
-    flags.mark_flags_as_required(["config", "workdir"])
+    require(
+        config="--config=configs/NAME.py:VARIANT or W/config.json",
+        workdir="--workdir=FOLDER, of a new run or of one to go on with",
+    )
 
     @exits.with_status
     def main(argv: list[str]) -> None:
@@ -65,6 +71,8 @@ def launch(train: Callable[..., Any], doc: str | None) -> None:
         log.setLevel(logging.INFO)
         log.info("config: %s", whereabouts(config_spec(args)))
         with processes.joined(**process_options(args)), stopping.signals() as stop:
+            for found, mend in unseen_accelerators():
+                log.warning("%s: %s", found, mend)
             train(
                 args.config,
                 as_path(args.workdir),

@@ -8,7 +8,6 @@ writes a table of labels and probabilities for one without, or wherever --output
 import gzip
 import json
 import lzma
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from jaxlm.compiled import keep_compiled_programs
 from jaxlm.entrypoint import run_program
 from jaxlm.exits import with_status
 from jaxlm.files import as_path
-from jaxlm.flags import define_process_flags, process_options
+from jaxlm.flags import define_process_flags, process_options, require
 from jaxlm.host import keep_freed_memory
 from jaxlm.parallel import processes
 from jaxlm.text_evaluation import evaluate_text
@@ -141,6 +140,7 @@ def compressor_bits_per_byte(texts: Iterator[str]) -> dict[str, float]:
 
 
 def define_flags() -> None:
+    """Defines the command's flags."""
     define_process_flags()
     flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its checkpoints.")
     flags.DEFINE_integer("step", None, "Which checkpoint of the workdir; default the newest.")
@@ -165,23 +165,22 @@ def define_flags() -> None:
         "pseudo", 0, "Of an encoder: also the pseudo-perplexity of that many windows of --data."
     )
     flags.DEFINE_string("output", "", "Of a fine-tuned run: a CSV to write predictions to.")
-    flags.mark_flag_as_required("checkpoint")
+    require(checkpoint="--checkpoint=W, or hf:FOLDER_OR_HUB_ID with --data")
 
 
 @with_status
 def main(argv):
+    """Evaluates what the flags name, in all processes of the job."""
     del argv
     keep_freed_memory()
     keep_compiled_programs()
     logging.set_verbosity(logging.ERROR)  # of libraries: Orbax warns of a file that nothing needs
-    try:
-        with processes.joined(**process_options(flags.FLAGS)):
-            run(flags.FLAGS)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"found: {error}")
+    with processes.joined(**process_options(flags.FLAGS)):
+        run(flags.FLAGS)
 
 
 def run(args: flags.FlagValues) -> None:
+    """Evaluates a checkpoint by its kind: a task's on labelled rows, a language model on text."""
     checkpoint, is_finetuned = args.checkpoint, tuning.is_finetuned(args.checkpoint)
     refuse_unused(args, is_finetuned)
     if is_finetuned:
@@ -225,6 +224,7 @@ def refuse_unused(args: flags.FlagValues, is_finetuned: bool) -> None:
 
 
 def command() -> None:
+    """The console script jaxlm-evaluate."""
     define_flags()
     run_program(main, __doc__)
 

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxlm import reports, tuning
+from jaxlm.config_checks import need_kind
 from jaxlm.entrypoint import launch
 from jaxlm.parallel import processes
 from jaxlm.rewind import until_done
@@ -39,6 +40,7 @@ def finetune(
     Raises:
       RunError: where the run ends before; see `exits`. stop: what asks for that.
     """
+    need_kind(config, "jaxlm.finetune")
     with begun(config, workdir, stop) as session:
         with processes.main_first("data"):
             prepared = tuning.prepare(config, workdir)

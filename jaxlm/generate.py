@@ -12,7 +12,6 @@ hf:FOLDER_OR_HUB_ID. From Python: `jaxlm.api`, whose defaults hold here.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from jaxlm.compiled import keep_compiled_programs
 from jaxlm.entrypoint import run_program
 from jaxlm.exits import with_status
 from jaxlm.files import as_path, is_remote, write_whole
+from jaxlm.flags import require
 from jaxlm.host import keep_freed_memory
 from jaxlm.inputs import read_prompts
 from jaxlm.parallel.mesh import make_mesh
@@ -35,6 +35,7 @@ Row = dict[str, Any]
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the command's flags. values: where."""
     own = {"flag_values": values}
     flags.DEFINE_string("checkpoint", None, "W, W@STEP, or hf:FOLDER_OR_HUB_ID.", **own)
     flags.DEFINE_integer("step", None, "Which checkpoint of W; else the newest, or best.", **own)
@@ -58,7 +59,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("batch_size", None, "Texts that are continued at once (8).", **own)
     flags.DEFINE_integer("tensor", 1, "Devices over which the heads are spread.", **own)
     flags.DEFINE_string("pooling", None, "Of vectors: mean or cls; else the model's own.", **own)
-    flags.mark_flag_as_required("checkpoint", values)
+    require(values, checkpoint="--checkpoint=W, W@STEP or hf:FOLDER_OR_HUB_ID")
 
 
 def run(args: Any) -> None:
@@ -106,6 +107,7 @@ def check_output(path: Path, task: str | None) -> None:
 
 
 def write_rows(path: str, rows: Iterable[Row]) -> None:
+    """Writes rows as JSON lines, the file whole or not at all."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_whole(path, lambda file: file.writelines(line.encode() for line in lines))
 
@@ -116,6 +118,7 @@ def write_rows(path: str, rows: Iterable[Row]) -> None:
 def generate(
     lm: api.LanguageModel, prompts: Sequence[str], output: str, options: Mapping[str, Any]
 ) -> None:
+    """Continues, or answers, the prompts: to the terminal as it is written, or to `output`."""
     if len(prompts) == 1 and not output and set(options) <= set(STREAMED):
         begin = prompts[0] if lm.family == "gpt" else ""
         for piece in api.stream(lm, prompts[0], **options):
@@ -145,6 +148,7 @@ def generate(
 def fill_mask(
     lm: api.LanguageModel, prompts: Sequence[str], output: str, options: Mapping[str, Any]
 ) -> None:
+    """Fills the masks of the prompts: a table on the terminal, or rows of candidates in `output`."""
     found = api.fill_mask(lm, prompts, **options)
     if output:
         rows = [
@@ -173,6 +177,7 @@ def printable(token: str) -> str:
 def embed(
     lm: api.LanguageModel, prompts: Sequence[str], output: str, options: Mapping[str, Any]
 ) -> None:
+    """Writes a vector (D,) of each prompt to `output`, .npz or JSON lines."""
     if not output:
         raise api.BadInput("--task=embed writes vectors: give --output=F.npz or F.jsonl")
     vectors = api.embed(lm, prompts, **options)
@@ -186,6 +191,7 @@ def embed(
 def score(
     lm: api.LanguageModel, prompts: Sequence[str], output: str, options: Mapping[str, Any]
 ) -> None:
+    """Says how likely the prompts are: log-probability in nats, tokens, bits per byte."""
     found = api.score(lm, prompts, **options)
     rows = [
         {
@@ -224,17 +230,16 @@ TASKS = {
 
 @with_status
 def main(argv: Sequence[str]) -> None:
+    """Does what the flags say."""
     del argv
     keep_freed_memory()
     keep_compiled_programs()
     logging.set_verbosity(logging.ERROR)  # of libraries: Orbax warns of a file that nothing needs
-    try:
-        run(flags.FLAGS)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"found: {error}")
+    run(flags.FLAGS)
 
 
 def command() -> None:
+    """The console script jaxlm-generate."""
     define_flags()
     run_program(main, __doc__)
 

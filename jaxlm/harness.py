@@ -43,6 +43,7 @@ except ImportError as error:
 from jaxlm.compiled import keep_compiled_programs
 from jaxlm.entrypoint import run_program
 from jaxlm.exits import with_status
+from jaxlm.flags import require
 from jaxlm.host import keep_freed_memory
 from jaxlm.inference import decode, scoring
 from jaxlm.inference.batches import in_batches
@@ -103,14 +104,17 @@ class JaxLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The id that ends a document."""
         return self.lm.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
+        """The id that stands before a text that has no context."""
         return (bos_of(self.lm) or (self.eot_token_id,))[0]
 
     @property
     def tokenizer_name(self) -> str:
+        """A name for lm-eval's cache of requests: another for every tokenizer."""
         return f"jaxlm-{self.lm.tokenizer.sha256}"
 
     def tok_encode(
@@ -152,6 +156,7 @@ class JaxLM(TemplateLM):
         return totals
 
     def windows(self, text: str) -> list[scoring.Pair]:
+        """A long text in windows of the model's length, each token predicted once."""
         windows = utils.get_rolling_token_windows(
             self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
         )
@@ -167,6 +172,7 @@ class JaxLM(TemplateLM):
         return np.array(context[-room:], np.int32), np.array(continuation, np.int32)
 
     def score(self, pairs: Sequence[scoring.Pair]) -> list[scoring.Scored]:
+        """The log-probabilities of each pair's continuation."""
         return self.lm.in_mesh(scoring.token_logprobs)(
             self.scorer,
             self.lm.params,
@@ -217,6 +223,7 @@ class JaxLM(TemplateLM):
         return Options(tuple(filter(None, until)), new_tokens, sampling)
 
     def generate(self, contexts: Sequence[str], options: Options) -> list[str]:
+        """The texts that follow contexts; the beginning of one that is too long is left out."""
         room = self.max_length - options.max_new_tokens
         encoded = [self.tok_encode(text) for text in contexts]
         warn_of_cuts(len(ids) > room for ids in encoded)
@@ -252,6 +259,7 @@ class JaxLM(TemplateLM):
 
 
 def warn_of_cuts(are_cut: Iterable[bool]) -> None:
+    """Says in the log how many contexts were cut."""
     if count := sum(are_cut):
         log.warning("%d contexts are longer than the model's: their beginnings are left out", count)
 
@@ -292,6 +300,7 @@ def run_tasks(
 
 
 def define_flags() -> None:
+    """Defines the command's flags."""
     flags.DEFINE_string("checkpoint", None, "W, W@STEP, or hf:FOLDER_OR_HUB_ID.")
     flags.DEFINE_integer("step", None, "Which checkpoint of the workdir; default the newest.")
     flags.DEFINE_list("tasks", None, "Names of tasks, groups or tags, also with *.")
@@ -300,11 +309,12 @@ def define_flags() -> None:
     flags.DEFINE_float("limit", 0, "Examples of each task, or a share below 1; 0: all.")
     flags.DEFINE_integer("batch_size", 8, "Rows that generate at once.", lower_bound=1)
     flags.DEFINE_string("output", "", "A JSON file for all that lm-eval reports.")
-    flags.mark_flags_as_required(["checkpoint", "tasks"])
+    require(checkpoint="--checkpoint=W or hf:FOLDER_OR_HUB_ID", tasks="--tasks=NAME,NAME")
 
 
 @with_status
 def main(argv):
+    """Runs the tasks, and prints lm-eval's table."""
     del argv
     keep_freed_memory()
     keep_compiled_programs()
@@ -313,21 +323,17 @@ def main(argv):
     log.setLevel(logging.WARNING)
     args = flags.FLAGS
     names = ("step", "include_path", "num_fewshot", "limit", "batch_size")
-    try:
-        if args.output and not Path(args.output).absolute().parent.is_dir():
-            raise BadInput(f"--output={args.output}: there is no such folder")
-        results = run_tasks(
-            args.checkpoint, args.tasks, **{name: args[name].value for name in names}
-        )
-        if args.output:
-            text = json.dumps(results, indent=2, default=utils.handle_non_serializable)
-            Path(args.output).write_text(text + "\n", encoding="utf-8")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"found: {error}")
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise BadInput(f"--output={args.output}: there is no such folder")
+    results = run_tasks(args.checkpoint, args.tasks, **{name: args[name].value for name in names})
+    if args.output:
+        text = json.dumps(results, indent=2, default=utils.handle_non_serializable)
+        Path(args.output).write_text(text + "\n", encoding="utf-8")
     print(utils.make_table(results))
 
 
 def command() -> None:
+    """The console script jaxlm-harness."""
     define_flags()
     run_program(main, __doc__)
 

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxlm import build
+from jaxlm.config_checks import need_kind
 from jaxlm.entrypoint import launch
 from jaxlm.inference.samples import make_sampler
 from jaxlm.parallel import processes
@@ -37,6 +38,7 @@ def pretrain(
     Raises:
       RunError: where the run ends before; see `exits`. stop: what asks for that.
     """
+    need_kind(config, "jaxlm.pretrain")
     with begun(config, workdir, stop) as session:
         accept_config(config, workdir, allow_config_change)
         with processes.main_first("data"):

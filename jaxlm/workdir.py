@@ -24,6 +24,7 @@ from jaxlm.exits import Damaged, NotSaved, Stopped
 from jaxlm.files import remove_partials, write_text
 from jaxlm.lock import held
 from jaxlm.parallel import processes
+from jaxlm.parallel.memory import refuse_too_large
 from jaxlm.private import refuse_secrets
 from jaxlm.rewind import check_rewinds
 from jaxlm.training.checkpoints import FOLDER, Checkpoints, find_steps
@@ -55,9 +56,12 @@ def accept_config(config: ConfigDict, workdir: Path, allow_change: bool) -> None
         changes = identity.config_changes(config_files.saved_config(path), config)
         kinds = {name: identity.kind_of(name) for name in changes}
         of = lambda kind: [line for name, line in changes.items() if kinds[name] == kind]
-        for line in of("execution"):
+        # Before its first checkpoint a run has nothing that another config would spoil, a mended one least of all.
+        has_begun = bool(find_steps(workdir / FOLDER))
+        for line in of("execution") + ([] if has_begun else of("identity")):
             log.info("config changed since this run began: %s", line)
-        identity.accept_changes(workdir, of("identity"), of("kept"), allowed=allow_change)
+        refused = of("identity") if has_begun else []
+        identity.accept_changes(workdir, refused, of("kept"), allowed=allow_change)
     processes.barrier("config.json is read")
     if processes.is_main() and not path.exists():
         build.write_config(config, path)
@@ -118,6 +122,7 @@ def start_or_resume(
     run: build.Run, store: Checkpoints, start: Callable[[], TrainState]
 ) -> tuple[TrainState, Resumed]:
     """The state of the newest whole checkpoint, and what was open there; what `start` makes, where there is none."""
+    refuse_too_large(run.state_shape)
     processes.meet(run.mesh)
     restored = store.restore(run.state_shape)
     if restored is None:
@@ -135,9 +140,10 @@ def open_writer(run: build.Run, start_step: int, evaluation_left: bool) -> Metri
         build.write_config(run.config, run.workdir / "config.json")
         write_environment(run.workdir, run, peak_says)
     log.info(
-        "%s parameters on %d devices; MFU divides by %.3g FLOP/s (%s)",
+        "%s parameters on %d x %s; MFU divides by %.3g FLOP/s (%s)",
         f"{run.num_params:,}",
         run.mesh.size,
+        run.mesh.devices.flat[0].device_kind,
         peak,
         peak_says,
     )

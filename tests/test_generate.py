@@ -169,4 +169,6 @@ def test_an_error_is_one_line_and_no_traceback():
         command, cwd=tiny.ROOT, env=tiny.environment(), capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "found: no checkpoint in nowhere: found steps []\n"
+    assert done.stderr == (
+        "no checkpoint in nowhere: there is no such folder; expected a run's workdir, or hf:FOLDER_OR_HUB_ID\n"
+    )

@@ -14,6 +14,7 @@ THIRD_PARTY_ONLY: frozenset[str] = frozenset()
 ALLOWED: dict[str, frozenset[str]] = {
     "compat": THIRD_PARTY_ONLY,
     "files": frozenset({"exits", "private"}),
+    "near": frozenset({"files", "exits", "private"}),
     "exits": frozenset({"private"}),
     "private": THIRD_PARTY_ONLY,
     "sealed": frozenset({"exits"}),
@@ -23,9 +24,19 @@ ALLOWED: dict[str, frozenset[str]] = {
     "models": frozenset({"compat", "models.layers"}),
     "objectives": frozenset({"compat"}),
     "tasks": frozenset({"compat"}),
-    "data": frozenset({"compat", "files", "exits", "sealed", "tokenizers"}),
+    "data": frozenset({"compat", "files", "near", "exits", "sealed", "tokenizers"}),
     "training": frozenset(
-        {"compat", "files", "exits", "sealed", "parallel", "models", "models.layers", "inference"}
+        {
+            "compat",
+            "files",
+            "near",
+            "exits",
+            "sealed",
+            "parallel",
+            "models",
+            "models.layers",
+            "inference",
+        }
     ),
     "inference": frozenset({"compat", "files", "exits", "parallel", "models", "models.layers"}),
     "interop": frozenset(

@@ -37,7 +37,8 @@ from ml_collections import ConfigDict
 
 from jaxlm import build
 from jaxlm import program as programs
-from jaxlm.flags import define_config_flag
+from jaxlm.exits import with_status
+from jaxlm.flags import define_config_flag, parse
 from jaxlm.host import keep_freed_memory
 from jaxlm.inference import decode
 from jaxlm.inference.sampling import make_sampling
@@ -398,6 +399,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", "", "Where text is prepared and reused; '' = temporary.")
 
 
+@with_status
 def main(argv):
     del argv
     keep_freed_memory()
@@ -429,4 +431,4 @@ def main(argv):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    app.run(main, flags_parser=parse)

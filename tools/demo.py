@@ -390,11 +390,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     logging.set_verbosity(logging.ERROR)  # of libraries: Orbax warns of a file that nothing needs
     hosts = [*LOCAL, *map(url_host, [args.host, *args.allow_host])]
-    try:
-        app = make_app(api.load(args.checkpoint), hosts, args.max_new_tokens)
-        serve(app, args.host, args.port)
-    except (ValueError, OSError, ImportError, OverflowError) as error:
-        sys.exit(f"found: {error}")
+    app = make_app(api.load(args.checkpoint), hosts, args.max_new_tokens)
+    serve(app, args.host, args.port)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from absl import logging as absl_logging
 from jaxlm import exits
 from jaxlm.doctor import FAIL, Finding, Patient, examine
 from jaxlm.files import as_path
-from jaxlm.flags import define_config_flag, define_process_flags, process_options
+from jaxlm.flags import define_config_flag, define_process_flags, parse, process_options
 from jaxlm.parallel import processes
 from jaxlm.parallel.launchers import LaunchError, find_place
 from jaxlm.private import redact
@@ -61,4 +61,4 @@ if __name__ == "__main__":
     define_config_flag()
     define_process_flags()
     flags.DEFINE_string("workdir", "", "Folder of a run that is, or is to be; or gs://….")
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -24,25 +24,24 @@ os.environ.update(ENVIRONMENT)  # before jax starts
 
 from absl import app, flags
 
-from jaxlm.flags import define_config_flag
+from jaxlm.exits import with_status
+from jaxlm.flags import define_config_flag, parse, require
 from jaxlm.plan import default_cache, make_plan, write_plan
 from jaxlm.planning import search
 from jaxlm.planning.compiling import plan_program
 from jaxlm.planning.report import format_plan
 
 
+@with_status
 def main(argv):
     del argv
     args = flags.FLAGS
     logging.getLogger("jaxlm").setLevel(logging.INFO)
     output, planned = Path(args.output), partial(make_plan, cache=Path(args.cache))
-    try:
-        if args.search:
-            plan = find_best(args.config, args.topology, planned, output / "search", args.search)
-        else:
-            plan = planned(args.config, args.topology)
-    except (ValueError, ModuleNotFoundError) as error:
-        sys.exit(str(error))
+    if args.search:
+        plan = find_best(args.config, args.topology, planned, output / "search", args.search)
+    else:
+        plan = planned(args.config, args.topology)
     write_plan(plan, output)
     print(format_plan(plan))
     sys.exit(0 if plan["fits"] else 1)
@@ -76,5 +75,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "Folder for plan.json and the pictures.")
     flags.DEFINE_integer("search", 0, "How many other ways to run the config to plan.")
     flags.DEFINE_string("cache", str(default_cache()), "Folder of compiled programs.")
-    flags.mark_flags_as_required(["config", "topology", "output"])
-    app.run(main)
+    require(
+        config="--config=configs/NAME.py:VARIANT",
+        topology="--topology=MACHINES, such as v5p-128",
+        output="--output=FOLDER",
+    )
+    app.run(main, flags_parser=parse)

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jaxlm.data.prepare import prepare
 from jaxlm.data.token_store import TokenStore
 from jaxlm.exits import with_status
+from jaxlm.flags import parse
 
 _SOURCES = flags.DEFINE_list(
     "sources", None, "'stdlib', files, folders or globs, with commas", required=True
@@ -34,23 +35,19 @@ _FIELD = flags.DEFINE_string("text_field", "text", "the text's name in JSON line
 
 @with_status
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, found {argv[1:]}")
-    try:
-        manifest = prepare(
-            _SOURCES.value,
-            _TOKENIZER.value,
-            _OUTPUT.value,
-            split=_SPLIT.value,
-            validation_fraction=_FRACTION.value,
-            seed=_SEED.value,
-            num_workers=_WORKERS.value,
-            shard_tokens=_SHARD.value,
-            max_bad_fraction=_BAD.value,
-            text_field=_FIELD.value,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        sys.exit(f"{error}")
+    del argv
+    manifest = prepare(
+        _SOURCES.value,
+        _TOKENIZER.value,
+        _OUTPUT.value,
+        split=_SPLIT.value,
+        validation_fraction=_FRACTION.value,
+        seed=_SEED.value,
+        num_workers=_WORKERS.value,
+        shard_tokens=_SHARD.value,
+        max_bad_fraction=_BAD.value,
+        text_field=_FIELD.value,
+    )
     for split in manifest["splits"]:
         store = TokenStore(_OUTPUT.value, split)
         rate = store.num_bytes / store.num_tokens
@@ -63,4 +60,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -13,6 +13,7 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jaxlm.data.sources import Bad, read_documents
 from jaxlm.exits import with_status
+from jaxlm.flags import parse
 from jaxlm.tokenizers import TRAINERS, train_tokenizer
 
 _KIND = flags.DEFINE_enum(
@@ -30,8 +31,7 @@ _FIELD = flags.DEFINE_string("text_field", "text", "the text's name in JSON line
 
 @with_status
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, found {argv[1:]}")
+    del argv
     bad = Counter[str]()
 
     def texts() -> Iterator[str]:
@@ -41,12 +41,9 @@ def main(argv: list[str]) -> None:
             else:
                 yield item.text
 
-    try:
-        tokenizer = train_tokenizer(
-            _KIND.value, texts(), _VOCAB.value, _SENTINELS.value, _MAX_BYTES.value
-        )
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"{error}")
+    tokenizer = train_tokenizer(
+        _KIND.value, texts(), _VOCAB.value, _SENTINELS.value, _MAX_BYTES.value
+    )
     tokenizer.save(_OUTPUT.value)
     print(f"{_OUTPUT.value}: {tokenizer.kind}, {tokenizer.vocab_size:,} ids")
     for reason, count in sorted(bad.items()):
@@ -54,4 +51,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

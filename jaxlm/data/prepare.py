@@ -32,6 +32,7 @@ from jaxlm.data.runs import in_order_of_keys, replacing, write_text
 from jaxlm.data.sources import Span
 from jaxlm.data.store_format import read_manifest, sha256_of
 from jaxlm.data.workers import SPLITS
+from jaxlm.exits import Locked
 from jaxlm.files import as_path, is_remote
 from jaxlm.tokenizers import Tokenizer, load_tokenizer
 
@@ -204,7 +205,7 @@ def _lock(work: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RuntimeError(f"another process is writing {work}: wait for it") from error
+            raise Locked(f"another process is writing {work}: wait for it") from error
         yield
 
 
@@ -318,7 +319,7 @@ def _check_bad(
                 *counts,
                 f"the first {len(examples)} (all of them so far are in {quarantine}):",
                 *(f"  {example}" for example in examples),
-                "repair or remove them, or allow more with max_bad_fraction",
+                "repair or remove them, or allow more: tools/prepare_data.py --max_bad_fraction",
             ]
         )
     )

@@ -31,6 +31,7 @@ from jaxlm.data.record_lines import RELATION_LINE, read_conll, read_conllu, read
 from jaxlm.data.record_parallel import parallel_files, read_parallel
 from jaxlm.data.record_parquet import read_parquet
 from jaxlm.files import as_path, local_copy
+from jaxlm.near import meant_path
 
 __all__ = [
     "FORMATS",
@@ -110,7 +111,9 @@ def _path_and_split(name: str, split: str) -> tuple[Path, str]:
         path, split = as_path(before).expanduser(), split or after
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "nothing"
-        raise FileNotFoundError(f"found: {kind} at {name}; expected: a labelled file")
+        raise FileNotFoundError(
+            f"found: {kind} at {name}; expected: a labelled file{meant_path(Path(name))}"
+        )
     if split and path.suffix.lower() != ".json":
         raise ValueError(
             f"found: split {split!r} of {path}; expected: a split of a .json file only"

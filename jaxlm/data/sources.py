@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jaxlm.files import as_path, is_remote, local_copy
+from jaxlm.near import meant_path
 
 MAX_DOCUMENT_BYTES = 4 << 20  # of text files: a book is whole, and a 2 GB file fits no memory
 MAX_LINE_BYTES = 64 << 20
@@ -105,7 +106,8 @@ def find_files(sources: str | Sequence[str], cache_dir: str = "") -> list[Path]:
         files = _files_of(str(source), cache_dir)
         found.update(dict.fromkeys(files))
         if not files:
-            missing.append(f"  {source}: no such file, or a folder or glob without files")
+            near = meant_path(Path(str(source)))
+            missing.append(f"  {source}: no such file, or a folder or glob without files{near}")
     if missing or not found:
         known = "expected 'stdlib', a file, a folder or a glob (quoted, so that the shell keeps it)"
         raise FileNotFoundError("\n".join(["no text was found:", *missing, f"  {known}"]))

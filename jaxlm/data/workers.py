@@ -19,6 +19,7 @@ from jaxlm.data import sources as text_sources
 from jaxlm.data.runs import Runs, replacing, write_text
 from jaxlm.data.sources import Bad, Document, Span
 from jaxlm.data.store_format import token_dtype
+from jaxlm.exits import RunError
 from jaxlm.tokenizers import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation")
@@ -122,7 +123,7 @@ class Workers:
         finally:
             self.free.put(process)  # a dead one, too: whoever waits for it shall not wait forever
         if not answer:
-            raise RuntimeError(
+            raise RunError(
                 f"a worker process ended with code {process.wait()} at piece {number} "
                 f"({spans[0].path}, …); its message is above. -9 often means too little memory: use "
                 "fewer workers. The same command goes on with the pieces that are finished."

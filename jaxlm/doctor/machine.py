@@ -1,6 +1,5 @@
 """The machine: Python and its packages, the devices and what they compute, the other processes."""
 
-import glob
 import os
 import platform
 import shutil
@@ -18,6 +17,7 @@ from jaxlm.doctor.versions import CORE, find_conflicts
 from jaxlm.files import cache_folder
 from jaxlm.parallel import mesh as meshes
 from jaxlm.parallel import processes
+from jaxlm.parallel.accelerators import unseen_accelerators
 from jaxlm.parallel.peaks import PEAKS
 from jaxlm.training.throughput import measured_matmul_flops
 
@@ -27,8 +27,6 @@ SLOW_CPU = (
 )
 # Of an accelerator's peak, of which a large matmul reaches 80 to 95%.
 SHARES = {FAIL: 0.25, WARN: 0.6}
-# What the kernel shows of accelerators, and the extra that brings jax for them.
-UNSEEN = (("NVIDIA GPUs", "/dev/nvidia[0-9]*", "cuda12"), ("TPU chips", "/dev/accel*", "tpu"))
 SLOW_COMPILE = 20.0  # s for a matmul
 
 
@@ -63,11 +61,8 @@ def check_devices(patient: Patient) -> Said:
         ) from error
     kinds = sorted({device.device_kind for device in devices})
     yield OK, f"{len(devices)} x {', '.join(kinds)} in {jax.process_count()} process(es)"
-    if devices[0].platform == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
-        for what, files, extra in UNSEEN:
-            if glob.glob(files):
-                mend = f"pip install 'jaxlm[{extra}]'"
-                yield FAIL, f"this machine has {what}, and jax does not see them", mend
+    for found, mend in unseen_accelerators():
+        yield FAIL, found, mend
 
 
 def check_arithmetic(patient: Patient) -> Said:

@@ -48,9 +48,16 @@ def fetch(source: str) -> tuple[Path, str]:
         ) from error
 
     def download(*patterns: str) -> Path:
-        folder = huggingface_hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*/*"]
-        )
+        try:
+            folder = huggingface_hub.snapshot_download(
+                name, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+        except OSError as error:
+            raise OSError(
+                f"hf:{source}: no such folder here, and the hub does not give it: {error}\n"
+                "Check the id and the network (HF_TOKEN for models that ask for a licence), or download it elsewhere and give "
+                "its folder, hf:FOLDER"
+            ) from error
         return Path(folder)
 
     folder = download(*PATTERNS)

@@ -30,7 +30,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.exits import FAILED, PEER_LOST, RunError
+from jaxlm.exits import FAILED, PEER_LOST, RunError, message_of
 from jaxlm.parallel.launchers import (
     TPU_ON_GKE,
     TPU_VM,
@@ -154,10 +154,12 @@ def is_main() -> bool:
 
 
 def count() -> int:
+    """How many processes the job has."""
     return jax.process_count()
 
 
 def index() -> int:
+    """The number of this process, from 0."""
     return jax.process_index()
 
 
@@ -315,8 +317,8 @@ def _end(error: BaseException, status: int) -> None:
         )
     elif isinstance(error, SystemExit):
         text = f"{error.code}\n" if isinstance(error.code, str) else ""
-    elif isinstance(error, RunError):
-        text = f"{who}: {error}\n"
+    elif (message := message_of(error)) is not None:
+        text = f"{who}: {message}\n"
     else:
         text = f"{who} failed:\n" + "".join(traceback.format_exception(error))
     _leave(text, status)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from jaxlm.exits import Damaged
 from jaxlm.files import absolute, as_path, is_remote, write_text
+from jaxlm.near import meant_path
 from jaxlm.parallel import processes
 from jaxlm.parallel.mesh import path_names
 from jaxlm.training import partition, stored
@@ -299,9 +300,13 @@ def find_step(path: str | Path, step: int | None = None) -> Path:
     steps = find_steps(folder)
     wanted = step if step is not None else (steps[-1] if steps else None)
     if wanted not in steps:
-        raise FileNotFoundError(
-            f"no checkpoint {'' if step is None else f'of step {step} '}in {path}: found steps {steps}"
-        )
+        if steps:
+            found = f"no checkpoint of step {step} in {path}: found steps {steps}"
+        elif path.is_dir():
+            found = f"no checkpoint in {path}: no run has saved one there"
+        else:
+            found = f"no checkpoint in {path}: there is no such folder{meant_path(path)}"
+        raise FileNotFoundError(f"{found}; expected a run's workdir, or hf:FOLDER_OR_HUB_ID")
     return absolute(folder / str(wanted))
 
 

@@ -112,14 +112,17 @@ def prepare(config: ConfigDict, workdir: Path) -> Prepared:
 
 def complete(config: ConfigDict, source: Source, task: Any, num_examples: int) -> ConfigDict:
     """The user's config with what the source and the data decide: family, model, head, steps and intervals."""
-    problems = config_checks.guard_problems(config.guards)
+    problems = config_checks.range_problems(config)
+    problems += config_checks.guard_problems(config.guards)
     model, tuning = source.model, config.tuning
     longest = {"seq_len": config.seq_len}
     if writes(task):
         longest["task.target_len"] = task.target_len
     for name, length in longest.items():
         if model["position"] == "learned" and length > model["max_len"]:
-            problems.append(f"{name} {length}: the model has {model['max_len']} positions")
+            problems.append(
+                f"{name} {length}: the model has {model['max_len']} positions; set --config.{name} to that or less"
+            )
     if config.accumulation_steps > 1 and not getattr(task, "splits_batch", True):
         problems.append(
             f"accumulation_steps {config.accumulation_steps}: the loss of {config.task.name} compares the examples of "
@@ -144,7 +147,7 @@ def complete(config: ConfigDict, source: Source, task: Any, num_examples: int) -
                 f"data.augment_*: what {config.task.name} marks in its text would be lost; set them to 0"
             )
     if problems:
-        raise ValueError("this config cannot run:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise config_checks.cannot_run(problems)
     steps_per_epoch = num_examples / config.batch_size
     every = max(1, round(steps_per_epoch / config.evals_per_epoch))
     num_steps = max(1, math.ceil(config.num_epochs * steps_per_epoch))
