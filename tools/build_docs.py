@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(\]\()([^)\s#]+)")
-REPOSITORY = re.compile(r"^repo_url: (\S+)$", re.M)
+REPOSITORY = re.compile(r"^  repository: (\S+)", re.M)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

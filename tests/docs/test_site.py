@@ -3,15 +3,13 @@
 import html
 import inspect
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
 
 from jaxlm.config_files import read_config
 from jaxlm.objectives import OBJECTIVES
-from tests.docs.walk import blocks_of
+from tests.docs.walk import blocks_of, build_site
 from tests.tiny import ROOT
 from tools import build_docs
 
@@ -22,11 +20,7 @@ LAW = re.compile(r"`(tests/\S+\.py)` holds it to:\n\n((?:- `\w+`\n?)+)")
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    output = tmp_path_factory.mktemp("docs") / "site"
-    command = [sys.executable, "tools/build_docs.py", f"--output={output}"]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    return output
+    return build_site(tmp_path_factory.mktemp("docs") / "site")
 
 
 def drawing_of(docstring: str) -> list[str]:

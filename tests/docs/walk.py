@@ -1,4 +1,7 @@
-"""A page of how to do something, done: its blocks with a title are files or changes to files, its bash blocks are run."""
+"""A page of how to do something, done: its blocks with a title are files or changes to files, its bash blocks are run.
+
+And the site of all pages, built.
+"""
 
 import os
 import re
@@ -7,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r'^(`{3,})(\w+)(?: title="([^"]+)")?\n(.*?)^\1$', re.M | re.S)
 
 
@@ -16,6 +20,12 @@ class Block(NamedTuple):
     language: str
     title: str
     text: str
+
+
+def build_site(output: Path) -> Path:
+    """The documentation as a folder of HTML; a warning fails."""
+    run(f"python tools/build_docs.py --output={output}", ROOT)
+    return output
 
 
 def blocks_of(page: str) -> list[Block]:
