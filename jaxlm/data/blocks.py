@@ -20,7 +20,7 @@ BLOCK_BYTES = 1 << 16
 HEADER_BYTES = 128  # of a 1-D array, as np.save writes it
 MEND = (
     "Bring the file back from a copy, or delete the store and prepare it again (what lies in a cache is a copy of a "
-    "bucket's file: delete it there). tools/fsck.py lists all that is damaged"
+    "bucket's file: delete it there). `jaxlm-tool fsck` lists all that is damaged"
 )
 
 

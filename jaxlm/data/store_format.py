@@ -94,7 +94,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(
             f"{path} is no token store (it has no manifest.json): make one with "
-            "tools/prepare_data.py --sources=… --tokenizer=… --output=…"
+            "`jaxlm-tool prepare_data --sources=… --tokenizer=… --output=…`"
         )
     manifest = read_object(file, _MANIFEST_BYTES)
     schema = manifest.get("schema_version")

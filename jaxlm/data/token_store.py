@@ -186,7 +186,7 @@ class TokenStore:
 def _say_unchecked(path: Path) -> None:
     log.warning(
         "%s is a token store of schema 1, which cannot be checked as it is read: prepare it again to have that, or run "
-        "tools/fsck.py on it now and then",
+        "`jaxlm-tool fsck` on it now and then",
         path,
     )
 

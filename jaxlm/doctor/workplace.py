@@ -148,7 +148,7 @@ def check_run(patient: Patient) -> Said:
     if find_steps(workdir / "checkpoints"):
         step_dir = find_step(workdir)
         problems = stored.problems(step_dir)
-        mend = "the run goes on from the step before; tools/fsck.py looks at all"
+        mend = "the run goes on from the step before; `jaxlm-tool fsck` looks at all"
         yield from ((FAIL, f"{step_dir}: {problem}", mend) for problem in problems)
         if not problems:
             yield OK, f"step {step_dir.name} is whole"

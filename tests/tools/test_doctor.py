@@ -90,7 +90,7 @@ def test_a_damaged_store_is_named_with_its_file(config, tmp_path):
 def test_a_damaged_checkpoint_and_tokenizer_are_named(config, tmp_path):
     tiny.save_untrained(config, tmp_path)
     flip(tmp_path / "checkpoints" / "0" / "manifest" / "metadata", at=-20)
-    check_found(Patient(tmp_path), "run", FAIL, "checkpoints/0", "tools/fsck.py")
+    check_found(Patient(tmp_path), "run", FAIL, "checkpoints/0", "jaxlm-tool fsck")
     flip(tmp_path / "tokenizer" / "bytes.txt")
     findings = found(Patient(tmp_path))["run"]
     assert any("tokenizer" in f.found and f.verdict == FAIL for f in findings)
