@@ -65,9 +65,10 @@ metric_list: [{metric: acc}]
 
 
 def write_rows(path: Path, row: Mapping, count: int = 32) -> None:
-    """JSON lines that differ in their first text by a number."""
-    rows = ({k: f"{v} {n}" if isinstance(v, str) and k != "label" else v for k, v in row.items()} for n in range(count))  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """JSON lines of a row, whose texts get a number, so that no two are equal."""
+    numbered = lambda n: {k: f"{v} {n}" if isinstance(v, str) else v for k, v in row.items()}
+    lines = (json.dumps(numbered(n)) + "\n" for n in range(count))
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 class Reader:
@@ -117,12 +118,9 @@ class Reader:
         for name in CLONE:
             (folder / name).symlink_to(ROOT / name)
         write_files(folder)
-        makes = {w for flag, w in zip(words, words[1:], strict=False) if flag in MAKES}
-        makes |= {word.partition("=")[2] for word in words if word.startswith(tuple(f"{m}=" for m in MAKES))}  # fmt: skip
-        named = {**small.NAMES, **has}
-        for name, what in named.items():
-            if name not in makes and any(re.search(rf"(?<![\w/.]){re.escape(name)}(?![\w.]|/\w+/)", w) for w in words):  # fmt: skip
-                shutil.copytree(self.make(what), folder / name, symlinks=True)
+        for name, what in {**small.NAMES, **has}.items():
+            if is_named(name, words) and name not in outputs(words):
+                shutil.copytree(self.make(what), folder / name)
         return folder
 
     def make(self, what: str) -> Path:
@@ -132,6 +130,17 @@ class Reader:
             folder, _ = self.run(made.command, made.has)
             self.made[what] = folder / made.folder
         return self.made[what]
+
+
+def outputs(words: list[str]) -> set[str]:
+    """The folders that a command makes: values of its flags of MAKES."""
+    pairs = [word.partition("=")[::2] for word in words] + list(zip(words, words[1:], strict=False))
+    return {value for flag, value in pairs if flag in MAKES}
+
+
+def is_named(name: str, words: list[str]) -> bool:
+    """Whether a folder of this name is in a word, also as a part: W is in W/config.json and in --checkpoint=W@12."""
+    return any(re.search(rf"(?<![\w/.]){re.escape(name)}(?![\w.])", word) for word in words)
 
 
 def wait_for(process: subprocess.Popen, beginning: str) -> str:

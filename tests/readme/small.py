@@ -133,7 +133,7 @@ MADE = {
     "decoder": Made(PRETRAIN, "W"),
     "encoder": Made("python -m jaxlm.pretrain --config=configs/bert.py:tiny --workdir=W", "W"),
     "encoder_decoder": Made(
-        "python -m jaxlm.pretrain --config=configs/t5.py:small --workdir=W", "W"
+        "python -m jaxlm.pretrain --config=configs/t5.py:v1_1_small --workdir=W", "W"
     ),
     "hub/decoder": Made(EXPORT, "DIR"),
     "hub/encoder": Made(EXPORT, "DIR", {"W": "encoder"}),
