@@ -1,7 +1,9 @@
 """What a wheel holds, and that recipes are found in it; see test_installed.py for a real installation."""
 
+import configparser
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -14,6 +16,7 @@ from packaging.metadata import Metadata
 from jaxlm import config_files
 from tests.package.wheels import ROOT, build, copy_of_the_tree
 
+ENTRYPOINTS = ("pretrain", "finetune", "evaluate", "generate")
 RECIPES = sorted(
     str(path.relative_to(ROOT))
     for path in (ROOT / "configs").glob("**/*.py")
@@ -68,6 +71,31 @@ def test_its_metadata_is_valid_and_says_what_it_needs(wheel):
     needed = {str(r) for r in metadata.requires_dist if not r.marker}
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert len(needed) == len([line for line in lines if line and not line.startswith("#")])
+
+
+def test_a_tool_of_the_wheel_imports_only_tools_that_are_there(wheel):
+    names = [name for name in wheel.namelist() if name.startswith("jaxlm/shipped/tools/")]
+    shipped = {Path(name).stem for name in names}
+    imported = {
+        found[1]
+        for name in names
+        for found in re.finditer(
+            r"^ *(?:from|import) tools\.(\w+)", wheel.read(name).decode(), re.M
+        )
+    }
+    assert imported and imported <= shipped
+
+
+def test_every_console_script_starts_what_it_names(wheel):
+    (path,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+    parser = configparser.ConfigParser()
+    parser.read_string(wheel.read(path).decode())
+    scripts = dict(parser["console_scripts"])
+    assert set(scripts) == {f"jaxlm-{name}" for name in (*ENTRYPOINTS, "tool")}
+    for script, target in scripts.items():
+        module, _, function = target.partition(":")
+        assert module == script.replace("-", ".") and function == "command"
+        assert f"def {function}() -> None:" in wheel.read(f"{module.replace('.', '/')}.py").decode()
 
 
 def test_a_wheel_that_is_made_from_the_source_distribution_is_the_same(tree, wheel, tmp_path):
