@@ -226,7 +226,7 @@ def sample(
     rows: Sequence[np.ndarray],
     numbers: Sequence[int],
 ) -> list[Generation]:
-    """A continuation of each row, drawn by its number among equal ones."""
+    """A continuation of each row of ids, int (n,), drawn by its number among equal ones."""
     texts = [Text(lm, row, stop) for row in rows]
     drawn = run(
         rows,
@@ -243,7 +243,7 @@ def search_beams(
     run: Callable[..., list[list[Beam]]],
     rows: Sequence[np.ndarray],
 ) -> list[list[Generation]]:
-    """The best continuations of each row."""
+    """The best continuations of each row of ids, int (n,)."""
     generations = []
     for row, beams in zip(rows, run(rows, **options), strict=True):
         room = options["max_new_tokens"]
@@ -256,7 +256,7 @@ def search_beams(
 def ranked(
     lm: LanguageModel, prompt_ids: np.ndarray, tokens: np.ndarray, score: float, room: int
 ) -> Generation:
-    """A beam as a generation."""
+    """A beam as a generation. prompt_ids, tokens: int (n,). score: in nats. room: tokens that it could have had."""
     tokens, text = np.asarray(tokens, np.int32), Text(lm, prompt_ids, ())
     text.stops(tokens)
     finish = "length" if len(tokens) >= room else "eos"

@@ -69,7 +69,7 @@ def bos_of(lm: LanguageModel) -> tuple[int, ...]:
 
 
 def encode_prompts(lm: LanguageModel, prompts: Sequence[str]) -> list[np.ndarray]:
-    """What a decoder continues: its prefix and the text. An empty prompt is bos alone, where there is one.
+    """What a decoder continues, int32 (n,): its prefix and the text. An empty prompt is bos alone, where there is one.
 
     Of an encoder-decoder what its encoder reads: prefix, text and eos.
     """
@@ -96,7 +96,7 @@ def encode_texts(
 
 
 def encode_masked_texts(lm: LanguageModel, texts: Sequence[str]) -> list[np.ndarray]:
-    """[CLS] text [SEP] with masks, which an encoder fills."""
+    """[CLS] text [SEP] with masks, which an encoder fills; int32 (n,) each."""
     parts = lambda text: split_at_masks(lm.tokenizer, text)
     problem = lambda text: "" if len(parts(text)) > 1 else f"no {MASK} in it"
     encode = lambda text: encode_masked(lm.tokenizer, text)

@@ -204,7 +204,7 @@ def eos_of(lm: LanguageModel) -> tuple[int, ...]:
 
 
 def in_groups(texts: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Lists of texts that together have about GROUP_TOKENS tokens, so that neither many nor long ones fill the memory."""
+    """Lists of texts, int (n,) each, of about GROUP_TOKENS tokens: neither many nor long ones fill the memory."""
     group: list[np.ndarray] = []
     size = 0
     for ids in texts:

@@ -66,7 +66,7 @@ class CheckedArray:
         return len(self._values)
 
     def read(self, low: int, high: int) -> np.ndarray:
-        """The elements [low, high), not copied."""
+        """The elements [low, high), (high - low,), not copied."""
         width = self._values.itemsize
         self._check(HEADER_BYTES + low * width, HEADER_BYTES + high * width)
         return self._values[low:high]

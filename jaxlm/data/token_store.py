@@ -106,11 +106,11 @@ class TokenStore:
         return self._all_starts
 
     def documents_in(self, start: int, stop: int) -> np.ndarray:
-        """The first positions of the documents that begin in [start, stop), int64, ascending."""
+        """The first positions of the documents that begin in [start, stop), int64 (n,), ascending."""
         return self._offsets_in("documents", start, stop)
 
     def sentence_starts(self, start: int, stop: int) -> np.ndarray:
-        """The positions in [start, stop) at which a sentence begins, int64, ascending."""
+        """The positions in [start, stop) at which a sentence begins, int64 (n,), ascending."""
         return self._offsets_in("sentences", start, stop)
 
     def document_of(self, position: int) -> int:

@@ -129,7 +129,7 @@ def check_processes(patient: Patient) -> Said:
 
 
 def spread(mesh: jax.sharding.Mesh, array: np.ndarray) -> jax.Array:
-    """The array, its first axis over all devices of all processes."""
+    """The array (devices, ...), its first axis over all devices of all processes."""
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

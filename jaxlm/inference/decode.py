@@ -272,7 +272,7 @@ def begin(
     eos_id: jax.Array,
     alternatives: int = 0,
 ) -> State:
-    """The state after the first new token, which is drawn from what the prompts give."""
+    """The state after the first new token, which is drawn from what the prompts give. seed, eos_id: int ()."""
     rows, size = cache.segment_ids.shape
     shape = rows, size, alternatives
     likeliest = (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
@@ -292,7 +292,7 @@ def begin(
 
 
 def add_tokens(state: State, logits_BV: jax.Array, sampling: Sampling, eos_id: jax.Array) -> State:
-    """Draws the next column; what a finished row draws is not counted.
+    """Draws the next column, (B,); what a finished row draws is not counted.
 
     A row's draws depend on its own sample number and the step only, not on the rows beside it.
     """
@@ -325,7 +325,7 @@ def add_tokens(state: State, logits_BV: jax.Array, sampling: Sampling, eos_id: j
 def generate(
     decoder: Decoder, params: Params, prompts: Sequence[np.ndarray], **options: Any
 ) -> list[Continuation]:
-    """The continuation of each prompt. The options are those of `stream`, whose pieces it joins."""
+    """The continuation of each prompt, int (n,). The options are those of `stream`, whose pieces it joins."""
     options = {"chunk": 16 if options.get("stop") else None} | options
     pieces = list(stream(decoder, params, prompts, **options))
     return [join_pieces(row) for row in zip(*pieces, strict=True)]
@@ -392,7 +392,7 @@ def stream(
 def new_pieces(
     state: State, shown: np.ndarray, stopped: np.ndarray, stop: Stop | None
 ) -> list[Continuation]:
-    """What each row has made since `shown` tokens; `shown` and `stopped` are brought up to date.
+    """What each row has made since `shown` tokens; `shown` (B,) and `stopped` (B,) are brought up to date.
 
     Pieces are copies: on a CPU the arrays are views of the state's own memory, which `extend` uses again.
     """
@@ -443,7 +443,7 @@ def pad_left(prompts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np
 
 
 def pad_right(prompts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same, but the first n are."""
+    """(tokens, segment_ids), each (B, length): the first n of a row of n tokens are real."""
     return pad(prompts, length, slice)
 
 
@@ -460,7 +460,7 @@ def pad(
 
 
 def number_samples(prompts: Sequence[np.ndarray]) -> list[int]:
-    """For each prompt, how many equal ones come before it."""
+    """For each prompt, int (n,), how many equal ones come before it."""
     counts: Counter[tuple[int, ...]] = Counter()
     numbers = []
     for prompt in prompts:
@@ -473,7 +473,7 @@ def number_samples(prompts: Sequence[np.ndarray]) -> list[int]:
 def check_prompts(
     decoder: Decoder, prompts: Sequence[np.ndarray], max_new_tokens: int, max_len: int
 ) -> None:
-    """Raises ValueError with all that is wrong."""
+    """Raises ValueError with all that is wrong. prompts: int (n,) each, 1 <= n <= max_len."""
     config, problems = decoder.model.config, []
     if config.position == "learned" and max_len > config.max_len:
         problems.append(f"max_len={max_len}: the model has {config.max_len} positions")

@@ -108,7 +108,7 @@ def draw(
 
 
 def penalise(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling) -> jax.Array:
-    """The logits with the repetition penalty, if it is on."""
+    """The logits (B, V) with the repetition penalty, if it is on."""
     if sampling.repetition_penalty is None:
         return logits_BV
     if seen_BV is None:
@@ -119,7 +119,7 @@ def penalise(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling
 
 
 def warp(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """The float32 logits at the temperature (above 0), -inf where a filter removes the token."""
+    """The float32 logits (B, V) at the temperature (above 0), -inf where a filter removes the token."""
     logits_BV = logits_BV / sampling.temperature
     for keep, bound in (
         (_in_top_k, sampling.top_k),

@@ -204,7 +204,7 @@ def token_logprobs(
 
 
 def join_rows(read: Sequence[np.ndarray], pairs: Sequence[Pair], numbers: Sequence[int]) -> Row:
-    """The row of pairs that read the same tokens, with the places and labels of each."""
+    """The row of pairs that read the same tokens, int (n,), with the places and labels of each."""
     tokens = read[numbers[0]]
     places = [np.arange(len(pairs[i][0]) - 1, len(tokens)) for i in numbers]
     return Row(tokens, np.concatenate(places), np.concatenate([pairs[i][1] for i in numbers]))

@@ -44,7 +44,7 @@ class Merged:
         self._parts, self._scale = (kernel, a, b), scale
 
     def read(self, index: Any = ...) -> np.ndarray:
-        """The whole, or the layer `index`."""
+        """The whole, (L, ...), or the layer `index`."""
         if index is ...:
             return np.stack([self.read(layer) for layer in range(self.shape[0])])
         kernel, a, b = (jnp.asarray(part.read(index)) for part in self._parts)

@@ -403,11 +403,11 @@ class Piece:
         return self.transform.shape(self.shapes)
 
     def to_theirs(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """Our arrays as their tensor."""
+        """Our arrays, in the shapes of `shapes`, as their tensor."""
         return self.transform.merge(arrays)
 
     def to_ours(self, tensor: np.ndarray) -> list[np.ndarray]:
-        """Their tensor as our arrays."""
+        """Their tensor as our arrays, in the shapes of `shapes`."""
         return self.transform.split(tensor, self.shapes)
 
 

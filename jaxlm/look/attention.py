@@ -91,7 +91,7 @@ def read_text(lm: LanguageModel, text: str, target: str) -> tuple[np.ndarray, np
 
 
 def read_masked(lm: LanguageModel, text: str, target: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """([CLS] text [SEP] of an encoder, None)."""
+    """([CLS] text [SEP] of an encoder, int32 (n,), None)."""
     (row,) = encode_each(
         lm,
         [text],
@@ -113,7 +113,7 @@ ROWS = {"gpt": read_text, "bert": read_masked, "encoder_decoder": read_both}
 
 
 def one_row(row: np.ndarray) -> dict[str, np.ndarray]:
-    """A batch of one row, as long as a power of two: a few programs serve texts of all lengths."""
+    """A batch of one row of ids (n,), as long as a power of two: a few programs serve texts of all lengths."""
     length = 1 << max(4, (len(row) - 1).bit_length())
     return pad_batch([row], Batch(np.array([0]), 1, length))
 

@@ -229,12 +229,12 @@ class Attention(nn.Module):
     def place(
         self, name: str, x_BTNH: jax.Array, rotary: tuple[jax.Array, jax.Array] | None
     ) -> jax.Array:
-        """Queries or keys, normed and rotated where the config says so."""
+        """Queries or keys (B, T, N, H), normed and rotated where the config says so."""
         x = self.normalise(f"{name}_norm", x_BTNH) if self.config.qk_norm else x_BTNH
         return x if rotary is None else rotate(x, rotary)
 
     def gather(self, key_BSKH: jax.Array, value_BSKH: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Every query meets the keys and values of its whole row, so devices that share a row gather them here."""
+        """Keys and values (B, S, K, H) of whole rows, which every query meets: devices that share a row gather them here."""
 
         def whole(name, x):
             x = constrain(checkpoint_name(x, name), ("batch", "length", "act_kv", None))
@@ -257,7 +257,7 @@ class Attention(nn.Module):
         return y
 
     def normalise(self, name: str, x_BTNH: jax.Array) -> jax.Array:
-        """RMS norm of each head (Qwen3; arXiv:2302.05442, section 2)."""
+        """RMS norm of each head's H numbers (Qwen3; arXiv:2302.05442, section 2)."""
         c = self.config
         scale = norm_scale(self, name, c.head_dim, c.norm_scale_offset, c.param_dtype)
         y = rms_normalise(x_BTNH, c.norm_eps)
@@ -297,7 +297,7 @@ class Attention(nn.Module):
         views: tuple[View, ...],
         index: jax.Array | None,
     ) -> jax.Array:
-        """By a kernel that holds no scores; remat='attention' has nothing to recompute there."""
+        """As `attend`, by a kernel that holds no scores; remat='attention' has nothing to recompute there."""
         c = self.config
         if self.is_initializing():
             return query_BTNH  # parameters do not depend on it, and are made from one row

@@ -103,7 +103,7 @@ def slot_mask(
 def write_layer(
     cache: KVCache, layer: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array
 ) -> KVCache:
-    """Puts the keys and values of one layer's T new tokens into the slots from `end` on."""
+    """Puts the keys and values (B, T, K, H) of one layer's T new tokens into the slots from `end` on."""
     zero = jnp.int32(0)
     at = (layer, zero, zero, cache.end, zero)
 

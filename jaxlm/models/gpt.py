@@ -68,7 +68,7 @@ class GPT(nn.Module):
 
 
 def scale_logits(config: TransformerConfig, hidden: jax.Array) -> jax.Array:
-    """Hidden states whose products with the output table are logit_scale times as large."""
+    """Hidden states (..., D) whose products with the output table are logit_scale times as large."""
     scale = config.logit_scale
     return hidden * jnp.asarray(scale, hidden.dtype) if scale else hidden
 

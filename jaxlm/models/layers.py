@@ -97,7 +97,7 @@ def check_axes(axes: Axes, ndim: int | None = None) -> None:
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
-    """Constrains the sharding of `x` by logical names (None = replicated); does nothing without a mesh."""
+    """Constrains the sharding of `x` by the logical names of its axes (None = replicated); does nothing without a mesh."""
     check_axes(axes, x.ndim)
     return nn.with_logical_constraint(x, axes)
 
@@ -124,7 +124,7 @@ def make_param(
     axes: Axes,
     dtype: Any,
 ) -> jax.Array:
-    """A parameter of `module` that carries its logical axes."""
+    """A parameter of `module`, of this shape, that carries the logical names of its axes."""
     check_axes(axes, len(shape))
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype))
 
@@ -148,7 +148,7 @@ def along_last(v: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x + bias over the last axes, added in float32, so that the bias's gradient is a sum in float32."""
+    """x (..., n) + bias (n,), or over more last axes; in float32, so that the bias's gradient is a sum in float32."""
     return (x.astype(jnp.float32) + along_last(bias.astype(jnp.float32), x)).astype(x.dtype)
 
 
@@ -190,7 +190,7 @@ GATED = frozenset({"swiglu", "geglu", "geglu_tanh"})
 
 
 def rms_normalise(x: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) over the last axis, in float32 (arXiv:1910.07467, eq. 4)."""
+    """x / sqrt(mean(x^2) + eps) over the last axis, float32, in the shape of x (arXiv:1910.07467, eq. 4)."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
@@ -264,7 +264,7 @@ def rotary_table(
 
 
 def rotate(x_BTNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the pairs (x[i], x[i + H/2]) by their position's angle, in float32; result in the dtype of x."""
+    """Rotates the pairs (x[i], x[i + H/2]) by their position's angle, in float32; result as x. table: `rotary_table`'s."""
     cos, sin = (t[:, :, None, :] for t in table)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

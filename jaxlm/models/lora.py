@@ -44,7 +44,7 @@ def adapt(
     axes: Axes,
     num_in: int = 1,
 ) -> jax.Array:
-    """y = x W plus the adapter of the projection `name`, if the config gives it one.
+    """y = x W (..., out axes) plus the adapter of the projection `name`, if the config gives it one.
 
     shape, axes: of W, whose first `num_in` axes are contracted with the last of x.
     """

@@ -144,7 +144,7 @@ def route(config: TransformerConfig, probs_BTE: jax.Array, real_BT: jax.Array) -
 
 
 def find_largest(x_XE: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The `count` largest of the last axis, in order, and their indices int32; the lower index first among equals.
+    """The `count` largest of the last axis, (..., count) in order, and their indices int32; the lower first among equals.
 
     As `jax.lax.top_k`, for which XLA gathers the rows of all devices; and its gradient is a product, not a scatter.
     """
@@ -298,7 +298,7 @@ def find_places(
 def apply_to_all(
     config: TransformerConfig, x_BTD: jax.Array, routes: Routes, kernels: Kernels
 ) -> jax.Array:
-    """y of all choices. Over a mesh each device sorts the tokens that it has.
+    """y (B, T, D) of all choices. Over a mesh each device sorts the tokens that it has.
 
     Devices of the `expert` axis first gather each other's tokens, then each applies the experts that it has, and the sums
     are scattered back. (Sending each token only to the experts it chose would need room for all of them at each device
@@ -349,7 +349,7 @@ def apply_locally(
     kernels: Kernels,
     first: jax.Array | int,
 ) -> jax.Array:
-    """y of the experts from `first` on, of which these are the kernels; what other experts add is left out."""
+    """y (B, T, D) of the experts from `first` on, of which these are the kernels; what others add is left out."""
     c, num_experts = config, len(kernels.up_EDF)
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     experts_NJ, weights_NJ = (x.reshape(len(x_ND), -1) for x in routes)

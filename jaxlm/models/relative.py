@@ -42,7 +42,7 @@ class RelativeBias(nn.Module):
 def find_buckets(
     offset: jax.Array, num_buckets: int, max_distance: int, *, causal: bool
 ) -> jax.Array:
-    """The bucket of each offset, int32, 0 to num_buckets - 1; see the picture."""
+    """The bucket of each offset, int32 in the shape of `offset`, 0 to num_buckets - 1; see the picture."""
     ahead = 0 if causal else jnp.where(offset > 0, num_buckets // 2, 0)
     distance = jnp.maximum(-offset, 0) if causal else jnp.abs(offset)
     table = distance_buckets(num_buckets if causal else num_buckets // 2, max_distance)
@@ -50,7 +50,7 @@ def find_buckets(
 
 
 def distance_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
-    """The bucket of each distance from 0 to max_distance: half of them are exact, the others grow logarithmically."""
+    """int32 (max_distance + 1,): of each distance. Half of the buckets are exact, the others grow logarithmically."""
     exact = num_buckets // 2
     distance = np.arange(max_distance + 1)
     growth = np.log(np.maximum(distance, exact) / exact) / np.log(max_distance / exact)

@@ -336,7 +336,7 @@ class Block(nn.Module):
         x: jax.Array,
         is_unnormed: jax.Array | None = None,
     ) -> jax.Array:
-        """x plus what `part` makes of it, normed before, after, or before and after the sum."""
+        """x (B, T, D) plus what `part` makes of it, normed before, after, or before and after the sum."""
         c = self.config
         norm = make_norm(c, f"{name}_norm")
         if c.norm_position == "post":

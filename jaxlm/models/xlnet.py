@@ -189,7 +189,7 @@ def make_sight(
 
 
 def see_up_to(order_BQ: jax.Array, length: int) -> jax.Array:
-    """The last of the order that each place sees: content its own, queries the one before."""
+    """(B, Q): the last of the order that each place sees: content its own, queries the one before."""
     is_query_Q = jnp.arange(order_BQ.shape[1]) >= length
     return order_BQ - is_query_Q[None].astype(order_BQ.dtype)
 

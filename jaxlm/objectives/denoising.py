@@ -95,7 +95,7 @@ def permute(
     rate: float,
     tables: TokenTables,
 ) -> Text:
-    """The sentences of a share `rate` of the documents in a random order."""
+    """The sentences of a share `rate` of the documents in a random order. tokens, segment_ids, sentence_starts: (n,)."""
     runs = Runs.of(tokens, segment_ids, tables)
     text, run = runs.places()
     starts = sentence_starts[text].copy()
@@ -116,7 +116,7 @@ def rotate(
     rate: float,
     tables: TokenTables,
 ) -> Text:
-    """A share `rate` of the documents begin at a random token, what was before it follows at the end."""
+    """A share `rate` of the documents of (n,) tokens begin at a random one, what was before it follows at the end."""
     runs = Runs.of(tokens, segment_ids, tables)
     text, run = runs.places()
     turned = rng.random(len(runs.start)) < rate
@@ -135,7 +135,7 @@ def infill(
     mean_span: float,
     tables: TokenTables,
 ) -> Text:
-    """Spans of exactly a share `rate` of the text, none in two documents, each become one [MASK].
+    """Spans of exactly a share `rate` of the (n,) tokens' text, none in two documents, each become one [MASK].
 
     Spans of length 0 put a [MASK] between two tokens; there are never more of them than places that the others free.
     """
@@ -182,6 +182,6 @@ def draw_lengths(
 def choose(
     rng: np.random.Generator, tokens: np.ndarray, rate: float, tables: TokenTables
 ) -> np.ndarray:
-    """Exactly a share `rate` of the places whose tokens are text, at random."""
+    """Exactly a share `rate` of the places, int64 (chosen,), whose tokens (n,) are text, at random."""
     where = np.flatnonzero(~tables.special[tokens])
     return rng.permutation(where)[: round(rate * len(where))]

@@ -50,7 +50,7 @@ class Masking:
         segment_ids: np.ndarray,
         tables: TokenTables,
     ) -> np.ndarray:
-        """Sorted positions to predict, exactly round(rate * maskable) of them.
+        """Sorted positions to predict, int64 (chosen,): exactly round(rate * maskable) of the (n,) tokens.
 
         With whole_word as many as whole words fill of that number: no unchosen word would fit, too.
         """
@@ -92,7 +92,7 @@ class Masking:
     def replace(
         self, rng: np.random.Generator, tokens: np.ndarray, chosen: np.ndarray, tables: TokenTables
     ) -> np.ndarray:
-        """A copy of `tokens` in which those at `chosen` are masked, random or kept, independently."""
+        """A copy of `tokens` (n,) in which those at `chosen` (m,) are masked, random or kept, independently."""
         share = rng.random(len(chosen))
         random = tables.ordinary[rng.integers(len(tables.ordinary), size=len(chosen))]
         kept = tokens[chosen]

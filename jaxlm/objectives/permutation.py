@@ -85,7 +85,7 @@ class PermutationLM:
     def choose(
         self, rng: np.random.Generator, tokens: np.ndarray, segment_ids: np.ndarray
     ) -> np.ndarray:
-        """Sorted places to predict.
+        """Sorted places to predict, int64 (chosen,), of (n,) tokens.
 
             K 3, spans of 1, 2, 1     . x .  . . . x x .  x . .
 

@@ -65,5 +65,5 @@ class ReplacedTokens(MaskedLM):
 
 
 def sigmoid_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """-log of the probability of each label (0 or 1), in nats; large logits do not overflow."""
+    """-log of the probability of each label (0 or 1), in nats and the shape of both; large logits do not overflow."""
     return jnp.maximum(logits, 0.0) - logits * labels + jnp.log1p(jnp.exp(-jnp.abs(logits)))

@@ -80,7 +80,7 @@ class SpanCorruption(Seq2Seq):
             tokens, segment_ids = tokens[:-surplus], segment_ids[:-surplus]
 
     def hide(self, tokens: np.ndarray, segment_ids: np.ndarray, spans: Spans, seq_len: int) -> dict:
-        """The row in which these spans are hidden."""
+        """The row in which these spans of (n,) tokens are hidden."""
         sentinels, documents = self.sentinels_of(segment_ids[spans.start]), segment_ids[spans.start]
         mask = spans.mask(len(tokens))
         visible, kept = tokens.copy(), ~mask

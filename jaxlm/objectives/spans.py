@@ -97,7 +97,7 @@ def place(runs: Runs, gaps: np.ndarray, lengths: np.ndarray, spans: np.ndarray) 
 def draw_gaps(
     rng: np.random.Generator, kept: np.ndarray, spans: np.ndarray, apart: int
 ) -> np.ndarray:
-    """The gaps of `place` at random: a run's `kept` tokens in its spans + 1 gaps, all ways being equally likely.
+    """The gaps of `place` at random, (sum of spans + 1,): a run's `kept` tokens in its spans + 1 gaps, all equally likely.
 
     apart: the least gap between two spans, 0 or 1; before the first and after the last there may be none.
     """

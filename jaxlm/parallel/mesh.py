@@ -86,7 +86,7 @@ def make_mesh(
 
 
 def lay_out(devices: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-    """The devices as an array of these sizes: neighbours on the chips' own network next to each other.
+    """The devices (n,) as an array of these sizes: neighbours on the chips' own network next to each other.
 
     GPUs keep their order, which is by host: there an axis may span hosts, and the outer ones do first.
     """
@@ -234,7 +234,7 @@ def batch_devices(mesh: Mesh) -> int:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """The global row numbers, ascending, of which this process's devices hold all or, with `context`, a part.
+    """The global row numbers, int (rows,) ascending, of which this process's devices hold all or, with `context`, a part.
 
     Raises:
       ValueError: if `batch_size` is not divisible by the devices of the batch axes.

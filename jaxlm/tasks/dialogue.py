@@ -112,7 +112,7 @@ def split_answer(messages: Sequence[Message]) -> tuple[list[Message], str]:
 
 
 def fit(is_answer: np.ndarray, room: int, target_len: int) -> slice:
-    """Which of n tokens are kept: at most `room`, up to the last one that is to be learned.
+    """Which of n tokens are kept: at most `room`, up to the last one that is to be learned. is_answer: bool (n,).
 
     The oldest go first, but `room - target_len` before the last answer stay; then the end of that answer.
     """

@@ -235,7 +235,7 @@ class Embedding:
 
 
 def normalize(vectors_XD: jax.Array) -> jax.Array:
-    """Of length 1, in float32; zeros stay zeros and have a gradient of 0."""
+    """Vectors (..., D) of length 1, in float32; zeros stay zeros and have a gradient of 0."""
     x = vectors_XD.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 

@@ -263,7 +263,7 @@ def window_starts(length: int, room: int, stride: int) -> range:
 
 
 def find_answer(spans_n2: np.ndarray, answer: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The numbers of the first and the last token of the answer in its context, None if no token is of it.
+    """The numbers of the answer's first and last token in its context, by their characters (n, 2); None if no token is of it.
 
     A token of which a part is in the answer is in it as a whole.
     """

@@ -180,7 +180,7 @@ def join(before: str, after: str) -> str:
 
 
 def token_span(spans_N2: np.ndarray, place: Span) -> Span:
-    """The tokens [first, end) that touch these characters."""
+    """The tokens [first, end) that touch these characters. spans: (n, 2), of each token."""
     touching = np.flatnonzero((spans_N2[:, 1] > place[0]) & (spans_N2[:, 0] < place[1]))
     return int(touching[0]), int(touching[-1]) + 1
 

@@ -273,7 +273,7 @@ def word_prefix(tokenizer: Any) -> str:
 
 
 def has_own_space(piece: np.ndarray, tokenizer: Any) -> bool:
-    """Whether a word's first token is nothing but the space before it."""
+    """Whether a word's first token is nothing but the space before it. piece: the word's ids (n,)."""
     first = int(piece[0])
     return len(piece) > 1 and first != tokenizer.unk_id and not tokenizer.decode([first]).strip()
 

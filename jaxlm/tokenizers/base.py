@@ -83,7 +83,7 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text."""
+        """`encode` of each text: int32 (n,)."""
         split = [list(chunks(text)) for text in texts]
         encoded = iter(self._encode_many(list(itertools.chain.from_iterable(split))))
         parts = [list(itertools.islice(encoded, len(text))) for text in split]

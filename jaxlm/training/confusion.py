@@ -21,7 +21,7 @@ _MAX_NAME = 28
 
 
 def plot_confusion(counts: np.ndarray, names: Sequence[str], path: str | Path) -> Path:
-    """Writes `draw_confusion` as a PNG, in one piece or not at all; returns its path."""
+    """Writes `draw_confusion` of counts (C, C) as a PNG, in one piece or not at all; returns its path."""
     path = as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = draw_confusion(counts, names)

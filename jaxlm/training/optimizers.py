@@ -345,7 +345,7 @@ def global_norm(grads: PyTree) -> jax.Array:
 
 
 def clip_scale(norm: jax.Array, max_norm: float) -> jax.Array:
-    """What gradients of the global norm `norm` are to be multiplied by, so that it is at most `max_norm`; 0 = no clipping.
+    """What gradients of the global norm `norm`, a scalar, are multiplied by, so that it is at most `max_norm`; 0 = no clipping.
 
     Source: arXiv:1211.5063, algorithm 1.
     """

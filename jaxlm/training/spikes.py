@@ -37,7 +37,7 @@ def is_spike(spikes: Spikes, norm: jax.Array, factor: float) -> jax.Array:
 
 
 def see(spikes: Spikes, norm: jax.Array, spike: jax.Array) -> Spikes:
-    """With this step's norm in the window, in the place of the oldest; one that is not finite stays outside."""
+    """With this step's norm () in the window, in the place of the oldest; one that is not finite stays outside."""
     finite = jnp.isfinite(norm)
     place = spikes.seen % spikes.norms.size
     norms = spikes.norms.at[place].set(jnp.where(finite, norm, spikes.norms[place]))
