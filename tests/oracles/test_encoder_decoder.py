@@ -4,11 +4,12 @@ import dataclasses
 import io
 import json
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as hf
 
-from jaxlm import api
+from jaxlm import api, look
 from tests.oracles.tiny_models import random_weights
 
 pytestmark = pytest.mark.oracles
@@ -144,3 +145,21 @@ def test_the_check_of_texts_fails_for_another_start(both):
     wrong = dataclasses.replace(lm, writing={**lm.writing, "start_id": 5, "first_id": -1})
     with pytest.raises(AssertionError, match="other tokens"):
         check_texts((wrong, *theirs), greedy)
+
+
+def test_attention_maps_are_transformers(both):
+    lm, tokenizer, model = both
+    found = look.attention_maps(lm, PROMPTS[0], target="a dog ran")
+    read = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    wrote = tokenizer("a dog ran", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    start = torch.tensor([[lm.writing["start_id"]]])
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(
+            input_ids=read, decoder_input_ids=torch.cat([start, wrote], 1), output_attentions=True
+        )
+    kinds = (out.encoder_attentions, out.decoder_attentions, out.cross_attentions)
+    assert [maps.name for maps in found] == ["encoder", "decoder", "cross"]
+    for maps, theirs in zip(found, kinds, strict=True):
+        expected = torch.cat(theirs).numpy()
+        np.testing.assert_allclose(maps.probs_LNTS, expected, atol=2e-5, err_msg=maps.name)
