@@ -40,17 +40,29 @@ def read_commands(page: Path) -> list[Command]:
 
 def find_commands(markdown: str) -> Iterator[tuple[int, str]]:
     """(line, command) of each; lines count from 1."""
+    for first, language, lines in _parts(markdown):
+        if language in ("", "bash"):
+            yield from (_of_block if language else _of_text)(lines, first)
+
+
+def find_python(markdown: str) -> Iterator[tuple[int, str]]:
+    """(line, code) of each fenced block of Python."""
+    for first, language, lines in _parts(markdown):
+        if language == "python":
+            yield first, "\n".join(lines)
+
+
+def _parts(markdown: str) -> Iterator[tuple[int, str, list[str]]]:
+    """(first line, language, lines) of fenced blocks, and with language '' of paragraphs and rows of tables."""
     language, lines = "", list[str]()
     for number, line in enumerate([*markdown.splitlines(), ""], 1):
         is_fence, is_row = line.lstrip().startswith("```"), line.startswith("|")
         if not is_fence and (language or (line.strip() and not is_row)):
             lines.append(line)
             continue
-        first = number - len(lines)
-        if language in ("", "bash"):
-            yield from (_of_block if language else _of_text)(lines, first)
+        yield number - len(lines), language, lines
         if is_row:
-            yield from _of_text([line], number)
+            yield number, "", [line]
         if is_fence:
             language = "" if language else line.strip().removeprefix("```") or "text"
         lines = []

@@ -84,7 +84,17 @@ class Reader:
         assert isinstance(how, small.Run), text
         text = small.stood_for(text)
         folder = self.folder(shlex.split(text), {**how.has, **(has or {})})
-        command = small.small(text, how)
+        return folder, self.end(folder, small.small(text, how), how)
+
+    def run_python(self, code: str) -> None:
+        """Runs a block of Python of a page. It must end well."""
+        before, has = small.longest(small.PYTHON, code)
+        folder = self.folder(list(has), has)
+        (folder / "block.py").write_text(before + code, encoding="utf-8")
+        self.end(folder, "python block.py", small.Run())
+
+    def end(self, folder: Path, command: str, how: small.Run) -> str:
+        """Runs a command in a folder to its end; what it printed."""
         environment = tiny.environment(how.devices) | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(self.root),
@@ -109,7 +119,7 @@ class Reader:
         printed += rest
         assert process.returncode == 0, f"{command}\nstatus {process.returncode}\n{printed[-4000:]}"
         assert "Traceback" not in printed, printed
-        return folder, printed
+        return printed
 
     def folder(self, words: list[str], has: Mapping[str, str]) -> Path:
         """A new folder with the clone, the files, and what the command's words name and do not make."""

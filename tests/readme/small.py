@@ -281,6 +281,15 @@ HOW: dict[str, Run | Read | Shell] = {
 }  # fmt: skip
 
 
+# What stands before a block of Python of the pages, by how it begins, and the folders that it names.
+PYTHON: dict[str, tuple[str, dict[str, str]]] = {
+    "from jaxlm import api": ("from jaxlm import api\nencoder = api.load('E')\n", {"W": "decoder", "E": "encoder"}),
+    "from jaxlm import tuning": ("", {"F": "dialogue"}),
+    "from jaxlm.tuning import": ("", {"F": "classifier"}),
+    "config.objective = dict(": ("from configs import t5\nconfig = t5.get_config('tiny,objective=mixture')\n", {}),
+}  # fmt: skip
+
+
 def longest(table: dict[str, object], text: str) -> object | None:
     """The value of the longest key that `text` begins with, or None."""
     keys = [key for key in table if text.startswith(key)]

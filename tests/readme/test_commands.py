@@ -10,7 +10,7 @@ import pytest
 from jaxlm import build
 from tests import tiny
 from tests.readme import small
-from tests.readme.markdown import PAGES, ROOT, Command, find_commands, read_commands
+from tests.readme.markdown import PAGES, ROOT, Command, find_commands, find_python, read_commands
 from tests.readme.reader import Reader, write_files
 from tests.readme.reading import read_other, read_python
 
@@ -18,6 +18,11 @@ from tests.readme.reading import read_other, read_python
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 
 COMMANDS = [command for page in PAGES for command in read_commands(page)]
+PYTHON = [
+    pytest.param(code, id=f"{page.relative_to(ROOT)}:{line}")
+    for page in PAGES
+    for line, code in find_python(page.read_text(encoding="utf-8"))
+]
 # The cheapest of those that show the most: a run, and the use of one.
 SMOKE = (small.PRETRAIN.strip(), "python -m jaxlm.generate --checkpoint=W --prompt='def'")
 
@@ -65,7 +70,7 @@ ssh host 'cd x &&
 ```
 
 ```python
-python -m not.this
+import not_this
 ```
 """
 
@@ -79,12 +84,21 @@ def test_commands_are_found_in_text_tables_and_blocks():
         (12, "python tool.py --n=v -- --p=1 --q=2"),
         (14, "ssh host 'cd x && python y.py'"),
     ]
+    assert list(find_python(PAGE)) == [(19, "import not_this")]
 
 
 def test_every_command_of_the_pages_is_known():
     unknown = [f"{c.place}: {c.text}" for c in COMMANDS if how_of(c) is None]
     assert not unknown, "say in tests/readme/small.py how they are run: " + "\n".join(unknown)
     assert len(COMMANDS) > 100
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_of_the_pages_is_known(code):
+    assert small.longest(small.PYTHON, code) is not None, (
+        "say in tests/readme/small.py what it needs"
+    )
+    compile(code, "block", "exec")
 
 
 def test_every_line_of_the_table_is_used():
@@ -163,3 +177,9 @@ def reader(tmp_path_factory):
 @pytest.mark.parametrize("command", in_lanes(different(lambda how: isinstance(how, small.Run))))
 def test_it_runs(command, reader):
     reader.run(small.whole(command.text))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_of_the_pages_runs(code, reader):
+    reader.run_python(code)
