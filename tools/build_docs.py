@@ -51,7 +51,7 @@ def stage(root: Path, target: Path) -> None:
     settings = (root / "mkdocs.yml").read_text("utf-8")
     (target / "mkdocs.yml").write_text(settings, "utf-8")
     shutil.copytree(root / "docs", target / "docs")
-    for folder in ("jaxlm", "tools"):
+    for folder in ("jaxlm", "configs", "tools"):
         (target / folder).symlink_to(root / folder)
     repository = REPOSITORY.search(settings)[1]
     for page in (root / "docs").rglob("*.md"):

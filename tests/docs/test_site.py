@@ -3,6 +3,7 @@
 import html
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -55,10 +56,16 @@ def test_an_objectives_page_has_a_command_that_takes_it_and_laws_that_are_there(
     assert [law for law in re.findall(r"\w+", laws) if f"def {law}(" not in tests] == []
 
 
-def test_every_module_is_in_the_reference(site):
+def is_documented(path: Path) -> bool:
+    """Modules of jaxlm, and recipes."""
+    return path.is_relative_to(ROOT / "jaxlm") or "def get_config" in path.read_text("utf-8")
+
+
+def test_every_module_and_recipe_is_in_the_reference(site):
     pages = "".join(p.read_text("utf-8") for p in (site / "reference").rglob("index.html"))
-    files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "jaxlm").rglob("*.py")]
-    modules = {".".join(path.parts).removesuffix(".__init__") for path in files} - {"jaxlm"}
+    files = [*(ROOT / "jaxlm").rglob("*.py"), *(ROOT / "configs").rglob("*.py")]
+    named = [path.relative_to(ROOT).with_suffix("") for path in files if is_documented(path)]
+    modules = {".".join(path.parts).removesuffix(".__init__") for path in named} - {"jaxlm"}
     assert {module for module in modules if f'id="{module}"' not in pages} == set()
 
 
