@@ -20,7 +20,8 @@ class Docstrings(griffe.Extension):
         """Rewrites the docstrings of a package's modules, classes and functions."""
         del kwargs
         documented = [thing for thing in walk(pkg) if thing.docstring]
-        for_all = find_targets(documented)
+        # Of recipes and tools the site has only the modules.
+        for_all = find_targets(documented) if pkg.name == "jaxlm" else {}
         described = {}
         for thing in documented:
             text, options = read(thing)

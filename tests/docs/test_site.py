@@ -16,7 +16,7 @@ from tools import build_docs
 
 DOCS = ROOT / "docs"
 CONFIG = re.compile(r"--config=(\S+)")
-LAW = re.compile(r"`(tests/\S+\.py)` holds it to:\n\n((?:- `\w+`\n?)+)")
+LAW = re.compile(r"\[`(tests/\S+\.py)`\]\(\S+\) holds it to:\n\n((?:- `\w+`\n?)+)")
 
 
 @pytest.fixture(scope="module")
