@@ -14,7 +14,7 @@ from jaxlm.language_model import BadInput, LanguageModel
 from jaxlm.look.attention import spell
 from jaxlm.parallel.processes import fetch
 
-MAX_NAMES = 150  # points that have their names beside them
+MAX_NAMES = 200  # points that have their names beside them; of more, every other one or so
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ def project(vectors: np.ndarray) -> Projection:
 def draw_projection(
     projection: Projection, names: Sequence[str] = (), groups: Sequence[str] = ()
 ) -> Figure:
-    """A dot for each point. names: beside them, up to 150. groups: of each point; each has a colour."""
+    """A dot for each point. names: of each, or none; some 200 are shown. groups: of each point, or none; each has a colour."""
     figure = Figure(figsize=(8, 6.4), layout="constrained")
     axes = figure.subplots()
     groups = list(groups) or [""] * len(projection.points)
@@ -79,11 +79,11 @@ def draw_projection(
         axes.scatter(x, y, s=12, color=colors(index % colors.N), label=group or None)
     if any(groups):
         figure.legend(fontsize="small", loc="outside right upper")
-    if names and len(names) <= MAX_NAMES:
-        for name, (x, y) in zip(names, projection.points, strict=True):
-            axes.annotate(
-                name, (x, y), (2, 2), textcoords="offset points", fontsize=7, parse_math=False
-            )
+    every = max(1, -(-len(names) // MAX_NAMES))
+    for name, (x, y) in list(zip(names, projection.points, strict=bool(names)))[::every]:
+        axes.annotate(
+            name, (x, y), (2, 2), textcoords="offset points", fontsize=7, parse_math=False
+        )
     first, second = projection.shares
     axes.set_xlabel(f"first component, {first:.0%} of the variance")
     axes.set_ylabel(f"second component, {second:.0%}")

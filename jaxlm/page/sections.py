@@ -45,7 +45,9 @@ def curves(files: Files) -> list[Block]:
 
 
 def _png(figure: Any) -> bytes:
+    """Three quarters of its usual size, so that letters are legible where two stand side by side."""
     file = io.BytesIO()
+    figure.set_size_inches(0.75 * figure.get_size_inches())
     figure.savefig(file, format="png", dpi=120)
     return file.getvalue()
 

@@ -190,8 +190,8 @@ def draw_panels(runs: Runs, panels: Mapping[str, tuple[str, float]]) -> Figure:
 # File -> what draws it.
 PICTURES: dict[str, Callable[[Runs], Figure]] = {
     "loss.png": draw_loss,
-    "throughput.png": draw_throughput,
     "optimization.png": draw_optimization,
+    "throughput.png": draw_throughput,
 }
 
 

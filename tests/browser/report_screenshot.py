@@ -10,7 +10,7 @@ from tests.browser.chromium import open_browser
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--workdir", required=True)
 parser.add_argument("--output", type=Path, required=True)
-parser.add_argument("--width", type=int, default=1000)
+parser.add_argument("--width", type=int, default=1220)
 parser.add_argument("--height", type=int, default=0, help="0: the whole page")
 
 
@@ -22,6 +22,7 @@ def main() -> None:
         frame = driver.execute_script("return outerHeight - innerHeight")
         whole = driver.execute_script("return document.documentElement.scrollHeight")
         driver.set_window_size(args.width, frame + (args.height or whole))
+        driver.execute_script("document.documentElement.style.overflow = 'hidden'")  # no bar
         args.output.parent.mkdir(parents=True, exist_ok=True)
         driver.save_screenshot(str(args.output))
 

@@ -164,6 +164,12 @@ def test_a_plane_is_drawn_with_names_and_colours(gpt):
     assert png(figure).startswith(b"\x89PNG")
 
 
+def test_of_very_many_points_some_have_their_names():
+    vectors = np.random.default_rng(0).normal(size=(501, 3))
+    (axes,) = look.draw_projection(look.project(vectors), [f"n{i}" for i in range(501)]).axes
+    assert [text.get_text() for text in axes.texts] == [f"n{i}" for i in range(0, 501, 3)]
+
+
 def test_vectors_without_a_plane_are_refused():
     for wrong in (np.zeros((1, 4)), np.zeros(4), np.full((3, 3), np.nan)):
         with pytest.raises(ValueError, match="expected: two or more"):

@@ -40,7 +40,7 @@ def ink(path):
 def test_a_run_gives_its_pictures_with_something_in_them(tmp_path, capsys):
     workdir = write_run(tmp_path / "run")
     assert plot_run.main([str(workdir)]) == 0
-    names = ("loss.png", "throughput.png", "optimization.png")
+    names = ("loss.png", "optimization.png", "throughput.png")
     pictures = [workdir / "plots" / name for name in names]
     assert capsys.readouterr().out.split() == [str(p) for p in pictures]
     assert all(ink(p) > 2000 for p in pictures)
