@@ -15,7 +15,6 @@ TOOLS = (
     "fsck",
     "inspect_checkpoint",
     "look",
-    "look",
     "plan",
     "plot_run",
     "prepare_data",
