@@ -103,7 +103,7 @@ def test_tables_that_are_folded_open_and_links_lead_to_sections(browser, tmp_pat
     set_width(browser, 1280)
     field = "//td[text()='optimizer.learning_rate']"
     assert not browser.find_element("xpath", field).is_displayed()
-    browser.find_element("xpath", "//summary[contains(., 'fields')]").click()
+    browser.find_element("xpath", "//summary[starts-with(., 'All ')]").click()
     assert browser.find_element("xpath", field).is_displayed()
     links = browser.find_elements("css selector", "nav a")
     assert len(links) == len(page.sections.SECTIONS)
