@@ -90,12 +90,12 @@ OURS = (Path(__file__).parent, *(Path(__file__).parents[1] / name for name in ("
 OUT_OF_MEMORY = (
     "out of memory: {error}\n"
     "Take less at a time (--config.batch_size, or --config.accumulation_steps=N for the same batch in N parts; --config.remat=full; "
-    "a shorter seq_len), or share it out (--config.mesh.fsdp=N over N devices). tools/plan.py says what fills the memory."
+    "a shorter seq_len), or share it out (--config.mesh.fsdp=N over N devices). `jaxlm-tool plan` says what fills the memory."
 )
 NO_DEVICES = (
     "jax finds no device, with JAX_PLATFORMS={platforms!r}: {error}\n"
     "Install jax for this machine (pip install 'jaxlm[tpu]' or 'jaxlm[cuda12]'), end the process that has the device, or unset "
-    "JAX_PLATFORMS to take what there is. tools/doctor.py looks for the cause."
+    "JAX_PLATFORMS to take what there is. `jaxlm-tool doctor` looks for the cause."
 )
 
 

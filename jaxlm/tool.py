@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from jaxlm.config_files import HOME
+from jaxlm.near import meant
 
 
 def tools() -> dict[str, Path]:
@@ -14,13 +15,14 @@ def tools() -> dict[str, Path]:
 
 
 def command() -> None:
+    """Replaces this process by the tool that the first argument names."""
     """The console script jaxlm-tool."""
     known = tools()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in known:
         os.execv(sys.executable, [sys.executable, str(known[name]), *sys.argv[2:]])
     if name not in ("--help", "-h"):
-        sys.exit(f"found no tool {name!r}; expected one of: {', '.join(known)}")
+        sys.exit(f"no tool {name!r}{meant(name, known)}; expected one of: {', '.join(known)}")
     print("jaxlm-tool NAME …, of which `jaxlm-tool NAME --help` says more:\n")
     for name, path in known.items():
         print(f"  {name:<20} {summary(path)}")

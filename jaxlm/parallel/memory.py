@@ -23,7 +23,7 @@ def refuse_too_large(state: Any) -> None:
         raise RunError(
             f"this run does not fit: parameters and optimizer take {needed / GIB:,.1f} GiB of each device, and {device} has "
             f"{there / GIB:,.1f} GiB. Take a smaller model, an optimizer with less state (optimizer=adafactor), or more devices "
-            "(--config.mesh.fsdp=N shares the state out). tools/plan.py says what fits where."
+            "(--config.mesh.fsdp=N shares the state out). `jaxlm-tool plan` says what fits where."
         )
 
 

@@ -32,6 +32,15 @@ def make_environment(folder, *options):
     return folder / "bin"
 
 
+def somebodys_project(folder):
+    """An empty folder; the environment and it lie in a git repository, which is not jaxlm's."""
+    git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message=1"], check=True)
+    (folder / "empty").mkdir()
+    return folder / "empty"
+
+
 def run(folder, *command):
     """What a command prints in `folder`, where nothing of the clone or of this environment is to be found."""
     environment = {name: os.environ[name] for name in ("PATH", "JAX_PLATFORMS")}
@@ -56,6 +65,8 @@ def check_a_first_hour(bin, folder):
     (folder / "my.csv").write_text("\n".join(rows) + "\n")
     said = run(folder, bin / "jaxlm-pretrain", "--config=configs/gpt.py:tiny", "--workdir=W", *TINY)
     assert "shipped/configs/gpt.py:tiny" in said and str(ROOT) not in said
+    environment = json.loads((folder / "W" / "environment.json").read_text(encoding="utf-8"))
+    assert environment["git_revision"] is None
     tune = "--config=configs/finetune/classification.py:train=my.csv"
     run(folder, bin / "jaxlm-finetune", tune, "--config.init_from=W", "--workdir=F", *TUNED)
     assert (folder / "F" / "report.json").is_file()
@@ -88,14 +99,10 @@ def test_a_wheel_works_in_an_empty_folder(wheel, tmp_path):
     # After its own: what this environment has, without the file that puts the clone on the path.
     others = [path for path in map(str, sys.path) if path.endswith("site-packages")]
     (site / "others.pth").write_text("\n".join(others) + "\n")
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    check_a_first_hour(bin, folder)
+    check_a_first_hour(bin, somebodys_project(tmp_path))
 
 
 def test_pip_brings_all_that_a_wheel_needs(wheel, tmp_path):
     bin = make_environment(tmp_path / "venv")
     subprocess.run([bin / "python", "-m", "pip", "install", "--quiet", wheel], check=True)
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    check_a_first_hour(bin, folder)
+    check_a_first_hour(bin, somebodys_project(tmp_path))

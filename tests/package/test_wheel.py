@@ -159,6 +159,6 @@ def test_a_tool_of_the_wheel_is_started_by_its_name(installed, tmp_path):
     listed = python(installed, tmp_path, "-m", "jaxlm.tool")
     assert listed.returncode == 0 and "convert_checkpoint" in listed.stdout, listed.stderr
     wrong = python(installed, tmp_path, "-m", "jaxlm.tool", "fsk")
-    assert wrong.returncode == 1 and "found no tool 'fsk'" in wrong.stderr
+    assert wrong.returncode == 1 and "no tool 'fsk'; did you mean fsck?" in wrong.stderr
     done = python(installed, tmp_path, "-m", "jaxlm.tool", "plot_run", "nowhere")
     assert done.returncode == 2 and "expected: the workdirs of runs" in done.stderr
