@@ -8,6 +8,7 @@ leave docs/ (to code, to README.md) become links to the repository that mkdocs.y
 """
 
 import argparse
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -27,13 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", default="site", help="folder of the site; it is replaced")
     args = parser.parse_args(argv)
-    zensical = Path(sys.executable).with_name("zensical")
-    if not zensical.exists():
-        print(f"found: no {zensical}\nchange: pip install -e '.[docs]'", file=sys.stderr)
+    if importlib.util.find_spec("zensical") is None:
+        print("zensical is missing: pip install -e '.[docs]'", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
         stage(ROOT, Path(folder))
-        build = [zensical, "build", "--strict"]
+        build = [sys.executable, "-m", "zensical", "build", "--strict"]
         built = subprocess.run(build, cwd=folder, stderr=subprocess.PIPE, text=True)
         # griffe's warnings about docstrings are none of Zensical's.
         warnings = [line for line in built.stderr.splitlines() if line.startswith("griffe: ")]
