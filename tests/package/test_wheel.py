@@ -107,6 +107,14 @@ def test_a_wheel_that_is_made_from_the_source_distribution_is_the_same(tree, whe
     assert sorted(again.namelist()) == sorted(wheel.namelist())
 
 
+def test_an_editable_install_is_the_clone_itself_so_that_configs_and_tools_are_found(
+    tree, tmp_path
+):
+    made = zipfile.ZipFile(build(tree, "editable", tmp_path / "editable"))
+    (path,) = [name for name in made.namelist() if ".dist-info/" not in name]
+    assert made.read(path).decode().split() == [str(tree)]
+
+
 def python(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """A child that imports jaxlm from the wheel's files, in a folder that is no clone."""
     return subprocess.run(
