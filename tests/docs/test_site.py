@@ -82,12 +82,13 @@ def test_every_page_is_in_the_navigation():
         ]
 
     found = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
-    assert set(pages_of(settings["nav"])) == found
+    assert set(pages_of(settings["nav"])) == {"readme.md", *found}
 
 
-def test_links_that_leave_the_docs_lead_to_the_repository():
-    page = DOCS / "guide" / "scaling.md"
-    mended = lambda link: build_docs.mended(link, page, ROOT, "https://host/repo")
-    assert mended("../../README.md") == "https://host/repo/blob/main/README.md"
-    assert mended("planning.md") == "planning.md"
-    assert mended("https://example.org/a") == "https://example.org/a"
+def test_links_lead_to_the_site_where_it_has_the_file_and_else_to_the_repository():
+    mend = lambda link, page: build_docs.mended(link, ROOT / page, ROOT, "https://host/repo")
+    assert mend("planning.md", "docs/guide/scaling.md") == "planning.md"
+    assert mend("../../README.md", "docs/guide/scaling.md") == "../readme.md"
+    assert mend("docs/guide/scaling.md", "README.md") == "guide/scaling.md"
+    assert mend("configs/gpt.py", "README.md") == "https://host/repo/blob/main/configs/gpt.py"
+    assert mend("https://example.org/a", "README.md") == "https://example.org/a"
