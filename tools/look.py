@@ -93,20 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("found: nothing to look at; change: give --text, --tokens or --labelled")
     keep_freed_memory()
     logging.set_verbosity(logging.ERROR)  # of libraries: Orbax warns of a file that nothing needs
-    try:
-        lm = api.load(args.checkpoint)
-        pictures = [attention(lm, args.text, args.target)] if args.text else []
-        pictures += [tokens(lm, args.tokens)] if args.tokens else []
-        if args.labelled:
-            columns = {"text": args.text_column, "label": args.label_column}
-            pictures.append(labelled(lm, *read_labelled(args.labelled, columns, args.most)))
-        args.output.mkdir(parents=True, exist_ok=True)
-        for name, figure in (made for kind in pictures for made in kind):
-            save_figure(figure, args.output / name)
-            print(args.output / name)
-    except (ValueError, OSError, ImportError) as error:  # BadInput is a ValueError
-        print(error, file=sys.stderr)
-        return 2
+    lm = api.load(args.checkpoint)
+    pictures = [attention(lm, args.text, args.target)] if args.text else []
+    pictures += [tokens(lm, args.tokens)] if args.tokens else []
+    if args.labelled:
+        columns = {"text": args.text_column, "label": args.label_column}
+        pictures.append(labelled(lm, *read_labelled(args.labelled, columns, args.most)))
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, figure in (made for kind in pictures for made in kind):
+        save_figure(figure, args.output / name)
+        print(args.output / name)
     return 0
 
 

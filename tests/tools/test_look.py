@@ -56,11 +56,9 @@ def test_rows_are_drawn_at_random_and_always_the_same(rows):
     }.items(),
 )
 def test_what_cannot_be_looked_at_is_said_in_one_message(flags, says, workdir, tmp_path, capsys):
-    try:
-        status = look.main([f"--checkpoint={workdir}", f"--output={tmp_path / 'none'}", *flags])
-    except SystemExit as ended:
-        status = ended.code
-    assert status and says in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        look.main([f"--checkpoint={workdir}", f"--output={tmp_path / 'none'}", *flags])
+    assert ended.value.code and says in capsys.readouterr().err
 
 
 def test_nothing_to_look_at_is_refused_before_a_model_is_loaded(capsys):

@@ -202,12 +202,12 @@ def test_a_long_text_is_cut_and_a_long_run_thinned(tmp_path):
 def test_a_folder_that_is_no_run_is_refused(content, tmp_path, capsys):
     if content:
         (tmp_path / "config.json").write_text(content)
-    try:
-        status = report.main([str(tmp_path)])
-    except SystemExit as ended:
-        status = ended.code
+    with pytest.raises(SystemExit) as ended:
+        report.main([str(tmp_path)])
     said = capsys.readouterr().err
-    assert status and "found" in said and "config.json" in said and "Traceback" not in said
+    assert (
+        ended.value.code and "found" in said and "config.json" in said and "Traceback" not in said
+    )
     assert not (tmp_path / "report.html").exists()
 
 
