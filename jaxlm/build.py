@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from jaxlm import tokenizers
+from jaxlm.config_checks import cannot_run
 from jaxlm.config_files import saved_config
 from jaxlm.data import prepare as preparation
 from jaxlm.data import sources as text_sources
@@ -146,6 +147,17 @@ def make_stores(
     return stores
 
 
+def refuse_short(stores: Mapping[str, TokenStore], seq_len: int) -> None:
+    """Raises ValueError for text that does not fill one row: a model would learn it by heart, and nothing else."""
+    if short := [
+        f"data.sources: {name} has {store.num_tokens} tokens to train on, and a row takes {seq_len}: give more text, or set "
+        "--config.seq_len lower"
+        for name, store in stores.items()
+        if store.num_tokens < seq_len
+    ]:
+        raise cannot_run(short)
+
+
 def open_store(config: ConfigDict, path: Path, split: str) -> TokenStore:
     """A split of the store at `path`, with the config's folder for copies from buckets."""
     return TokenStore(path, split, cache_dir=config.data.cache_dir)
@@ -259,6 +271,7 @@ def make_run(
     stores = make_stores(config, tokenizer, workdir, allow_change)
 
     train = {name: open_store(config, path, "train") for name, path in stores.items()}
+    refuse_short(train, config.seq_len)
     weights = mixture_weights(
         config.data.weights, list(train), [s.num_tokens for s in train.values()]
     )

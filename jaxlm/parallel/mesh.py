@@ -78,8 +78,8 @@ def make_mesh(
         sizes[free[0]] = len(devices) // known
     if len(free) > 1 or known < 1 or int(np.prod(list(sizes.values()))) != len(devices):
         raise ValueError(
-            f"a mesh of {sizes} does not cover the {len(devices)} {devices[0].platform} device(s) here: the sizes must multiply "
-            f"to {len(devices)}; set --config.mesh.AXIS; one of them may be -1 (= whatever is left)"
+            f"a mesh of {sizes} does not cover {len(devices)} devices ({devices[0].platform}): the sizes must multiply to "
+            f"{len(devices)}; set --config.mesh.AXIS; one of them may be -1 (= whatever is left)"
         )
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
     return Mesh(lay_out(devices, sizes), MESH_AXES, axis_types=auto)
