@@ -63,7 +63,7 @@ print(config)
 from jaxlm.finetune import finetune
 
 workdir = RUNS / WORKDIR
-report = finetune(config, workdir)
+report = finetune(config, workdir, recipe=CONFIG)
 
 # %%
 from IPython.display import Image, display

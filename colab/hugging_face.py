@@ -105,7 +105,7 @@ overrides = {
 if FAST:
     overrides |= {"num_epochs": 0.05, "seq_len": min(SEQ_LEN, 32)}
 config = config_files.read_config(CONFIG, overrides)
-report = finetune(config, workdir)
+report = finetune(config, workdir, recipe=CONFIG)
 
 # %%
 from IPython.display import Image, display

@@ -46,7 +46,7 @@ print(config)
 from jaxlm.pretrain import pretrain
 
 workdir = RUNS / WORKDIR
-last = pretrain(config, workdir)
+last = pretrain(config, workdir, recipe=CONFIG)
 print({name: round(value, 4) for name, value in last.items() if isinstance(value, float)})
 
 # %%

@@ -36,8 +36,9 @@ from jaxlm.training.checkpoints import find_step
 workdir = RUNS / WORKDIR
 if not (workdir / "checkpoints").exists():
     print(f"{workdir} has no checkpoint: training a small model")
-    small = config_files.read_config("configs/gpt.py:tiny", SMALL_RUN if FAST else {})
-    pretrain(small, workdir)
+    recipe = "configs/gpt.py:tiny"
+    small = config_files.read_config(recipe, SMALL_RUN if FAST else {})
+    pretrain(small, workdir, recipe=recipe)
 config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
 environment = json.loads((workdir / "environment.json").read_text(encoding="utf-8"))
 print("newest checkpoint", find_step(workdir).name)

@@ -63,7 +63,8 @@ def test_the_notebook_that_reads_a_run_draws_and_tells(pretrained, runs):
     text = printed(notebook)
     assert "training a small model" not in text
     assert "step     10  def main(" in text and "bits per byte" in text
-    assert (runs / "pretrained" / "report.html").is_file()
+    page = (runs / "pretrained" / "report.html").read_text()
+    assert "configs/gpt.py:tiny" in page and "model.emb_dim" in page  # what differs from the recipe
 
 
 @pytest.mark.core
