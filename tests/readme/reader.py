@@ -82,9 +82,9 @@ class Reader:
         """Runs a whole command of a page; (its folder, what it printed). It must end well."""
         how = small.longest(small.HOW, text)
         assert isinstance(how, small.Run), text
-        text = small.stood_for(text)
-        folder = self.folder(shlex.split(text), {**how.has, **(has or {})})
-        return folder, self.end(folder, small.small(text, how), how)
+        command = small.small(small.stood_for(text), how)
+        folder = self.folder(shlex.split(command), {**how.has, **(has or {})})
+        return folder, self.end(folder, command, how)
 
     def run_python(self, code: str) -> None:
         """Runs a block of Python of a page. It must end well."""

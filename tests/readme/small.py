@@ -177,14 +177,13 @@ LITTLE_TRAINING = {
     "config.log.tensorboard": False,
     "config.log.progress": False,
 }
-LITTLE_MODEL = LITTLE_TRAINING | {
+LITTLE_TEXT = LITTLE_TRAINING | {
     "config.data.sources": "('text/*.txt',)",
     "config.data.split": "tail",
-    "config.model.emb_dim": 16,
-    "config.model.mlp_dim": 32,
     "config.tokenizer.vocab_size": 640,
     "config.model.vocab_size": 640,
 }
+LITTLE_MODEL = LITTLE_TEXT | {"config.model.emb_dim": 16, "config.model.mlp_dim": 32}
 LITTLE_TUNING = {
     "config.batch_size": 8,
     "config.seq_len": 64,
@@ -207,6 +206,7 @@ HOW: dict[str, Run | Read | Shell] = {
     # entrypoints
     "python -m jaxlm.pretrain ": Run(LITTLE_MODEL),
     "python -m jaxlm.pretrain --config=configs/gpt.py:tiny,objective": Read(TRAINED_THERE),
+    "python -m jaxlm.pretrain --config=configs/bert.py": Run(LITTLE_TEXT),
     "python -m jaxlm.pretrain --config=configs/bert.py:tiny,objective": Read(TRAINED_THERE),
     "python -m jaxlm.pretrain --config=configs/electra.py:tiny": Read(TRAINED_THERE),
     "python -m jaxlm.pretrain --config=configs/xlnet.py:tiny": Read(TRAINED_THERE),
@@ -222,6 +222,7 @@ HOW: dict[str, Run | Read | Shell] = {
     "python -m jaxlm.pretrain --workdir=W2 --config=W/config.json": Run(),
     "python -m jaxlm.pretrain --config=… --workdir=gs://BUCKET/run --num_processes=N": Read(NEEDS_ACCELERATOR),
     "python -m jaxlm.finetune ": Run(LITTLE_TUNING),
+    CLASSIFY + "--config.tuning.frozen_layers": Run(LITTLE_TUNING, put={"layers=4": "layers=1"}),
     "python -m jaxlm.finetune --config=configs/finetune/instructions.py": Run(LITTLE_WRITING),
     "python -m jaxlm.finetune --config=configs/finetune/preferences.py": Run(LITTLE_WRITING, has={"F": "dialogue"}),
     "python -m jaxlm.finetune --config=configs/finetune/translation.py": Run(LITTLE_WRITING),
