@@ -42,6 +42,13 @@ def follow(page: str, root: Path, *, with_commands: bool = True) -> str:
     return printed
 
 
+def check_style(page: str, root: Path) -> None:
+    """The Python files that a page makes are formatted and linted as all others are."""
+    made = [b.title for b in walk.blocks_of((HOW_TO / page).read_text("utf-8")) if b.title]
+    files = " ".join(sorted({name for name in made if name.endswith(".py")}))
+    walk.run(f"python -m ruff check {files} && python -m ruff format --check {files}", root)
+
+
 def losses(workdir: Path) -> list[float]:
     lines = (workdir / "metrics.jsonl").read_text("utf-8").splitlines()
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
@@ -49,6 +56,7 @@ def losses(workdir: Path) -> list[float]:
 
 def test_an_objective_is_added_by_following_the_page(copy):
     printed = follow("add_an_objective.md", copy)
+    check_style("add_an_objective.md", copy)
     assert "5 passed" in printed
     found = losses(copy / "W")
     assert found[-1] < found[0] - 1, found
@@ -67,7 +75,7 @@ def test_a_task_is_added_by_following_the_page(copy):
 
 def test_the_changes_that_add_a_task_fit_the_code(copy):
     follow("add_a_task.md", copy, with_commands=False)
-    assert "Detection" in (copy / "jaxlm" / "tasks" / "__init__.py").read_text("utf-8")
+    check_style("add_a_task.md", copy)
 
 
 def test_a_change_of_lines_that_are_not_there_is_refused(tmp_path):
