@@ -11,7 +11,7 @@ from collections.abc import MutableMapping
 
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 # As jaxlib and libtpu say it; both name all that they do not know.
-_UNKNOWN = re.compile(r"Unknown flags in XLA_FLAGS: (.*)|Unknown command line flag '(\w+)'")
+_UNKNOWN = re.compile(r"Unknown flags? in XLA_FLAGS: (.*)|Unknown command line flag '(\w+)'")
 
 
 def leave_out_unknown_flags(environment: MutableMapping[str, str] = os.environ) -> list[str]:

@@ -21,6 +21,12 @@ def test_unknown_flags_are_left_out_and_known_ones_stay():
     assert subprocess.run(look, env=environment, capture_output=True).stdout.strip() == b"2"
 
 
+def test_a_single_unknown_flag_is_left_out():
+    """XLA has another sentence for one than for several."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_of_no_release=true"}
+    assert leave_out_unknown_flags(environment) == ["xla_of_no_release"]
+
+
 def test_without_flags_nothing_is_asked(monkeypatch):
     monkeypatch.setattr(subprocess, "run", None)
     assert leave_out_unknown_flags({"XLA_FLAGS": "", "HOME": "/"}) == []
