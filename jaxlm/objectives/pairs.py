@@ -99,7 +99,12 @@ class NextSentence(MaskedLM):
 class SentenceOrder(NextSentence):
     """Masked language modelling, and are the halves swapped? (ALBERT: Lan et al. 2020, section 3.1)
 
-    example_labels   0 = as in the text, 1 = the half that comes second stands first
+        raw            [bos]  it    is   late   go   home  [eos]      T - 3 tokens of one document
+        tokens         [cls]  go   home  [sep]  it    is   late  [sep]      half of the time; else as they stand
+        token_types      0     0     0     0     1     1     1     1
+        example_labels   1 = the half that comes second stands first, 0 = as in the text
+
+    Everything else: see `NextSentence`.
     """
 
     def window(self, seq_len: int) -> Window:

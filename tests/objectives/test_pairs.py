@@ -83,6 +83,35 @@ def test_sentence_order_labels_tell_the_truth(tokenizer, make_example):
         check_sentence_order(NextSentence(tokenizer=tokenizer), make_example, tokenizer)
 
 
+def test_the_pictures(tokenizer):
+    it, is_, late, go, home, other = range(7, 13)
+    bos, eos, cls, sep = tokenizer.bos_id, tokenizer.eos_id, tokenizer.cls_id, tokenizer.sep_id
+
+    def document(*words, starts):
+        tokens = np.array([bos, *words, eos], np.int32)
+        return {"tokens": tokens, "sentence_starts": np.isin(np.arange(len(tokens)), starts)}
+
+    example = document(it, is_, late, go, home, starts=[1, 4])
+    example["other"] = document(other, starts=[1])
+    rows = {}
+    for make in (NextSentence, SentenceOrder):
+        objective = make(tokenizer=tokenizer, rate=0.01)  # so little that nothing is masked
+        for seed in range(20):
+            row = objective.corrupt(np.random.default_rng(seed), example, 8)
+            key = make, int(row["example_labels"][0])
+            rows[key] = row["tokens"].tolist(), row["token_types"].tolist()
+    in_order = [cls, it, is_, late, sep, go, home, sep], [0, 0, 0, 0, 0, 1, 1, 1]
+    assert rows == {
+        (NextSentence, 0): in_order,
+        (NextSentence, 1): (
+            [cls, it, is_, late, sep, other, sep, 0],
+            [0, 0, 0, 0, 0, 1, 1, 0],
+        ),
+        (SentenceOrder, 0): in_order,
+        (SentenceOrder, 1): ([cls, go, home, sep, it, is_, late, sep], [0, 0, 0, 0, 1, 1, 1, 1]),
+    }
+
+
 def test_windows_are_of_one_document_and_pairs_only_where_needed(tokenizer):
     assert NextSentence(tokenizer=tokenizer).window(T) == (T - 3, T - 3, True, True, True)
     assert SentenceOrder(tokenizer=tokenizer).window(T) == (T - 3, T - 3, True, False, True)
