@@ -4,6 +4,7 @@ A command is found here by the longest beginning that it shares with a key. What
 command of BASES first, so it is found by that.
 """
 
+import re
 import shlex
 from typing import NamedTuple
 
@@ -56,6 +57,8 @@ STANDS_FOR = {
     "DIR_OR_HUB_ID": "hub/decoder",
     "WORKDIR_OR_STORE": "W",
     "FILE_OR_DIR": "text",
+    "jaxlm.NAME": "jaxlm.pretrain --config=configs/gpt.py:tiny --workdir=W",
+    "tools/NAME.py": "tools/fsck.py W",
     "W@1000": "W@12",
     "W@STEP": "W@12",
     "gs://BUCKET/": "runs/",
@@ -221,6 +224,7 @@ HOW: dict[str, Run | Read | Shell] = {
     "python -m jaxlm.pretrain --config=W/config.json": Run(),
     "python -m jaxlm.pretrain --workdir=W2 --config=W/config.json": Run(),
     "python -m jaxlm.pretrain --config=… --workdir=gs://BUCKET/run --num_processes=N": Read(NEEDS_ACCELERATOR),
+    "python -m jaxlm.NAME": Read("it stands for several"),
     "python -m jaxlm.finetune ": Run(LITTLE_TUNING),
     CLASSIFY + "--config.tuning.frozen_layers": Run(LITTLE_TUNING, put={"layers=4": "layers=1"}),
     "python -m jaxlm.finetune --config=configs/finetune/instructions.py": Run(LITTLE_WRITING),
@@ -249,10 +253,13 @@ HOW: dict[str, Run | Read | Shell] = {
     "python tools/doctor.py ": Run(),
     "python tools/fsck.py ": Run(),
     "python tools/inspect_checkpoint.py ": Run(),
+    "python tools/NAME.py": Read("it stands for several"),
+    "python tools/look.py ": Run(),
     "python tools/plan.py ": Run(LITTLE_STEP, lane="plans"),
     "python tools/plan_table.py": Read("it compiles for hours: tests/plans/test_table.py"),
     "python tools/plot_run.py ": Run(),
     "python tools/prepare_data.py": Run({"sources": "text/*.txt", "tokenizer": "T", "output": "STORE"}, has={"T": "tokenizer"}),
+    "python tools/report.py ": Run(),
     "python tools/search.py ": Run(has={"F": "embedder"}),
     "python tools/search.py --checkpoint=F --corpus=FILE --index=I.npz": Run({"query": "a text"}, has={"F": "embedder"}),
     "python tools/sweep.py ": Run(LITTLE_MODEL, put={"seed=0,1,2": "seed=0,1"}, after="--"),
@@ -275,6 +282,9 @@ HOW: dict[str, Run | Read | Shell] = {
     "exit $status": Shell("the rest of a batch script"),
     "pip install ": Shell(INSTALLS),
     "sudo apt-get ": Shell(INSTALLS),
+    "pip wheel ": Shell("tests/package builds and installs it"),
+    "cd some/empty/folder": Shell("tests/package goes there"),
+    "jaxlm-tool --help": Shell("tests/package runs it"),
     "git clone ": Shell("it needs a network"),
     "python3 -m venv ": Shell(INSTALLS),
     "python -c ": Shell("it looks at the machine"),
@@ -298,7 +308,9 @@ def longest(table: dict[str, object], text: str) -> object | None:
 
 
 def whole(text: str) -> str:
-    """A command's text; flags alone are joined to the command of BASES that they belong to."""
+    """A command's text: a console script as the module that it is, flags alone with the command of BASES that they are for."""
+    text = re.sub(r"^jaxlm-(pretrain|finetune|evaluate|generate) ", r"python -m jaxlm.\1 ", text)
+    text = re.sub(r"^jaxlm-tool (\w+)", r"python tools/\1.py", text)
     base = longest(BASES, text)
     if base is None:
         return text
