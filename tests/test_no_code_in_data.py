@@ -24,13 +24,11 @@ CALLS: dict[str, tuple[str, str] | None] = {
     "os.popen": None,
     "numpy.fromregex": None,
     "jinja2.Template": None,
-    "jinja2.Environment": None,
+    "jinja2.Environment": ("jaxlm/page/__init__.py", "template"),  # a template of jaxlm's own
     "jinja2.sandbox.SandboxedEnvironment": None,  # a template could change what it is given
     "torch.load": ("jaxlm/interop/source.py", "read_pickle"),  # behind --allow_pickle
-    "importlib.util.spec_from_file_location": (
-        "jaxlm/config_files.py",
-        "load_recipe",
-    ),  # configs/*.py
+    # configs/*.py
+    "importlib.util.spec_from_file_location": ("jaxlm/config_files.py", "load_recipe"),
     "importlib.import_module": ("jaxlm/tasks/text_scores.py", "_library"),  # names written there
     "shutil.unpack_archive": None,
     "X.extractall": None,  # leaves its folder
