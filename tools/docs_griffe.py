@@ -10,6 +10,7 @@ import griffe
 
 DRAWN = re.compile(r"\S {3,}\S|──▶")
 OPTION = re.compile(r"(?:^|(?<=\. ))(\w+(?:, \w+)*): ", re.M)
+RESULT = re.compile(r"(?<=\.) (?=Returns )")
 NAME = re.compile(r"`([A-Za-z_][\w.]*)`")
 
 
@@ -68,7 +69,7 @@ def read(thing: griffe.Object) -> tuple[str, dict[str, str]]:
     """(text without what it says of options, {option: what it is}) of a docstring.
 
     `name: text` or `name, name: text` is about options where it begins a line, or follows a full stop; it goes on up to
-    the next one, or an empty line.
+    the next one, an empty line, or a sentence that says what is returned.
     """
     names, kept, options = set(names_of(thing)), [], {}
     for paragraph in indent_drawings(thing.docstring.value).split("\n\n"):
@@ -79,8 +80,9 @@ def read(thing: griffe.Object) -> tuple[str, dict[str, str]]:
         ends = [m.start() for m in starts] + [len(paragraph)]
         kept.append(paragraph[: ends[0]])
         for match, end in zip(starts, ends[1:], strict=True):
-            about = " ".join(paragraph[match.end() : end].split())
+            about, *result = RESULT.split(" ".join(paragraph[match.end() : end].split()))
             options |= dict.fromkeys(match[1].split(", "), about)
+            kept += result
     return "\n\n".join(filter(str.strip, kept)), options
 
 

@@ -21,7 +21,8 @@ class ReplacedTokens(MaskedLM):
 
     mask_share: the released code masks 85% of the chosen tokens and keeps the others as they are.
     discriminator_weight: of the discriminator's mean loss beside the generator's (section 3.2: 50).
-    (Masks, smoothing and so on: see `MaskedLM`.)
+
+    Masks, smoothing and so on: see `MaskedLM`.
     """
 
     mask_share: float = 0.85
