@@ -11,6 +11,7 @@ from tests.docs import walk
 from tests.tiny import ROOT
 
 HOW_TO = ROOT / "docs" / "how_to"
+FOLLOWED = ("add_an_objective.md", "add_a_task.md")
 TREE = ("jaxlm", "configs", "tests", "docs", "mkdocs.yml", "pyproject.toml", "README.md")
 # One device, and the programs that earlier runs of the tests have compiled.
 CACHE = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
