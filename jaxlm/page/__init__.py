@@ -17,7 +17,7 @@ from typing import Any
 from markupsafe import Markup
 
 from jaxlm.files import as_path, write_text
-from jaxlm.page.blocks import cleaned
+from jaxlm.page.blocks import cleaned, shown
 from jaxlm.page.files import Files
 from jaxlm.page.sections import make_sections
 from jaxlm.page.summary import describe, figures
@@ -26,6 +26,7 @@ __all__ = ["write_page"]
 
 HERE = Path(__file__).parent
 NAME = "report.html"
+UNBROKEN = 16  # characters of a cell that stay in one line
 
 
 def write_page(workdir: str | Path, output: str | Path | None = None) -> Path:
@@ -64,4 +65,5 @@ def template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.tests["short"] = lambda cell: len(shown(cell)) <= UNBROKEN
     return environment.get_template("page.html")

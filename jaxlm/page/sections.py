@@ -15,7 +15,7 @@ from jaxlm.training.goodput import account, report
 from jaxlm.training.plots import PICTURES
 
 MAX_PICTURES = 8
-SAMPLE_STEPS = 8
+SAMPLE_STEPS = 6
 EVALUATIONS = 6
 ROWS = 10
 

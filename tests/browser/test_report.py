@@ -20,6 +20,15 @@ return [...document.querySelectorAll("body *")]
 """
 
 
+# Short cells of tables, such as numbers, that are broken into several lines.
+BROKEN = """
+return [...document.querySelectorAll("td")]
+  .filter((e) => e.textContent.length <= 12 && e.firstChild)
+  .filter((e) => { const r = document.createRange(); r.selectNodeContents(e); return r.getClientRects().length > 1; })
+  .map((e) => e.textContent);
+"""
+
+
 @pytest.fixture(scope="module")
 def browser():
     with open_browser() as driver:
@@ -49,6 +58,7 @@ def check_page(driver, address, narrow):
     assert driver.execute_script("return [...document.images].every((i) => i.naturalWidth > 100)")
     assert driver.execute_script(WIDER) == []
     assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert driver.execute_script(BROKEN) == []
     assert all(a == address or a.startswith("data:") for a in requested(driver))
     assert [entry["message"] for entry in driver.get_log("browser")] == []
 

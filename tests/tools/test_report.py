@@ -138,7 +138,9 @@ def test_a_page_asks_for_nothing_and_runs_nothing(tmp_path):
 def test_what_a_run_says_is_text_and_never_markup(name, tmp_path):
     plain = Reader(page.write_page(write_whole_run(tmp_path / "plain")))
     found = Reader(page.write_page(write_whole_run(tmp_path / name, MARKUP)))
-    shape = lambda reader: [(tag, sorted(attrs)) for tag, attrs in reader.elements]
+    shape = lambda reader: [
+        (tag, sorted(attrs.keys() - {"class"})) for tag, attrs in reader.elements
+    ]
     assert shape(found) == shape(plain)
     assert found.text.count("<script>window.hacked=1</script><img src=x") >= 12
 
@@ -195,7 +197,7 @@ def test_a_long_text_is_cut_and_a_long_run_thinned(tmp_path):
     workdir = write_whole_run(tmp_path / "run", "x" * 100_000)
     path = page.write_page(workdir)
     assert path.stat().st_size < 2_000_000 and "(100,003 characters)" in Reader(path).text
-    assert "step 20" not in Reader(path).text  # 8 of 19 samples
+    assert "step 20" not in Reader(path).text  # 6 of 19 samples
 
 
 @pytest.mark.parametrize("content", [None, "[]"])
