@@ -10,7 +10,14 @@ from tests.browser.chromium import open_browser, requested
 from tests.docs.walk import build_site
 
 pytestmark = pytest.mark.browser
-PAGES = ("", "batch/", "objectives/mlm/", "objectives/span_corruption/", "reference/objectives/")
+PAGES = (
+    "",
+    "readme/",
+    "batch/",
+    "objectives/mlm/",
+    "objectives/span_corruption/",
+    "reference/objectives/",
+)
 
 # Pictures and code that one has to scroll to see whole.
 CUT = """
