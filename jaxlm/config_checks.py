@@ -19,7 +19,6 @@ FROM_ONE = (
     "eval_every_steps",
     "checkpoint_every_steps",
     "eval.batch_size",
-    "evals_per_epoch",
 )
 
 # The fields whose sizes devices share, and the logical axes that they are the sizes of.
