@@ -1,6 +1,7 @@
 """The pages of how to add something are followed to the letter, in a copy of the repository."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -8,10 +9,10 @@ import jax
 import pytest
 
 from tests.docs import walk
+from tests.readme.reading import read_python
 from tests.tiny import ROOT
 
 HOW_TO = ROOT / "docs" / "how_to"
-FOLLOWED = ("add_an_objective.md", "add_a_task.md")
 TREE = ("jaxlm", "configs", "tests", "docs", "mkdocs.yml", "pyproject.toml", "README.md")
 # One device, and the programs that earlier runs of the tests have compiled.
 CACHE = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
@@ -77,6 +78,13 @@ def test_a_task_is_added_by_following_the_page(copy):
 def test_the_changes_that_add_a_task_fit_the_code(copy):
     follow("add_a_task.md", copy, with_commands=False)
     check_style("add_a_task.md", copy)
+
+
+def test_mixing_text_takes_flags_and_fields_that_are_there(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = walk.blocks_of((HOW_TO / "add_a_dataset.md").read_text("utf-8"))
+    (command,) = [block.text for block in blocks if block.language == "bash"]
+    read_python(shlex.split(command))
 
 
 def test_a_change_of_lines_that_are_not_there_is_refused(tmp_path):
