@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests import tiny
@@ -19,6 +19,7 @@ CLONE = ("jaxlm", "configs", "tools", "tests", "requirements.txt", "pyproject.to
 # Flags of what a command makes: that is not there before.
 MAKES = ("--workdir", "--output", "--target", "--work", "--index")
 SECONDS = 600
+ROWS = 32
 
 
 def write_files(folder: Path) -> None:
@@ -35,19 +36,24 @@ def write_files(folder: Path) -> None:
     for name in "abc":
         (folder / f"{name}.en").write_text("one two\nthree\n" * 16, encoding="utf-8")
         (folder / f"{name}.de").write_text("eins zwei\ndrei\n" * 16, encoding="utf-8")
-    said = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "b"}]
-    summary = {"source": "one two three", "target": "one"}
-    write_rows(folder / "chats.jsonl", {"messages": said})
-    write_rows(folder / "pairs.jsonl", {"prompt": "a", "chosen": "a", "rejected": "zz"})
-    write_rows(folder / "similar.jsonl", {"text": "one two", "text_pair": "two one"})
+    write_rows(
+        folder / "chats.jsonl",
+        lambda n: {"messages": [said("user", f"a {n}"), said("assistant", "b")]},
+    )
+    write_rows(
+        folder / "pairs.jsonl", lambda n: {"prompt": f"a {n}", "chosen": "a", "rejected": "zz"}
+    )
+    write_rows(folder / "similar.jsonl", lambda n: {"text": f"one {n}", "text_pair": f"{n} one"})
     for name in ("train", "dev", "test"):
-        write_rows(folder / f"{name}.jsonl", summary)
-    asked = {"instruction": "Say b.", "input": "a", "output": "b"}
-    rows = [asked | {"input": f"a {n}"} for n in range(32)]
+        write_rows(folder / f"{name}.jsonl", lambda n: {"source": f"one two {n}", "target": "one"})
+    rows = [{"instruction": "Say b.", "input": f"a {n}", "output": "b"} for n in range(ROWS)]
     (folder / "instruction-data.json").write_text(json.dumps(rows), encoding="utf-8")
     tasks = folder / "lm_eval_tasks"
     tasks.mkdir()
-    write_rows(tasks / "rows.jsonl", {"question": "one", "choices": ["two", "four"], "answer": 0})
+    write_rows(
+        tasks / "rows.jsonl",
+        lambda n: {"question": f"one {n}", "choices": ["two", "four"], "answer": 0},
+    )
     (tasks / "tiny.yaml").write_text(TASK, encoding="utf-8")
 
 
@@ -64,11 +70,13 @@ metric_list: [{metric: acc}]
 """
 
 
-def write_rows(path: Path, row: Mapping, count: int = 32) -> None:
-    """JSON lines of a row, whose texts get a number, so that no two are equal."""
-    numbered = lambda n: {k: f"{v} {n}" if isinstance(v, str) else v for k, v in row.items()}
-    lines = (json.dumps(numbered(n)) + "\n" for n in range(count))
-    path.write_text("".join(lines), encoding="utf-8")
+def write_rows(path: Path, row: Callable[[int], dict]) -> None:
+    """JSON lines; row: what the row of a number is."""
+    path.write_text("".join(json.dumps(row(n)) + "\n" for n in range(ROWS)), encoding="utf-8")
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 class Reader:
