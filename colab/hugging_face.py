@@ -103,7 +103,7 @@ overrides = {
     "tuning.lora_targets": ("query", "value"),
 }
 if FAST:
-    overrides |= {"num_epochs": 0.05, "seq_len": min(SEQ_LEN, 32)}
+    overrides |= {"num_epochs": 0.05, "seq_len": min(SEQ_LEN, 96)}  # room for a summary
 config = config_files.read_config(CONFIG, overrides)
 report = finetune(config, workdir, recipe=CONFIG)
 
