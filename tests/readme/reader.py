@@ -8,6 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -118,8 +121,8 @@ class Reader:
         )
         printed = ""
         try:
-            if how.until:
-                printed = wait_for(process, how.until)
+            if how.serves:
+                printed = end_server(process)
             rest, _ = process.communicate(timeout=SECONDS)
         finally:
             if process.poll() is None:
@@ -161,13 +164,29 @@ def is_named(name: str, words: list[str]) -> bool:
     return any(re.search(rf"(?<![\w/.]){re.escape(name)}(?![\w.])", word) for word in words)
 
 
-def wait_for(process: subprocess.Popen, beginning: str) -> str:
-    """What a process prints until a line begins so; then it is interrupted, as by Ctrl-C."""
+def end_server(process: subprocess.Popen) -> str:
+    """What a server prints until it says its address; once it answers there, it is interrupted, as by Ctrl-C."""
     assert process.stdout is not None
     printed = ""
     for line in process.stdout:
         printed += line
-        if line.startswith(beginning):
+        if found := re.search(r"http://[\d.]+:(\d+)", line):
+            wait_for_answer(f"http://127.0.0.1:{found[1]}/")
             os.killpg(process.pid, signal.SIGINT)
             break
     return printed
+
+
+def wait_for_answer(address: str) -> None:
+    """Returns when a server answers, if only with an error."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        try:
+            urllib.request.urlopen(address, timeout=10).close()
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return
+    raise TimeoutError(f"nothing answers at {address}")

@@ -81,7 +81,7 @@ class Run(NamedTuple):
 
     add: flags that it does not have and gets, so that it is small. put: parts of it that are replaced, for the same.
     after: what stands before the added flags. has: what a name of it is, where that is not NAMES'. devices: simulated
-    ones. until: a line's beginning, at which a command that never ends is ended. lane: the marker of its test.
+    ones. serves: whether it is a server, which is ended once it answers. lane: the marker of its test.
     reads: whether its flags can be read without running it.
     """
 
@@ -90,7 +90,7 @@ class Run(NamedTuple):
     after: str = ""
     has: dict[str, str] = {}
     devices: int = 1
-    until: str = ""
+    serves: bool = False
     lane: str = "slow"
     reads: bool = True
 
@@ -219,6 +219,7 @@ HOW: dict[str, Run | Read | Shell] = {
     PRETRAIN + "--coordinator": Read("it waits for other processes: tests/parallel/test_processes.py"),
     PRETRAIN + "--num_processes": Read("it waits for other processes: tests/parallel/test_processes.py"),
     PRETRAIN + "--config.mesh": Run(LITTLE_MODEL, devices=8),
+    PRETRAIN + "--config.mesh.fsdp=8 --config.mesh.tensor=4": Run(LITTLE_MODEL, put={"=8": "=4", "=4": "=2"}, devices=8),
     PRETRAIN + "--profile_steps": Run(LITTLE_MODEL, put={"10:15": "5:7"}),
     "python -m jaxlm.pretrain --config=configs/gpt.py:nanogpt": Run(LITTLE_TRAINING),
     "python -m jaxlm.pretrain --config=configs/gpt.py:shakespeare": Run(LITTLE_TRAINING),
@@ -250,7 +251,7 @@ HOW: dict[str, Run | Read | Shell] = {
     "python tools/compare_objectives.py ": Read("it pretrains and fine-tunes for hours: tests/tools/test_compare_objectives.py"),
     "python tools/compare_runs.py ": Run(),
     "python tools/convert_checkpoint.py ": Run(),
-    "python tools/demo.py ": Run({"port": 0}, until="open "),
+    "python tools/demo.py ": Run({"port": 0}, serves=True),
     "python tools/doctor.py ": Run(),
     "python tools/fsck.py ": Run(),
     "python tools/inspect_checkpoint.py ": Run(),
