@@ -99,7 +99,9 @@ class Reader:
 
     def run_python(self, code: str) -> None:
         """Runs a block of Python of a page. It must end well."""
-        before, has = small.longest(small.PYTHON, code)
+        found = small.longest(small.PYTHON, code)
+        assert found is not None, code
+        before, has = found
         folder = self.folder(list(has), has)
         (folder / "block.py").write_text(before + code, encoding="utf-8")
         self.end(folder, "python block.py", small.Run())

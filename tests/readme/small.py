@@ -6,7 +6,9 @@ command of BASES first, so it is found by that.
 
 import re
 import shlex
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+Value = TypeVar("Value")
 
 PRETRAIN = "python -m jaxlm.pretrain --config=configs/gpt.py:tiny --workdir=W "
 FINETUNE = "python -m jaxlm.finetune --config=configs/finetune/classification.py{} --config.init_from=W --workdir=F "
@@ -303,7 +305,7 @@ PYTHON: dict[str, tuple[str, dict[str, str]]] = {
 }  # fmt: skip
 
 
-def longest(table: dict[str, object], text: str) -> object | None:
+def longest(table: dict[str, Value], text: str) -> Value | None:
     """The value of the longest key that `text` begins with, or None."""
     keys = [key for key in table if text.startswith(key)]
     return table[max(keys, key=len)] if keys else None
