@@ -299,6 +299,7 @@ HOW: dict[str, Run | Read | Shell] = {
 # What stands before a block of Python of the pages, by how it begins, and the folders that it names.
 PYTHON: dict[str, tuple[str, dict[str, str]]] = {
     "from jaxlm import api": ("from jaxlm import api\nencoder = api.load('E')\n", {"W": "decoder", "E": "encoder"}),
+    "from jaxlm import api, look": ("texts, labels = ['a b', 'y z'] * 8, ['a', 'y'] * 8\n", {"W": "decoder"}),
     "from jaxlm import tuning": ("", {"F": "dialogue"}),
     "from jaxlm.tuning import": ("", {"F": "classifier"}),
     "config.objective = dict(": ("from configs import t5\nconfig = t5.get_config('tiny,objective=mixture')\n", {}),
