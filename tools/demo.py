@@ -387,6 +387,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if args.max_new_tokens < 1:
         parser.error(f"--max_new_tokens={args.max_new_tokens}: expected 1 or more")
+    if not 0 <= args.port < 1 << 16:
+        parser.error(f"--port={args.port}: expected 0 (any that is free) to 65535")
     keep_freed_memory()
     logging.set_verbosity(logging.ERROR)  # of libraries: Orbax warns of a file that nothing needs
     hosts = [*LOCAL, *map(url_host, [args.host, *args.allow_host])]

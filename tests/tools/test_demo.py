@@ -351,13 +351,18 @@ def test_listening_everywhere_needs_a_name(capsys):
 
 
 def test_a_checkpoint_that_is_not_there_and_a_port_that_is_taken_are_one_line(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, capsys
 ):
+    def refused(*arguments):
+        with pytest.raises(SystemExit):
+            demo.main(arguments)
+        return capsys.readouterr().err
+
     monkeypatch.setattr(demo, "keep_freed_memory", lambda: None)  # they are for the whole process
     monkeypatch.setattr(demo.logging, "set_verbosity", lambda level: None)
-    with pytest.raises(SystemExit, match="^found: "):
-        demo.main([f"--checkpoint={tmp_path / 'W'}", "--port=0"])
+    said = refused(f"--checkpoint={tmp_path / 'W'}", "--port=0")
+    assert said.startswith("no checkpoint in ") and said.count("\n") == 1
     monkeypatch.setattr(api, "load", lambda checkpoint: make_lm("gpt"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(SystemExit, match="in use"):
-            demo.main(["--checkpoint=W", f"--port={taken.getsockname()[1]}"])
+        assert "in use" in refused("--checkpoint=W", f"--port={taken.getsockname()[1]}")
+    assert "expected 0 (any that is free) to 65535" in refused("--checkpoint=W", "--port=99999")
