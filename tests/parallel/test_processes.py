@@ -177,7 +177,7 @@ def main(argv):
     config, workdir, first, steps, wrong = argv[1:]
     with processes.joined(**process_options(flags.FLAGS)):
         import jax
-        from jaxlm import build
+        from jaxlm import build, config_files
         if int(wrong):
             meshes.local_rows = lambda mesh, size: np.arange(size // jax.process_count())
         with processes.main_first("data"):
