@@ -275,6 +275,7 @@ HOW: dict[str, Run | Read | Shell] = {
     # other programs
     "bash tools/quickstart.sh": Shell("tests/tools/test_quickstart.py runs it whole"),
     "bash tools/check.sh": Shell("it is what runs this test; tests/tools/test_shell_scripts.py"),
+    "bash tools/first_hour.sh": Shell("it runs these tests"),
     "gcloud ": Shell(NEEDS_ACCELERATOR),
     "gcloud compute tpus tpu-vm ssh one": Shell(NEEDS_ACCELERATOR, devices=8),
     "gcloud compute tpus tpu-vm ssh pod": Shell(NEEDS_ACCELERATOR, devices=16),
