@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import common
-from jaxlm import build
+from jaxlm import config_checks
 from jaxlm.exits import Corrupted, Diverged
 from jaxlm.parallel import offload
 from jaxlm.parallel.mesh import make_mesh
@@ -85,9 +85,9 @@ def test_arrays_that_are_not_finite_are_named():
 
 def test_fields_of_the_guards_that_cannot_be_meant_are_all_named():
     guards = common.guards()
-    assert build.guard_problems(guards) == []
+    assert config_checks.guard_problems(guards) == []
     guards.update(skip_batches=19, spike_factor=0.5)
-    problems = build.guard_problems(guards)
+    problems = config_checks.guard_problems(guards)
     assert len(problems) == 2 and "set it to 20 or more" in problems[0]
 
 
