@@ -10,16 +10,17 @@ from ml_collections import ConfigDict
 from jaxlm.parallel import mesh as meshes
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-FROM_ONE = (
-    "batch_size",
-    "seq_len",
-    "num_train_steps",
-    "accumulation_steps",
-    "log_every_steps",
-    "eval_every_steps",
-    "checkpoint_every_steps",
-    "eval.batch_size",
-)
+# The least that a field may be; an interval of 0 means only after the last step.
+LEAST = {
+    "batch_size": 1,
+    "seq_len": 1,
+    "num_train_steps": 1,
+    "accumulation_steps": 1,
+    "log_every_steps": 0,
+    "eval_every_steps": 0,
+    "checkpoint_every_steps": 0,
+    "eval.batch_size": 1,
+}
 
 # The fields whose sizes devices share, and the logical axes that they are the sizes of.
 MODEL_AXES = {
@@ -89,9 +90,9 @@ def range_problems(config: ConfigDict) -> list[str]:
     """A line for each field, of pretraining or of fine-tuning, that is out of its range whatever the others are."""
     fields = flatten_dict(config.to_dict(), sep=".")
     problems = [
-        f"{name} {fields[name]}: set --config.{name} to 1 or more"
-        for name in FROM_ONE
-        if fields.get(name, 1) < 1
+        f"{name} {fields[name]}: set --config.{name} to {least} or more"
+        for name, least in LEAST.items()
+        if fields.get(name, least) < least
     ]
     for name in ("dtype", "param_dtype"):
         if fields[name] not in DTYPES:

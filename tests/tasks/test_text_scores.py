@@ -41,5 +41,5 @@ def test_a_library_that_is_missing_is_named_with_what_installs_it(monkeypatch):
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(ImportError, match="rouge_score is not installed.*'text'"):
+    with pytest.raises(ImportError, match="rouge_score is not installed.*'jaxlm.eval.'"):
         TEXT_SCORES["rouge"](TEXTS, [TEXTS])
