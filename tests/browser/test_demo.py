@@ -3,7 +3,7 @@
 import pytest
 
 from tests import tiny
-from tests.browser.chromium import open_browser, serve
+from tests.browser.chromium import CONTRAST_OF, open_browser, serve
 from tests.browser.page import Page
 from tests.test_api import random_params, save
 
@@ -133,28 +133,20 @@ def test_what_is_wrong_is_said_on_the_page(browser, decoder):
     page.check_quiet(statuses=[400])
 
 
-# The least contrast of text and background over all probabilities: colours as a canvas paints them.
-CONTRAST = """
-const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
-function luminance(colour) {
-  canvas.fillStyle = colour;
-  canvas.fillRect(0, 0, 1, 1);
-  const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((byte) => {
-    const value = byte / 255;
-    return value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
-  });
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-}
+# The least contrast of text and background over all probabilities.
+CONTRAST = (
+    CONTRAST_OF
+    + """
 clearOutput();
 const ratios = [];
 for (let height = -4; height <= 0; height += 0.1) {
   const style = getComputedStyle(addToken("x", 10 ** height, []));
-  const [dark, light] = [style.color, style.backgroundColor].map(luminance).sort((a, b) => a - b);
-  ratios.push((light + 0.05) / (dark + 0.05));
+  ratios.push(contrast(style.color, style.backgroundColor));
 }
 clearOutput();
 return Math.min(...ratios);
 """
+)
 
 
 def test_text_is_legible_on_every_colour_in_light_and_in_dark_and_on_a_narrow_screen(

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from jaxlm import page
-from tests.browser.chromium import open_browser, requested
+from tests.browser.chromium import CONTRAST_OF, open_browser, requested
 from tests.tools.test_report import MARKUP, write_whole_run
 
 pytestmark = pytest.mark.browser
@@ -133,23 +133,15 @@ def test_text_is_legible_in_light_and_in_dark(theme, browser, tmp_path):
 
 
 # The least contrast of a text and what lies behind it.
-CONTRAST = """
-const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
-function luminance(colour) {
-  canvas.fillStyle = colour;
-  canvas.fillRect(0, 0, 1, 1);
-  const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((byte) => {
-    const value = byte / 255;
-    return value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
-  });
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-}
+CONTRAST = (
+    CONTRAST_OF
+    + """
 function behind(element) {
   const colour = getComputedStyle(element).backgroundColor;
   return colour === "rgba(0, 0, 0, 0)" ? behind(element.parentElement) : colour;
 }
-return Math.min(...[...document.querySelectorAll("h1, p, dt, dd, a, h2, h3, td, th, pre, figcaption, summary")].map((e) => {
-  const [dark, light] = [getComputedStyle(e).color, behind(e)].map(luminance).sort((a, b) => a - b);
-  return (light + 0.05) / (dark + 0.05);
-}));
+return Math.min(...[...document.querySelectorAll("h1, p, dt, dd, a, h2, h3, td, th, pre, figcaption, summary")].map(
+  (e) => contrast(getComputedStyle(e).color, behind(e))
+));
 """
+)
