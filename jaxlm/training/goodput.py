@@ -119,4 +119,5 @@ def report(lives: Sequence[Mapping[str, Any]]) -> str:
     wall, useful = shares.pop("wall"), shares.pop("useful")
     lost = sorted(shares.items(), key=lambda item: -item[1])
     named = ", ".join(f"{cause} {t / wall:.1%}" for cause, t in lost if t >= 0.001 * wall)
-    return f"goodput {useful / wall:.1%} of {wall:,.0f} s in {len(lives)} starts; lost: {named}"
+    starts = f"{len(lives)} start{'s' * (len(lives) > 1)}"
+    return f"goodput {useful / wall:.1%} of {wall:,.0f} s in {starts}; lost: {named}"

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.goodput import Ledger
 from jaxlm.training.guards import BadSteps
 from jaxlm.training.metrics import MetricSums, MetricWriter
 from jaxlm.training.profile import Profile, annotate_step
+from jaxlm.training.progress import Progress
 from jaxlm.training.session import Session
 from jaxlm.training.state import TrainState
 from jaxlm.training.stopping import EvaluationLeft
@@ -101,9 +101,11 @@ class Loop:
     def fit(self, state: TrainState, batches: Iterator) -> TrainState:
         """Trains from `state.step` on and returns the last state. batches: on the devices, from that step on."""
         step, last, spend = int(state.step), self.num_train_steps, self.session.ledger.spend
-        with self.session.running(), _Reader(self, step) as reader:
+        shown = Progress(step, last, self.progress)
+        with self.session.running(), shown:
+            reader = _Reader(self, shown)
             if self.resumed.evaluation_left:
-                state, _ = self._evaluate(state, step)
+                state, _ = self._evaluate(state, step, shown)
             batch = next(batches) if step < last else None
             over = False
             while step < last and not over:
@@ -141,7 +143,7 @@ class Loop:
         if evaluating:
             try:
                 self.session.leave_if(stopping)
-                state, values = self._evaluate(state, step)
+                state, values = self._evaluate(state, step, reader.shown)
             except EvaluationLeft:
                 left = stopping = True
             stopping = stopping or self.is_over() or self.session.stop.is_due()
@@ -158,35 +160,25 @@ class Loop:
                 self.checkpoints.save(step, state, self.manifest(step) | open_now, values)
         return state, stopping
 
-    def _evaluate(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+    def _evaluate(
+        self, state: TrainState, step: int, shown: Progress
+    ) -> tuple[TrainState, Metrics]:
         assert self.evaluate is not None
         with self.session.spend("evaluation"):
             state, values = self.evaluate(state, step)
         if self.writer:
             self.writer.write(step, "eval", values)
+        shown.evaluated(values)
         return state, values
 
 
 class _Reader:
     """Reads each step's metrics one step late, shows them to the guard against bad steps, and logs them."""
 
-    def __init__(self, loop: Loop, step: int):
-        self.loop, self.window = loop, loop.resumed.window
+    def __init__(self, loop: Loop, shown: Progress):
+        self.loop, self.shown, self.window = loop, shown, loop.resumed.window
         self.clock = _Clock(loop.session.ledger)
         self.pending: tuple[int, Any] | None = None
-        self.bar = tqdm(
-            total=loop.num_train_steps,
-            initial=step,
-            unit="step",
-            disable=not loop.progress,
-            mininterval=0.5,
-        )
-
-    def __enter__(self) -> "_Reader":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
 
     def push(self, step: int, metrics) -> None:
         self.flush()
@@ -200,7 +192,7 @@ class _Reader:
         self.window.add(self.loop.bad_steps.see(step, metrics))
         self.loop.session.did_step(step, useful=not self.loop.bad_steps.row)
         self.clock.steps += 1
-        self.bar.update()
+        self.shown.did_step(step)
         if Intervals.due(step, self.loop.intervals.log, self.loop.num_train_steps):
             self._log(step)
 
@@ -215,10 +207,7 @@ class _Reader:
         values = self.window.means() | speed | self.loop.describe(step)
         if self.loop.writer:
             self.loop.writer.write(step, "train", values)
-        self.bar.set_postfix_str(
-            f"loss {values.get('loss', float('nan')):.4f}, {values['tokens_per_second']:,.0f} tokens/s, "
-            f"MFU {values['mfu']:.1%}"
-        )
+        self.shown.logged(values)
         self.window.sums.clear()
         self.clock.restart()
         self.loop.session.ledger.write()
