@@ -247,7 +247,9 @@ def base() -> ConfigDict:
             checkpoint=dict(keep_last=2, keep_every=0, best_metric="", best_mode="min"),
             guards=guards(),
             # execution: changes speed and memory, never the result
-            mesh=dict(data=-1, fsdp=1, expert=1, context=1, tensor=1),
+            mesh=dict(data=-1, stage=1, fsdp=1, expert=1, context=1, tensor=1),
+            # parts of a batch that pass through the mesh's stages one after the other; 0 = up to 4 a stage
+            pipeline_micro_batches=0,
             remat="none",
             # the optimizer's state waits in the host's memory between steps
             offload_optimizer=False,

@@ -20,6 +20,7 @@ LEAST = {
     "eval_every_steps": 0,
     "checkpoint_every_steps": 0,
     "eval.batch_size": 1,
+    "pipeline_micro_batches": 0,
 }
 
 # The fields whose sizes devices share, and the logical axes that they are the sizes of.
@@ -31,6 +32,8 @@ MODEL_AXES = {
     "num_kv_heads": "kv",
     "mlp_dim": "mlp",
     "num_experts": "expert",
+    "num_layers": "layers",
+    "num_decoder_layers": "layers",
 }
 
 
@@ -76,9 +79,31 @@ def check_config(
             f"batch_size {config.batch_size} is not divisible by accumulation_steps "
             f"{config.accumulation_steps}: make it a multiple of that"
         )
-    problems += guard_problems(config.guards)
+    problems += stage_problems(config) + guard_problems(config.guards)
     if problems:
         raise cannot_run(problems)
+
+
+def stage_problems(config: ConfigDict) -> list[str]:
+    """A line for each thing that keeps a config from passing through the stages of its mesh."""
+    if config.mesh.stage == 1:
+        return []
+    problems, parts = [], config.pipeline_micro_batches
+    if config.family == "xlnet" or config.model.share_layers:
+        what = "XLNet" if config.family == "xlnet" else "one layer for all (share_layers)"
+        problems.append(
+            f"mesh.stage {config.mesh.stage}: there is no pipeline for {what}: set it to 1, and fsdp or tensor instead"
+        )
+    for name, rows in (
+        ("batch_size / accumulation_steps", config.batch_size // config.accumulation_steps),
+        ("eval.batch_size", config.eval.batch_size),
+    ):
+        if parts and rows % parts:
+            problems.append(
+                f"{name} is {rows}, not divisible by pipeline_micro_batches {parts}: make it a multiple of that, or set "
+                "--config.pipeline_micro_batches=0"
+            )
+    return problems
 
 
 def cannot_run(problems: Sequence[str]) -> ValueError:

@@ -28,6 +28,8 @@ YOUNGER_FIELDS: dict[str, Any] = {
     "data.cache_dir": "",
     "offload_optimizer": False,
     "compiler_flags": "auto",
+    "mesh.stage": 1,
+    "pipeline_micro_batches": 0,
     "guards": dict(
         max_bad_steps=20,
         spike_factor=0.0,

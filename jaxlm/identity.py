@@ -28,6 +28,7 @@ EXECUTION_FIELDS = (
     "eval_every_steps",
     "checkpoint_every_steps",
     "mesh",
+    "pipeline_micro_batches",
     "remat",
     "offload_optimizer",
     "unroll",

@@ -272,6 +272,7 @@ def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:
         remat=config.remat,
         unroll=config.unroll,
         attention_kernel=config.attention_kernel,
+        pipeline_micro_batches=config.pipeline_micro_batches,
     )
     if options.num_decoder_layers and config.family != "encoder_decoder":
         raise ValueError(

@@ -58,7 +58,14 @@ HEAD_PATHS = ("head/", "pooler/", "pair_head/", "mlm_head/", "unembed")
 LABELS = ("id2label", "label2id", "problem_type")
 PAIR_GROUPS = {"pooler", "nsp", "sop"}
 # Options of TransformerConfig that a run's config has at its top level.
-EXECUTION = ("dtype", "param_dtype", "remat", "unroll", "attention_kernel")
+EXECUTION = (
+    "dtype",
+    "param_dtype",
+    "remat",
+    "unroll",
+    "attention_kernel",
+    "pipeline_micro_batches",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -221,6 +221,7 @@ FREE = frozenset(
         "remat",
         "unroll",
         "attention_kernel",
+        "pipeline_micro_batches",
         "init_std",
         "embed_init_std",
         "zero_init_out",

@@ -19,6 +19,7 @@ NOT_NEGATIVE = (
     "embed_init_std",
     "logit_scale",
     "num_decoder_layers",
+    "pipeline_micro_batches",
 )
 REMATS = ("none", "attention", "dots", "full")
 
@@ -48,6 +49,7 @@ class TransformerConfig:
     lora_rank: of the adapters that the projections `lora_targets` have, times lora_alpha / lora_rank (`lora`); 0: none.
     Execution (never changes the parameters): dtype is the compute dtype; unroll 0 means all layers; remat says
     what is recomputed in the backward pass: nothing; attention's scores; all but the matmul outputs; the whole layer.
+    pipeline_micro_batches: that pass through the mesh's stages, if it has several (`pipeline`); 0 chooses.
     """
 
     vocab_size: int
@@ -108,6 +110,7 @@ class TransformerConfig:
     remat: str = "none"
     unroll: int = 1
     attention_kernel: str = "xla"
+    pipeline_micro_batches: int = 0
 
     def __post_init__(self) -> None:
         problems = find_problems(self)

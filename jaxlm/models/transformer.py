@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.models import lora
+from jaxlm.models import lora, pipeline
 from jaxlm.models.attention import Attention, View, is_unrolled, residual_std
 from jaxlm.models.cache import KVCache, add_segments, next_positions, slot_mask
 from jaxlm.models.config import TransformerConfig
@@ -401,10 +401,15 @@ def apply_layers(
         length = segment_ids_BT.shape[1]
         keys, first = (length, 0) if cache is None else (cache.size, cache.end)
         bias_NTS = RelativeBias(c, causal, name="relative_bias")(length, keys, first)
-    views = tuple(
-        make_view(c, window, segment_ids_BT, positions_BT, causal, cache, bias_NTS, is_prefix_BT)
-        for window in distinct_windows(c)
-    )
+
+    def see(segment_ids_BT, positions_BT, is_prefix_BT):
+        return tuple(
+            make_view(
+                c, window, segment_ids_BT, positions_BT, causal, cache, bias_NTS, is_prefix_BT
+            )
+            for window in distinct_windows(c)
+        )
+
     axes = (nn.broadcast, 0, nn.broadcast)
     loop = dict(in_axes=axes, length=c.num_layers, unroll=c.unroll or c.num_layers)
     differences = layer_differences(c)
@@ -427,14 +432,65 @@ def apply_layers(
             split_rngs={"params": False, "dropout": True},
             **loop,
         )
+        views = see(segment_ids_BT, positions_BT, is_prefix_BT)
         (x, cache), routed = repeat(layers, (x_BTD, cache), views, differences, seen)
     else:
         layers = stack(**loop)(c, deterministic, name="layers")
-        (x, cache), routed = layers((x_BTD, cache), views, differences, seen)
+        if cache is None and pipeline.num_stages() > 1 and not layers.is_initializing():
+            along = (segment_ids_BT, positions_BT, is_prefix_BT, source)
+            x, routed = through_stages(layers, see, x_BTD, along, differences)
+        else:
+            views = see(segment_ids_BT, positions_BT, is_prefix_BT)
+            (x, cache), routed = layers((x_BTD, cache), views, differences, seen)
     if cache is not None:
         cache = cache.replace(end=cache.end + x.shape[1])
     x = x if c.norm_position == "post" else make_norm(c, "final_norm")(x)
     return x, cache, auxiliary(c, routed) if c.num_experts else None
+
+
+def through_stages(
+    layers: Block,
+    see: Callable[..., tuple[View, ...]],
+    x_BTD: jax.Array,
+    along: tuple[Any, ...],
+    differences: Mapping[str, jax.Array],
+) -> tuple[jax.Array, RouterSums | None]:
+    """What `layers` (the stack, bound) make of x, and their routers' sums (L, …), by the pipeline of the mesh's stages.
+
+    see: (segment ids, positions, is_prefix) -> views. along: these three of the rows of x, and the source or None.
+    """
+    c, deterministic = layers.config, layers.deterministic
+    block = rematerialised(Block, c)(c, deterministic, parent=None)
+    drops = not deterministic and (c.dropout_rate or c.attention_dropout_rate)
+
+    def stage(params, differences, x, along, key):
+        *seen, source = along
+        views = see(*seen)
+        source = source and make_source(*source, seen[0])
+        num_layers = len(jax.tree.leaves(params)[0])
+        keys = None if key is None else jax.random.split(key, num_layers)
+
+        def layer(x, given):
+            params, differences, key = given
+            rngs = {} if key is None else {"dropout": key}
+            variables = {"params": params}
+            (x, _), routed = block.apply(
+                variables, (x, None), views, differences, source, rngs=rngs
+            )
+            return x, routed
+
+        unroll = min(c.unroll or num_layers, num_layers)
+        return jax.lax.scan(layer, x, (params, differences, keys), unroll=unroll)
+
+    return pipeline.run_stages(
+        stage,
+        layers.variables["params"],
+        differences,
+        x_BTD,
+        along,
+        layers.make_rng("dropout") if drops else None,
+        pipeline.count_micro_batches(len(x_BTD), c.pipeline_micro_batches),
+    )
 
 
 def batch_positions(

@@ -17,12 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 PyTree = Any
 
 # Outermost first: what talks most (tensor) is spread over neighbours, what talks least (data) over slices.
-MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+MESH_AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 
 # Order decides: a mesh axis goes to the first name that asks for it, so `batch` comes before `embed`
 # (the other way round, a batch sharded over fsdp is silently replicated).
 RULES: tuple[tuple[str, Any], ...] = (
-    ("batch", ("data", "fsdp", "expert")),
+    ("batch", ("data", "fsdp", "expert", "stage")),
     ("length", "context"),
     ("kv_length", None),  # attention gathers keys and values over context
     # parameters
@@ -33,7 +33,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("kv", "tensor"),
     ("vocab", "tensor"),
     ("head_dim", None),
-    ("layers", None),
+    ("layers", "stage"),
     ("norm", None),
     ("pos", None),
     ("rank", None),
@@ -44,7 +44,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("act_mlp", "tensor"),
     ("act_vocab", "tensor"),
     ("act_expert", "expert"),
-    ("act_group", ("data", "fsdp")),  # rows, where experts are spread instead of them
+    ("act_group", ("data", "fsdp", "stage")),  # rows, where experts are spread instead of them
 )
 
 # Arrays of a batch that have an entry for each token of a row. Where predictions are gathered, labels and weights
@@ -60,18 +60,20 @@ def make_mesh(
     expert: int = 1,
     context: int = 1,
     tensor: int = 1,
+    stage: int = 1,
     *,
     devices=None,
 ) -> Mesh:
     """A mesh of these sizes over `devices` (default: all). One axis may be -1: whatever is left.
 
-    Where TPUs are of several slices, `data` is split over them first, so that only it uses the network between them.
+    Where TPUs are of several slices, `data` is split over them first, or `stage`, if `data` cannot be, so that only it uses
+    the network between them.
 
     Raises:
-      ValueError: if the product of the sizes is not the number of devices, or `data` no multiple of the slices.
+      ValueError: if the product of the sizes is not the number of devices, or neither `data` nor `stage` a multiple of the slices.
     """
     devices = np.asarray(jax.devices() if devices is None else devices).ravel()
-    sizes = dict(zip(MESH_AXES, (data, fsdp, expert, context, tensor), strict=True))
+    sizes = dict(zip(MESH_AXES, (data, stage, fsdp, expert, context, tensor), strict=True))
     free = [name for name, size in sizes.items() if size == -1]
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) == 1 and known > 0 and len(devices) % known == 0:
@@ -94,14 +96,15 @@ def lay_out(devices: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
     if devices[0].platform != "tpu":
         return devices.reshape(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if sizes["data"] % slices:
+    over_slices = "stage" if sizes["data"] % slices and sizes["stage"] % slices == 0 else "data"
+    if sizes[over_slices] % slices:
         inner = len(devices) // slices
         raise ValueError(
             f"mesh axis data={sizes['data']} is not divisible by the {slices} slices of these {len(devices)} devices, and "
-            f"the network between slices is too slow for the other axes: set data to a multiple of {slices}, and the "
+            f"the network between slices is too slow for other axes than it and stage: set data to a multiple of {slices}, and the "
             f"others so that they multiply to {inner} or a divisor of it"
         )
-    dcn = tuple(slices if name == "data" else 1 for name in sizes)
+    dcn = tuple(slices if name == over_slices else 1 for name in sizes)
     inner = tuple(size // outer for size, outer in zip(shape, dcn, strict=True))
     if slices == 1:
         return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
@@ -177,7 +180,8 @@ def misfits(mesh: Mesh, sizes: Iterable[tuple[str, str, int]]) -> list[str]:
         axes, ways = RULE[name], axis_size(mesh, RULE[name])
         if size % ways == 0:
             continue
-        over = axes if isinstance(axes, str) else " x ".join(axes)
+        spread = [axes] if isinstance(axes, str) else [a for a in axes if mesh.shape.get(a, 1) > 1]
+        over = " x ".join(spread)
         lower, upper = size // ways * ways, (size // ways + 1) * ways
         fits = f"{lower} or {upper}" if lower else f"{upper}"
         if name == "vocab":  # which cannot be smaller than the tokenizer's

@@ -31,6 +31,15 @@ MEMORY_EFFICIENCY = (0.9, 0.7)
 # How much of the work that is scheduled beside a collective hides it.
 OVERLAP = (1.0, 0.75)
 
+# What hosts of several slices do, as the collective that it is.
+TRANSFERS = {
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
+
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id replica-id "
     "copy-done slice-done async-start async-update async-done opt-barrier iota".split()
@@ -110,6 +119,8 @@ class _Reader:
         operations: list[Operation] = []
         work = np.zeros((len(lines), 2))  # seconds of one run that can hide a collective
         pending: dict[str, tuple[int, hlo.Instruction]] = {}
+        sent: dict[str, tuple[int, hlo.Instruction]] = {}  # by its rendezvous
+        received: dict[str, str] = {}  # what waits for it -> its rendezvous
         fused: dict[int, list[int]] = defaultdict(
             list
         )  # channel -> the fusions that a collective is in
@@ -137,6 +148,14 @@ class _Reader:
                 case _ if line.opcode.endswith("-done") and line.names and line.names[0] in pending:
                     start, collective = pending.pop(line.names[0])
                     waiting.append((collective, list(range(start + 1, index))))
+                # Between slices: the hosts do it, while the program goes on to where the result is received.
+                case "send" if line.rendezvous:
+                    sent[line.rendezvous] = (index, line)
+                case "recv" if line.rendezvous:
+                    received[line.name] = line.rendezvous
+                case "recv-done" if line.names and line.names[0] in received:
+                    start, transfer = sent.pop(received.pop(line.names[0]))
+                    waiting.append((transfer, list(range(start + 1, index))))
                 case "fusion" if channels := self.channels(line):
                     inner = self.compute(line, times)
                     for channel in channels:
@@ -169,11 +188,15 @@ class _Reader:
         self, line: hlo.Instruction, times: float, work: np.ndarray, beside: list[int]
     ) -> Operation:
         """What a collective adds to the step; `work` beside it hides it, and hides nothing else then."""
-        kind = line.collective
-        groups = hlo.replica_groups(line.attributes, self.mesh.size)
-        size = groups.shape[1]
-        whole = whole_bytes(line, size)
-        seconds = self.network.seconds(kind, whole, groups[0])
+        if line.rendezvous:
+            kind, group = TRANSFERS[line.transfer_type], self.network.across_slices()
+            sent = hlo.BYTES[line.arrays[0][0]] * math.prod(line.arrays[0][1])
+            whole = sent * (len(group) if kind in ("all-gather", "all-to-all") else 1)
+        else:
+            kind = line.collective
+            groups = hlo.replica_groups(line.attributes, self.mesh.size)
+            group, whole = groups[0], whole_bytes(line, groups.shape[1])
+        seconds = self.network.seconds(kind, whole, group)
         hidden = [0.0, 0.0]
         for k in (0, 1):
             for index in beside:
@@ -187,9 +210,9 @@ class _Reader:
             times=times,
             seconds=(times * (seconds - hidden[0]), times * (seconds - hidden[1])),
             num_bytes=times * whole,
-            axes=self.axes(groups[0]),
+            axes=self.axes(group),
             hidden=(times * hidden[0], times * hidden[1]),
-            is_slow=self.network.crosses_slices(groups[0]),
+            is_slow=self.network.crosses_slices(group),
         )
 
     def axes(self, group: np.ndarray) -> tuple[str, ...]:

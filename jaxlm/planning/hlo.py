@@ -106,6 +106,18 @@ class Instruction:
         return names
 
     @property
+    def rendezvous(self) -> str:
+        """The name under which what a TPU hands to its host for another slice meets what comes back; '' of all else."""
+        found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', self.attributes)
+        return found[1] if found and self.transfer_type else ""
+
+    @property
+    def transfer_type(self) -> str:
+        """'ALL_REDUCE', 'ONE_TO_ONE', …: what hosts of several slices do with what they are handed; '' for nothing."""
+        found = re.search(r'_xla_megascale_transfer_type="([A-Z_]+)"', self.attributes)
+        return found[1] if found else ""
+
+    @property
     def collective(self) -> str:
         """Which of COLLECTIVES it is or starts; '' for none."""
         kind = self.opcode.removesuffix("-start")

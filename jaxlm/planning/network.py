@@ -47,6 +47,11 @@ class Network:
         """Whether a group of devices, by their numbers, is in more than one slice."""
         return len({self.slice_of(self.devices[k]) for k in group}) > 1
 
+    def across_slices(self) -> np.ndarray:
+        """The chip at the first one's place in each slice, by their numbers: they exchange what their hosts carry."""
+        place = self.devices[0].coords
+        return np.array([k for k, d in enumerate(self.devices) if d.coords == place])
+
     def seconds(self, kind: str, whole_bytes: float, group: np.ndarray) -> float:
         """Of one collective: `whole_bytes` is V, for a permutation what one device sends; group: places of its members."""
         members = [self.devices[k] for k in group]

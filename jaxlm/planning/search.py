@@ -66,8 +66,9 @@ class Candidate:
 
 
 def candidates(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
-    """Every way to run the config that divides evenly; `data` is a multiple of the slices."""
-    model, chips = config.model, topology.num_chips
+    """Every way to run the config that divides evenly; `data` is a multiple of the slices. `expert` and `stage` stay as they are."""
+    model, kept = config.model, config.mesh.expert * config.mesh.stage
+    chips = topology.num_chips // kept
     for tensor, context in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
         if chips % (tensor * context) or config.seq_len % (context * 128):
             continue
@@ -78,9 +79,9 @@ def candidates(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
         rest = chips // (tensor * context)
         for fsdp in divisors(rest):
             data = rest // fsdp
-            if data % topology.num_slices or model.emb_dim % fsdp or config.batch_size % rest:
+            if data % topology.num_slices or model.emb_dim % fsdp or config.batch_size % (rest * kept):
                 continue
-            rows = config.batch_size // rest
+            rows = config.batch_size // (rest * kept)
             for remat, parts in itertools.product(REMATS, divisors(rows)):
                 yield Candidate(data, fsdp, tensor, context, remat, parts)
 

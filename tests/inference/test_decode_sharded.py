@@ -57,7 +57,7 @@ def eight_devices():
 def check_cache_sharding(on_mesh):
     """Rows over data and fsdp, kv heads over tensor: (L, B, K, S, H)."""
     expected = jax.sharding.NamedSharding(
-        on_mesh.mesh, P(None, ("data", "fsdp", "expert"), "tensor")
+        on_mesh.mesh, P(None, ("data", "fsdp", "expert", "stage"), "tensor")
     )
     for stored in on_mesh.caches():
         for array in (stored.key, stored.value):

@@ -34,12 +34,12 @@ COMPILER_OPTIONS = {
     "xla_llvm_disable_expensive_passes": True,
 }
 ROWS, LENGTH, VOCAB, MLP = 40, 32, 264, 24  # sizes that nothing else has
-SIZES = dict(vocab_size=VOCAB, max_len=LENGTH, mlp_dim=MLP, num_layers=1, num_kv_heads=4)
-GROUPED = dict(num_layers=2, num_kv_heads=2, tie_embeddings=False)
+SIZES = dict(vocab_size=VOCAB, max_len=LENGTH, mlp_dim=MLP, num_layers=2, num_kv_heads=4)
+GROUPED = dict(num_kv_heads=2, tie_embeddings=False)
 TYPES = dict(num_token_types=2)
 
 EXPERTS = dict(num_experts=8, router_aux_weight=0.1, router_z_weight=0.01)
-WINDOWS = dict(num_layers=2, attention_windows=(4, 0))
+WINDOWS = dict(attention_windows=(4, 0))
 T5 = dict(norm="rms_norm", position="relative", activation="geglu_tanh", relative_max_distance=24)
 
 # name -> (model, name of the objective)
@@ -67,6 +67,10 @@ MESHES = {
     "data_context_tensor": dict(data=2, context=2, tensor=2),
     "fsdp_expert_context": dict(data=1, fsdp=2, expert=2, context=2),
     "fsdp_context_tensor": dict(data=1, fsdp=2, context=2, tensor=2),
+    "stage": dict(data=1, stage=2),
+    "data_stage_expert": dict(data=2, stage=2, expert=2),
+    "stage_fsdp_tensor": dict(data=1, stage=2, fsdp=2, tensor=2),
+    "stage_context_tensor": dict(data=1, stage=2, context=2, tensor=2),
 }
 
 
@@ -79,6 +83,9 @@ DEFAULT = {
     ("t5", "fsdp_context_tensor"),
     ("dropless", "fsdp_expert_context"),
     ("capacity", "fsdp_expert_context"),
+    ("windows", "stage_fsdp_tensor"),
+    ("capacity", "data_stage_expert"),
+    ("t5", "stage_context_tensor"),
 }
 CASES = [
     pytest.param(model, mesh, marks=[] if (model, mesh) in DEFAULT else pytest.mark.slow)

@@ -11,7 +11,7 @@ from jaxlm.models import attention
 from jaxlm.parallel import mesh as meshes
 from tests.models.tiny import MODERN, equations, make_batch, make_bert, make_gpt
 
-ROWS = ("data", "fsdp", "expert")
+ROWS = ("data", "fsdp", "expert", "stage")
 RESIDUAL = P(ROWS, "context", None)
 HEADS = P(ROWS, "context", "tensor", None)
 GATHERED = P(ROWS, None, "tensor", None)  # keys and values, over context

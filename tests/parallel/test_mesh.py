@@ -41,7 +41,7 @@ def test_batch_comes_before_embed_in_the_rule_table():
 def test_parameters_are_sharded_by_their_names():
     mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
     shardings = meshes.param_shardings(mesh, boxed_params())
-    assert shardings["query"].spec == P(None, "fsdp", "tensor", None)
+    assert shardings["query"].spec == P("stage", "fsdp", "tensor", None)
     assert shardings["table"].spec == P("tensor", "fsdp")
     assert shardings["scale"].spec == P(None)
 
@@ -63,17 +63,18 @@ UNEVEN = {
     "model.num_heads": (6, "make it 4 or 8, or set tensor to 2"),
     "model.num_kv_heads": (2, "make it 4, or set tensor to 2"),
     "model.mlp_dim": (1022, "make it 1020 or 1024, or set tensor to 2"),
+    "model.num_layers": (3, "make it 2 or 4, or set stage to 1"),
     "model.emb_dim": (257, "make it 256 or 258, or set fsdp to 1"),
     "seq_len": (255, "make it 254 or 256, or set context to 1"),
-    "eval.batch_size": (3, "make it 2 or 4, or set data x fsdp x expert to 1"),
+    "eval.batch_size": (6, "make it 4 or 8, or set fsdp x stage to 2"),
 }
 
 
 class Mesh:
     """What `misfits` asks of a mesh, larger than this machine has devices for."""
 
-    shape = dict(data=1, fsdp=2, expert=1, context=2, tensor=4)
-    size = 16
+    shape = dict(data=1, stage=2, fsdp=2, expert=1, context=2, tensor=4)
+    size = 32
 
 
 def test_everything_in_a_config_that_a_mesh_does_not_divide_is_refused_at_once():
@@ -86,7 +87,7 @@ def test_everything_in_a_config_that_a_mesh_does_not_divide_is_refused_at_once()
     with pytest.raises(ValueError) as error:
         config_checks.check_config(config, Mesh(), tokenizer, 0)
     lines = str(error.value).splitlines()[1:]
-    expected = {"batch_size / accumulation_steps": (3, "make it 2 or 4"), **UNEVEN}
+    expected = {"batch_size / accumulation_steps": (3, "make it 4, or"), **UNEVEN}
     for field, (size, repair) in expected.items():
         found = [line for line in lines if re.search(f"- {field} is {size}, .*{repair}", line)]
         assert len(found) == 1, (field, lines)
@@ -117,19 +118,20 @@ def devices_of(slices):
     return [Device(place, index) for place in range(4) for index in range(slices)]
 
 
-def check_slices(lay_out):
-    """Going along any axis but `data`, and within a slice's share of `data`, one stays in a slice."""
-    sizes = dict(data=4, fsdp=2, expert=1, context=1, tensor=1)
+def check_slices(lay_out, outer):
+    """Going along any axis but `outer`, and within a slice's share of `outer`, one stays in a slice."""
+    sizes = dict(data=1, stage=1) | {outer: 4} | dict(fsdp=2, expert=1, context=1, tensor=1)
     devices = lay_out(np.array(devices_of(2)), sizes)
-    assert devices.shape == (4, 2, 1, 1, 1)
-    found = np.vectorize(lambda device: device.slice_index)(devices)[..., 0, 0, 0]
+    assert devices.shape == tuple(sizes.values())
+    found = np.vectorize(lambda device: device.slice_index)(devices).reshape(4, 2)
     assert found.tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]], found
 
 
-def test_only_the_data_axis_goes_from_slice_to_slice():
-    check_slices(meshes.lay_out)
+@pytest.mark.parametrize("outer", ["data", "stage"])
+def test_only_the_data_axis_or_else_the_stages_go_from_slice_to_slice(outer):
+    check_slices(meshes.lay_out, outer)
     with pytest.raises(AssertionError):
-        check_slices(lambda devices, sizes: devices.reshape(tuple(sizes.values())))
+        check_slices(lambda devices, sizes: devices.reshape(tuple(sizes.values())), outer)
 
 
 def test_a_data_axis_that_slices_cannot_share_is_refused():
@@ -155,7 +157,7 @@ def check_mirrors(mirror_shardings):
     shardings = meshes.param_shardings(mesh, boxed_params())
     state = jax.eval_shape(optax.adam(1e-3).init, params)
     found = mirror_shardings(mesh, state, params, shardings)
-    assert found[0].mu["query"].spec == P(None, "fsdp", "tensor", None)
+    assert found[0].mu["query"].spec == P("stage", "fsdp", "tensor", None)
     assert found[0].nu["table"].spec == P("tensor", "fsdp")
     assert found[0].count.spec == P()
 
@@ -185,6 +187,6 @@ def test_batches_are_sharded_over_data_and_fsdp():
     mesh = meshes.make_mesh(data=2, fsdp=2, tensor=2)
     rows = {"tokens": np.arange(24, dtype=np.int32).reshape(8, 3)}
     on_devices = meshes.put_batch(mesh, rows)["tokens"]
-    assert on_devices.sharding.spec == P(("data", "fsdp", "expert"), "context")
+    assert on_devices.sharding.spec == P(("data", "fsdp", "expert", "stage"), "context")
     assert {s.data.shape for s in on_devices.addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(on_devices, rows["tokens"])

@@ -181,6 +181,51 @@ def test_a_kernel_is_charged_by_the_flops_of_the_blocks_it_computes(costs):
     assert live_share((4, 4)) == 10 / 16 and live_share((4, 8)) == pytest.approx(20 / 32)
 
 
+TRANSFER = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {{
+  %a = bf16[64,128]{{1,0}} parameter(0)
+  %t = token[] after-all()
+  %send = (bf16[64,128]{{1,0}}, u32[], token[]) send(%a, %t), channel_id=2, is_host_transfer=true, frontend_attributes={{_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{{1,2}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"}}
+  %recv = (bf16[64,128]{{1,0}}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true, frontend_attributes={{_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="{kind}"}}
+  %work = bf16[64,128]{{1,0}} copy(%a), backend_config={{"estimated_cycles":"{cycles}"}}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  ROOT %recv-done = (bf16[64,128]{{1,0}}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+}}
+"""
+
+
+def transfer_cost(kind, cycles=3):
+    """(send's operation, seconds that one chip takes to send its array over the slower network)."""
+    module = hlo.parse(TRANSFER.format(kind=kind, cycles=cycles))
+    mesh, chip = make_mesh(data=2, fsdp=4), CHIPS["v5e"]
+    network = Network(chip, fake_devices(2, 2, slices=2), (2, 2, 1))
+    operations, _ = cost._Reader(module, mesh, chip, network, True).computation("main", 1.0)
+    (found,) = [o for o in operations if o.kind != "compute"]
+    return found, 64 * 128 * 2 / chip.dcn_bandwidth
+
+
+@pytest.mark.parametrize(
+    "kind, collective, passes",
+    [
+        ("ALL_REDUCE", "all-reduce", 1),  # of two slices: half of the array, there and back
+        ("ALL_GATHER", "all-gather", 1),
+        ("REDUCE_SCATTER", "reduce-scatter", 0.5),
+        ("ONE_TO_ONE", "collective-permute", 1),
+    ],
+)
+def test_what_hosts_carry_between_slices_is_charged_to_the_slow_axis(kind, collective, passes):
+    found, one = transfer_cost(kind)
+    assert found.kind == collective and found.axes == ("data",) and found.is_slow
+    assert found.seconds[1] + found.hidden[1] == pytest.approx(passes * one)
+    assert 0 < found.hidden[1] <= 3 / 1.5e9 + 1e-12
+
+
+def test_work_until_it_is_received_hides_what_hosts_carry():
+    found, one = transfer_cost("ALL_REDUCE", cycles=10**9)
+    assert found.seconds[1] == 0 and found.hidden[1] == pytest.approx(one)
+
+
 @pytest.mark.parametrize(
     "shape, opcode, whole",
     [
