@@ -248,11 +248,11 @@ def resolve_dtype(dtype: str, mesh: jax.sharding.Mesh) -> str:
 def resolve_kernel(options: TransformerConfig, mesh: jax.sharding.Mesh) -> TransformerConfig:
     """'auto' is the fused attention kernel of the mesh's devices; the reference on CPUs and for what that kernel
     cannot do, which the log says. A kernel that is named and cannot is refused, with what to change."""
-    context, chosen = mesh.shape.get("context", 1), options.attention_kernel
+    chosen = options.attention_kernel
     if chosen == "auto":
-        name = kernels.AUTO.get(mesh.devices.flat[0].platform, kernels.REFERENCE)
+        name = kernels.made_for(mesh.devices.flat[0].platform, mesh.shape)
         options = dataclasses.replace(options, attention_kernel=name)
-    if not (limits := kernels.find_limits(options, context)):
+    if not (limits := kernels.find_limits(options, mesh.shape)):
         return options
     lines = "\n  ".join(limits)
     if chosen != "auto":

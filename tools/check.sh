@@ -134,6 +134,9 @@ lane() {
       # One worker: a compilation takes both cores and some GB.
       install_once "$venv" plans pyproject.toml requirements.txt -- -e '.[laws,plan]' ||
         die "could not install the compilers for TPU and GPU (libtpu and jax-cuda12-plugin are for Linux only)"
+      # jax asks cuDNN's library for its version while it traces; 1 GB that none of the few tests need.
+      [ "$only_smoke" = yes ] || install_once "$venv" cudnn pyproject.toml -- nvidia-cudnn-cu12 ||
+        die "could not install nvidia-cudnn-cu12"
       ;;
     colab)
       venv=.venv-colab workers=2

@@ -147,14 +147,15 @@ class Module:
             return int(known[1])
         (condition,) = loop.called("condition")
         lines = self.computations[condition]
+        with_inside = {line.name: [line, *self.inside(line)] for line in lines}
         constants = {
             i.name: int(i.operands)
-            for i in lines
+            for some in with_inside.values()
+            for i in some
             if i.opcode == "constant" and i.operands.isdigit()
         }
         for line in lines:
-            inside = [self.computations[name] for name in line.called("calls")]
-            for compare in [line, *(i for lines in inside for i in lines)]:
+            for compare in with_inside[line.name]:
                 if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
                     continue
                 limits = [constants[n] for n in (*compare.names, *line.names) if n in constants]

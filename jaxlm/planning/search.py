@@ -79,7 +79,11 @@ def candidates(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
         rest = chips // (tensor * context)
         for fsdp in divisors(rest):
             data = rest // fsdp
-            if data % topology.num_slices or model.emb_dim % fsdp or config.batch_size % (rest * kept):
+            if (
+                data % topology.num_slices
+                or model.emb_dim % fsdp
+                or config.batch_size % (rest * kept)
+            ):
                 continue
             rows = config.batch_size // (rest * kept)
             for remat, parts in itertools.product(REMATS, divisors(rows)):

@@ -310,6 +310,7 @@ STREAMS = {
     "two devices": [(dict(data=2), 4)],
     "four devices": [(dict(data=2, context=2), 4)],
     "eight devices": [(dict(data=2, fsdp=2, context=2), 4)],
+    "stages": [(dict(data=1, stage=2, fsdp=2, tensor=2), 4)],
     "resumed on fewer": [(dict(data=8), 1), (dict(fsdp=2, data=1), 4)],
     "resumed on another shape": [(dict(data=1, tensor=8), 2), (dict(data=1, expert=4), 4)],
 }

@@ -217,24 +217,34 @@ def test_blocks_divide_what_they_cut():
 
 
 @pytest.mark.parametrize(
-    "kernel, fields, context, found",
+    "kernel, fields, mesh, found",
     [
-        ("splash", dict(attention_dropout_rate=0.1), 1, ["attention_dropout_rate=0.1"]),
+        ("splash", dict(attention_dropout_rate=0.1), {}, ["attention_dropout_rate=0.1"]),
         (
             "cudnn",
             dict(attention_softcap=5.0, head_dim=8),
-            1,
-            ["dtype='float32'", "attention_softcap=5.0"],
+            dict(stage=2),
+            ["dtype='float32'", "attention_softcap=5.0", "mesh.stage=2"],
         ),
-        ("cudnn", dict(head_dim=12, dtype="bfloat16"), 1, ["head_dim=12"]),
-        ("triton", dict(attention_windows=(4,)), 2, ["attention_windows=(4,)", "mesh.context=2"]),
-        ("flash", {}, 1, ["use one of xla, splash, cudnn, triton"]),
-        ("splash", dict(attention_windows=(4,), attention_softcap=5.0, head_dim=12), 4, []),
+        ("cudnn", dict(head_dim=12, dtype="bfloat16"), dict(stage=1), ["head_dim=12"]),
+        (
+            "triton",
+            dict(attention_windows=(4,)),
+            dict(context=2, stage=2),
+            ["attention_windows=(4,)", "mesh.context=2"],
+        ),
+        ("flash", {}, {}, ["use one of xla, splash, cudnn, triton"]),
+        (
+            "splash",
+            dict(attention_windows=(4,), attention_softcap=5.0, head_dim=12),
+            dict(context=4),
+            [],
+        ),
     ],
 )
-def test_a_kernel_lists_all_that_it_cannot_do(kernel, fields, context, found):
+def test_a_kernel_lists_all_that_it_cannot_do(kernel, fields, mesh, found):
     config = make_config(**fields, attention_kernel=kernel)
-    limits = kernels.find_limits(config, context)
+    limits = kernels.find_limits(config, mesh)
     assert len(limits) == len(found)
     assert all(part in limit for part, limit in zip(found, limits, strict=True))
 

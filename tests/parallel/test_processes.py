@@ -271,6 +271,14 @@ def test_four_are_two_are_one(setting, tmp_path):
 
 
 @pytest.mark.slow
+def test_layers_on_the_stages_of_two_processes_have_the_curve_of_one(setting, tmp_path):
+    config, whole = setting
+    flags = ("--config.mesh.data=1", "--config.mesh.stage=2", "--config.mesh.fsdp=2")
+    run(tiny.pretrain_command(config, tmp_path / "run", *flags), 2, devices=2)
+    check_same_curve(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_survivors_end_when_the_network_is_gone(setting, tmp_path, victim):
     """A stopped process closes no connection: it is missed by its heartbeat alone. Process 0 keeps the list of the living."""

@@ -124,6 +124,42 @@ def test_between_slices_only_data_is_moved(cache):
     assert plan["roofline"]["dcn"] > 0
 
 
+@pytest.mark.parametrize("topology", ["v5e-4", "2xv5e-4", "h100x4"])
+def test_stages_hold_their_own_layers_and_hand_on_micro_batches(topology, one_chip, cache):
+    config = small(16)
+    config.model.num_layers = 2
+    slices = 2 if topology.startswith("2x") else 1
+    config.mesh.update(data=1, stage=2, fsdp=2 * slices)
+    plan = make_plan(config, topology, cache=cache)
+    assert plan["fits"] and plan["attention_kernel"] == (
+        "triton" if topology.startswith("h") else "splash"
+    )
+    moved = {c["axes"]: c for c in plan["collectives"] if c["kind"] == "collective-permute"}
+    assert moved["stage"]["count"] >= 8  # micro-batches, there and back
+    assert moved["stage"]["between_slices"] == (slices > 1)
+    whole, part = (p["bytes_by_kind"]["parameters"] for p in (one_chip, plan))
+    assert part < whole / slices  # of two layers, of which it has one
+    # Not a turn of either pass gathers what all stages made.
+    rows = 16 * config.seq_len * config.model.emb_dim * 4
+    assert not [
+        c
+        for c in plan["collectives"]
+        if "stage" in c["axes"] and c["kind"] == "all-gather" and c["bytes"] / c["count"] > 4 * rows
+    ]
+
+
+def test_micro_batches_on_gpus_can_be_planned(cache):
+    """XLA for GPUs takes one of them out of the loop, and writes the loop's limit within a fusion."""
+    config = small(32)
+    config.mesh.update(data=1, fsdp=4)
+    plans = []
+    for parts in (1, 4):
+        config.accumulation_steps = parts
+        plans.append(make_plan(config, "h100x4", cache=cache))
+    one, four = (plan["estimated_step_seconds"] for plan in plans)
+    assert 0.7 * one < four < 3 * one
+
+
 @pytest.mark.parametrize("topology", ["v4-8", "v5p-8", "v6e-4", "h100x8"])
 def test_every_kind_of_machine_can_be_planned_for(topology, cache):
     plan = make_plan(small(8), topology, cache=cache)

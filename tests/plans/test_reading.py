@@ -79,6 +79,26 @@ def test_a_loop_counts_its_body_as_often_as_its_condition_says(module):
     assert "m" not in times  # inside a fusion nothing runs by itself
 
 
+def test_a_limit_within_a_fusion_is_found(module):
+    """As XLA for GPUs writes it."""
+    lines = TEXT.splitlines()
+    limit = next(line for line in lines if "%limit = " in line)
+    compare = next(line for line in lines if "ROOT %lt = " in line)
+    fused = [
+        "%compared (p.1: s32[]) -> pred[] {",
+        "  %p.1 = s32[] parameter(0)",
+        limit,
+        compare.replace("%i", "%p.1"),
+        "}",
+        "",
+    ]
+    call = "  ROOT %found = pred[] fusion(%i), kind=kLoop, calls=%compared"
+    lines = [call if line == compare else line for line in lines if line != limit]
+    place = next(k for k, line in enumerate(lines) if line.startswith("%cond "))
+    changed = hlo.parse("\n".join([*lines[:place], *fused, *lines[place:]]))
+    assert {s.instruction.name: s.times for s in changed.walk()}["work"] == 12
+
+
 def test_the_compilers_own_trip_count_wins(module):
     (loop,) = [i for i in module.computations["main"] if i.opcode == "while"]
     known = loop.attributes + ', backend_config={"known_trip_count":{"n":"7"}}'

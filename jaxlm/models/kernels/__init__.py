@@ -13,7 +13,7 @@ probabilities out, add biases to the scores, read another sequence (cross attent
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from jaxlm.models.config import TransformerConfig
@@ -25,12 +25,11 @@ REFERENCE = "xla"
 class Kernel(NamedTuple):
     """attend: (query_BTNH, key_BSKH, value_BSKH, segment_ids_BT, *, causal, window, softcap) -> (B, T, N, H).
 
-    find_limits: (config, context) -> what of the config it cannot do, each with what to change; context: the number
-    of devices that a row is spread over.
+    find_limits: (config, mesh) -> what of the config it cannot do over a mesh of these sizes, each with what to change.
     """
 
     attend: Callable
-    find_limits: Callable[[TransformerConfig, int], list[str]]
+    find_limits: Callable[[TransformerConfig, Mapping[str, int]], list[str]]
 
 
 FUSED: dict[str, Kernel] = {
@@ -43,18 +42,25 @@ for _name in ("splash", "triton"):
     _interpreted = functools.partial(_kernel.attend, interpret=True)
     FUSED[f"{_name}_interpret"] = _kernel._replace(attend=_interpreted)
 
-AUTO = {"tpu": "splash", "gpu": "cudnn"}  # of a device's platform; the reference elsewhere
+ALONE: Mapping[str, int] = {}  # the mesh of one device
 
 
-def find_limits(config: TransformerConfig, context: int = 1) -> list[str]:
-    """What of `config` its kernel cannot do, each with what to change; empty if it can do all of it."""
+def made_for(platform: str, mesh: Mapping[str, int]) -> str:
+    """The kernel that is made for the devices of a mesh, before anything is known of the model."""
+    if platform == "gpu":
+        return "triton" if mesh.get("stage", 1) > 1 else "cudnn"
+    return "splash" if platform == "tpu" else REFERENCE
+
+
+def find_limits(config: TransformerConfig, mesh: Mapping[str, int] = ALONE) -> list[str]:
+    """What of `config` its kernel cannot do over a mesh of these sizes, each with what to change; empty if it can do all of it."""
     name = config.attention_kernel
     if name == REFERENCE:
         return []
     if name not in FUSED:
         known = ", ".join((REFERENCE, *FUSED))
         return [f"attention_kernel={name!r}: use one of {known}"]
-    limits = FUSED[name].find_limits(config, context)
+    limits = FUSED[name].find_limits(config, mesh)
     if config.attention_dropout_rate:
         limits.append(
             f"attention_dropout_rate={config.attention_dropout_rate}: only the reference drops probabilities out; "

@@ -7,6 +7,8 @@ ones to it. `triton` does without.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 
 from jaxlm.models.config import TransformerConfig
@@ -23,7 +25,7 @@ DTYPES = ("bfloat16", "float16")
 LARGEST_HEAD = 256  # from Hopper on; 128 before it
 
 
-def find_limits(config: TransformerConfig, context: int) -> list[str]:
+def find_limits(config: TransformerConfig, mesh: Mapping[str, int]) -> list[str]:
     """What of a config cuDNN cannot do, each as found and expected."""
     c, limits = config, []
     if c.dtype not in DTYPES:
@@ -32,6 +34,10 @@ def find_limits(config: TransformerConfig, context: int) -> list[str]:
         limits.append(f"head_dim={c.head_dim}: cuDNN wants a multiple of 8, at most {LARGEST_HEAD}")
     if c.attention_softcap:
         limits.append(f"attention_softcap={c.attention_softcap}: cuDNN caps no scores; set it to 0")
+    if mesh.get("stage", 1) > 1:
+        limits.append(
+            f"mesh.stage={mesh['stage']}: jax does not batch cuDNN's masks over stages; set it to 1"
+        )
     return limits
 
 

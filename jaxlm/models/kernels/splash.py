@@ -7,6 +7,7 @@ blocks, queries already scaled, a mask that says which blocks there are, and one
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ LANES = 128  # of a TPU's vector registers: blocks are made of so many places
 RESIDUALS = "attended"  # names the output and the softmax's sums, for rematerialisation
 
 
-def find_limits(config: TransformerConfig, context: int) -> list[str]:
+def find_limits(config: TransformerConfig, mesh: Mapping[str, int]) -> list[str]:
     """Nothing: any length, head size, window, cap and mesh."""
     return []
 

@@ -7,6 +7,7 @@ and a value for each head, so grouped ones are repeated.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jaxlm.models.kernels.sharding import get_split, pad_places, run_split, whol
 BLOCK = 128  # places; rows are padded to whole ones
 
 
-def find_limits(config: TransformerConfig, context: int) -> list[str]:
+def find_limits(config: TransformerConfig, mesh: Mapping[str, int]) -> list[str]:
     """What of a config the Triton kernel cannot do, each as found and expected."""
     c, limits = config, []
     if c.attention_softcap:
@@ -28,9 +29,9 @@ def find_limits(config: TransformerConfig, context: int) -> list[str]:
         limits.append(
             f"attention_windows={c.attention_windows}: the Triton kernel knows no windows; set it to ()"
         )
-    if context > 1:
+    if mesh.get("context", 1) > 1:
         limits.append(
-            f"mesh.context={context}: the Triton kernel wants whole rows on a device; set it to 1"
+            f"mesh.context={mesh['context']}: the Triton kernel wants whole rows on a device; set it to 1"
         )
     return limits
 
