@@ -181,6 +181,12 @@ def begun(config: ConfigDict, workdir: Path, stop: Stop | None = None) -> Iterat
                 ):  # on a full disk that is not what one wants to know
                     log.info("%s", ledger.close())
     except OSError as error:
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            files = [place for place in (workdir, *workdir.parents) if place.is_file()]
+            if files:
+                raise NotADirectoryError(
+                    f"found: {files[0]} is a file; expected: --workdir=FOLDER, of a new run or of one to go on with"
+                ) from error
         if error.errno not in DISK_ERRORS:
             raise
         raise NotSaved(

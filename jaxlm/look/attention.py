@@ -58,7 +58,7 @@ def attention_maps(lm: LanguageModel, text: str, target: str = "") -> list[Atten
     of layers with a window, or with relative positions, they are after both.
 
     Raises:
-      BadInput: for text that is too long or unknown to the tokenizer, and for XLNet, which has an attention of its own.
+      BadInput: for text that is too long or unknown to the tokenizer.
     """
     if lm.family not in ROWS:
         raise BadInput(
@@ -109,7 +109,17 @@ def read_both(lm: LanguageModel, text: str, target: str) -> tuple[np.ndarray, np
     return encode_prompts(lm, [text])[0], written
 
 
-ROWS = {"gpt": read_text, "bert": read_masked, "encoder_decoder": read_both}
+def read_all(lm: LanguageModel, text: str, target: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """(the ids of a text, all of which XLNet's content stream sees, None)."""
+    return encode_texts(lm, [text], most=lm.max_len)[0], None
+
+
+ROWS = {
+    "gpt": read_text,
+    "bert": read_masked,
+    "encoder_decoder": read_both,
+    "xlnet": read_all,
+}
 
 
 def one_row(row: np.ndarray) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax
@@ -31,8 +32,10 @@ from jaxlm.models.attention import MASKED, Attention, is_unrolled
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.gpt import make_unembed
 from jaxlm.models.heads import Head
-from jaxlm.models.layers import Outputs, constrain, dropout, dropout_key, make_param
+from jaxlm.models.layers import LOOKED_AT, Outputs, constrain, dropout, dropout_key, make_param
 from jaxlm.models.transformer import MLP, Embed, batch_positions, make_norm, rematerialised
+
+to_float32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 # What XLNet always has; its config may not say otherwise.
 ALWAYS = dict(
@@ -80,7 +83,7 @@ class XLNet(nn.Module):
         x_BQD = h_BTD if places is None else add_queries(h_BTD, start_D, places.shape[1])
         loop = nn.scan(
             rematerialised(XLNetBlock, c),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, LOOKED_AT: 0},
             split_rngs={"params": True, "dropout": True},
             metadata_params={nn.PARTITION_NAME: "layers"},
             in_axes=(nn.broadcast,),
@@ -244,7 +247,9 @@ class XLNetBlock(nn.Module):
         x = make_norm(c, "attention_norm")(x_BQD + self.drop(attended))
         x = make_norm(c, "mlp_norm")(x + self.drop(MLP(c, name="mlp")(x)))
         names = ("batch", "length" if sight.places_BM is None else None, "act_embed")
-        return constrain(x, names), None
+        x = constrain(x, names)
+        self.sow(LOOKED_AT, "hidden", x)
+        return x, None
 
     def drop(self, x: jax.Array) -> jax.Array:
         """Dropout at the config's rate, the shape kept."""
@@ -277,7 +282,10 @@ class RelativeAttention(Attention):
         attend = attend_relative
         if c.remat == "attention":
             attend = jax.checkpoint(attend, prevent_cse=is_unrolled(c))
-        out = attend(query, key, value, distance, biases, self.vector("segment", 2), sight, kept)
+        scored = (query, key, distance, biases, self.vector("segment", 2), sight)
+        if self.is_mutable_collection(LOOKED_AT):
+            self.sow(LOOKED_AT, "probs", relative_probs(*scored))
+        out = attend(value, kept, *scored)
         return self.merge(constrain(out, ("batch", None, "act_heads", None)))
 
     def vector(self, name: str, *leading: int) -> jax.Array:
@@ -292,20 +300,25 @@ class RelativeAttention(Attention):
 
 
 def attend_relative(
+    value_BSNH: jax.Array, kept_BNQS: jax.Array | None, *scored: Any
+) -> jax.Array:
+    """`relative_probs` of `scored` times the values: (B, Q, N, H). kept: multiplies the probabilities (dropout), or None."""
+    probs = relative_probs(*scored)
+    probs = probs if kept_BNQS is None else probs * kept_BNQS
+    out = to_float32("BNQS,BSNH->BQNH", probs.astype(value_BSNH.dtype), value_BSNH)
+    return out.astype(value_BSNH.dtype)
+
+
+def relative_probs(
     query_BQNH: jax.Array,
     key_BSNH: jax.Array,
-    value_BSNH: jax.Array,
     distance_RNH: jax.Array,
     biases: list[jax.Array],
     segment_2NH: jax.Array,
     sight: Sight,
-    kept_BNQS: jax.Array | None,
 ) -> jax.Array:
-    """softmax of the three scores (see `RelativeAttention`) times the values: (B, Q, N, H); the softmax is float32.
-
-    biases: of content, positions and segments, each (N, H). kept: multiplies the probabilities (dropout), or None.
-    """
-    to_float32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    """softmax of the three scores (see `RelativeAttention`), (B, N, Q, S), float32. biases: of content, positions and segments,
+    each (N, H)."""
     for_content, for_position, for_segment = (query_BQNH + bias[None, None] for bias in biases)
     scores = to_float32("BQNH,BSNH->BNQS", for_content, key_BSNH)
     of_distance = to_float32("BQNH,RNH->BNQR", for_position, distance_RNH)
@@ -314,7 +327,5 @@ def attend_relative(
         of_type = to_float32("BQNH,CNH->CBNQ", for_segment, segment_2NH)[..., None]
         scores += jnp.where(sight.same_BQS[:, None], of_type[0], of_type[1])
     scores = scores / math.sqrt(query_BQNH.shape[-1])
-    probs = jax.nn.softmax(jnp.where(sight.mask_BQS[:, None], scores, MASKED), axis=-1)
-    probs = probs if kept_BNQS is None else probs * kept_BNQS
-    out = to_float32("BNQS,BSNH->BQNH", probs.astype(value_BSNH.dtype), value_BSNH)
-    return out.astype(value_BSNH.dtype)
+    return jax.nn.softmax(jnp.where(sight.mask_BQS[:, None], scores, MASKED), axis=-1)
+

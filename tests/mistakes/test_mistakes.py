@@ -39,6 +39,11 @@ MISTAKES = {
         ["--checkpoint=W@7", "--prompt=a"],
         ["no checkpoint of step 7 in W: found steps [0]"],
     ),
+    "a workdir that is a file": (
+        START,
+        [*GPT, "--workdir=words.txt/W"],
+        ["found: words.txt is a file", "expected: --workdir=FOLDER"],
+    ),
     "a config file that is not there": (
         START,
         ["--config=configs/gtp.py:tiny", "--workdir=N"],

@@ -17,7 +17,7 @@ THEIRS = {
     "segment_ids": "attention_mask",
     "token_types": "token_type_ids",
 }
-FAMILIES = ["mistral", "gemma2", "roberta", "albert", "modernbert", "distilbert"]
+FAMILIES = ["mistral", "gemma2", "roberta", "albert", "modernbert", "distilbert", "xlnet"]
 
 
 def both_insides(name, **changes):
