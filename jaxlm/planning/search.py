@@ -70,7 +70,7 @@ def candidates(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
     model, kept = config.model, config.mesh.expert * config.mesh.stage
     chips = topology.num_chips // kept
     for tensor, context in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
-        if chips % (tensor * context) or config.seq_len % (context * 128):
+        if chips % (tensor * context) or (context > 1 and config.seq_len % (context * 128)):
             continue
         if any(size % tensor for size in (model.num_heads, model.num_kv_heads, model.mlp_dim)):
             continue

@@ -201,6 +201,12 @@ LITTLE_TUNING = {
 }
 LITTLE_WRITING = LITTLE_TUNING | {"config.task.target_len": 9}
 LITTLE_STEP = LITTLE_TRAINING | {"config.model.emb_dim": 16, "config.model.mlp_dim": 32}
+LITTLE_PLAN = LITTLE_TRAINING | {  # that 64 chips can share
+    "config.batch_size": 64,
+    "config.eval.batch_size": 64,
+    "config.model.emb_dim": 64,
+    "config.model.mlp_dim": 128,
+}
 # Widths stay: transformers has no GPT-2 whose heads are not a part of its width.
 LITTLE_BENCHMARK = LITTLE_TRAINING | {"steps": 2}
 
@@ -259,7 +265,7 @@ HOW: dict[str, Run | Read | Shell] = {
     "python tools/inspect_checkpoint.py ": Run(),
     "python tools/NAME.py": Read("it stands for several"),
     "python tools/look.py ": Run(),
-    "python tools/plan.py ": Run(LITTLE_STEP, lane="plans"),
+    "python tools/plan.py ": Run(LITTLE_PLAN, lane="plans"),
     "python tools/plan_table.py": Read("it compiles for hours: tests/plans/test_table.py"),
     "python tools/plot_run.py ": Run(),
     "python tools/prepare_data.py": Run({"sources": "text/*.txt", "tokenizer": "T", "output": "STORE"}, has={"T": "tokenizer"}),
