@@ -90,7 +90,12 @@ def load(
     source = tuning.open_source(with_step(str(checkpoint), step))
     mesh = mesh or meshes.make_mesh(devices=jax.devices()[:1])
     dtype = programs.resolve_dtype("auto" if source.config is None else source.config.dtype, mesh)
-    config = TransformerConfig(**source.model, dtype=dtype, param_dtype=source.param_dtype)
+    config = TransformerConfig(
+        **source.model,
+        dtype=dtype,
+        param_dtype=source.param_dtype,
+        merge_rows=programs.on_cpu(mesh),
+    )
     model = MODELS[source.family](config)
     wanted = programs.sharded_shapes(mesh, programs.abstract_params(model, programs.ONE_TOKEN))
     params, repair = read_params(source, wanted)

@@ -242,7 +242,12 @@ def resolve_dtype(dtype: str, mesh: jax.sharding.Mesh) -> str:
     """'auto' is bfloat16 on accelerators and float32 on CPUs, by the mesh's devices."""
     if dtype != "auto":
         return dtype
-    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    return "float32" if on_cpu(mesh) else "bfloat16"
+
+
+def on_cpu(mesh: jax.sharding.Mesh) -> bool:
+    """Whether a mesh's devices are processors."""
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def resolve_kernel(options: TransformerConfig, mesh: jax.sharding.Mesh) -> TransformerConfig:
@@ -273,6 +278,7 @@ def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:
         unroll=config.unroll,
         attention_kernel=config.attention_kernel,
         pipeline_micro_batches=config.pipeline_micro_batches,
+        merge_rows=on_cpu(mesh),
     )
     if options.num_decoder_layers and config.family != "encoder_decoder":
         raise ValueError(

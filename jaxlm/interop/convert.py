@@ -49,6 +49,7 @@ from jaxlm.interop.safetensors_io import DTYPES, repair_list
 from jaxlm.interop.source import Source, Stored, open_source, read_config
 from jaxlm.interop.task_heads import TASKS, class_names, head_fields, task_of
 from jaxlm.models import MODELS, Head, TransformerConfig
+from jaxlm.models.config import EXECUTION
 from jaxlm.parallel.mesh import path_names
 
 PyTree = Any
@@ -57,15 +58,6 @@ HEAD_PATHS = ("head/", "pooler/", "pair_head/", "mlm_head/", "unembed")
 # Groups of rows that stand on the pooled first token: a model with one of them has a pair head.
 LABELS = ("id2label", "label2id", "problem_type")
 PAIR_GROUPS = {"pooler", "nsp", "sop"}
-# Options of TransformerConfig that a run's config has at its top level.
-EXECUTION = (
-    "dtype",
-    "param_dtype",
-    "remat",
-    "unroll",
-    "attention_kernel",
-    "pipeline_micro_batches",
-)
 
 
 @dataclasses.dataclass(frozen=True)

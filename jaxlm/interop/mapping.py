@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.interop.safetensors_io import repair_list
-from jaxlm.models.config import TransformerConfig
+from jaxlm.models.config import EXECUTION, TransformerConfig
 
 Shape = tuple[int, ...]
 LAYERS = "layers/"
@@ -216,12 +216,7 @@ class Family:
 # Options that say how a model is run or trained; what it computes from given parameters does not depend on them.
 FREE = frozenset(
     {
-        "dtype",
-        "param_dtype",
-        "remat",
-        "unroll",
-        "attention_kernel",
-        "pipeline_micro_batches",
+        *EXECUTION,
         "init_std",
         "embed_init_std",
         "zero_init_out",

@@ -248,7 +248,7 @@ class Attention(nn.Module):
         init = nn.initializers.normal(c.init_std)
         shape, axes = (c.emb_dim, heads, c.head_dim), ("embed", axis, "head_dim")
         kernel = make_param(self, name, init, shape, axes, c.param_dtype)
-        y = project(x_BTD, kernel.astype(c.dtype))
+        y = project(x_BTD, kernel.astype(c.dtype), merge_rows=c.merge_rows)
         y = lora.adapt(self, c, name, x_BTD, y, shape, axes)
         if c.qkv_bias:
             zeros = nn.initializers.zeros
@@ -319,7 +319,7 @@ class Attention(nn.Module):
         init = nn.initializers.normal(residual_std(c))
         shape, axes = (c.num_heads, c.head_dim, c.emb_dim), ("heads", "head_dim", "embed")
         kernel = make_param(self, "out", init, shape, axes, c.param_dtype)
-        y = project(x_BTNH, kernel.astype(c.dtype), axes=2)
+        y = project(x_BTNH, kernel.astype(c.dtype), axes=2, merge_rows=c.merge_rows)
         y = lora.adapt(self, c, "out", x_BTNH, y, shape, axes, num_in=2)
         if c.out_bias:
             zeros = nn.initializers.zeros

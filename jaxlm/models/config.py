@@ -22,6 +22,16 @@ NOT_NEGATIVE = (
     "pipeline_micro_batches",
 )
 REMATS = ("none", "attention", "dots", "full")
+# How a model is run: these never change the parameters, or what is computed from them.
+EXECUTION = (
+    "dtype",
+    "param_dtype",
+    "remat",
+    "unroll",
+    "attention_kernel",
+    "pipeline_micro_batches",
+    "merge_rows",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +60,7 @@ class TransformerConfig:
     Execution (never changes the parameters): dtype is the compute dtype; unroll 0 means all layers; remat says
     what is recomputed in the backward pass: nothing; attention's scores; all but the matmul outputs; the whole layer.
     pipeline_micro_batches: that pass through the mesh's stages, if it has several (`pipeline`); 0 chooses.
+    merge_rows: matmuls take batch and length as one axis, for CPUs (`layers.project`).
     """
 
     vocab_size: int
@@ -111,6 +122,7 @@ class TransformerConfig:
     unroll: int = 1
     attention_kernel: str = "xla"
     pipeline_micro_batches: int = 0
+    merge_rows: bool = True
 
     def __post_init__(self) -> None:
         problems = find_problems(self)

@@ -43,7 +43,7 @@ def transform(
     init, zeros = nn.initializers.normal(c.init_std), nn.initializers.zeros
     shape = (x.shape[-1], size)
     dense = make_param(module, "dense", init, shape, ("embed", None), c.param_dtype)
-    x = project(x, dense.astype(c.dtype))
+    x = project(x, dense.astype(c.dtype), merge_rows=c.merge_rows)
     if c.mlp_bias:
         x = add_bias(x, make_param(module, "bias", zeros, shape[1:], ("norm",), c.param_dtype))
     x = HEAD_ACTIVATIONS[activation](x)

@@ -129,12 +129,15 @@ def make_param(
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype))
 
 
-def project(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
+def project(x: jax.Array, kernel: jax.Array, axes: int = 1, *, merge_rows: bool) -> jax.Array:
     """The last `axes` axes of x contracted with the first of a kernel: (B, T, D) x (D, N, H) -> (B, T, N, H).
 
-    As one product of two matrices, because XLA:CPU copies transposed operands for the gradient of any other shape;
-    but where devices share `length`, B and T stay apart: rows merged over both could not stay where they are.
+    merge_rows: as one product of two matrices, because XLA:CPU copies transposed operands for the gradient of any other shape;
+    but where devices share `length`, B and T stay apart: rows merged over both could not stay where they are. For TPUs not:
+    a product of all axes can be written in the order of axes that a kernel reads, one of two matrices is copied into it.
     """
+    if not merge_rows:
+        return jnp.tensordot(x, kernel, axes)
     rows, columns = x.shape[: x.ndim - axes], kernel.shape[axes:]
     inner = math.prod(kernel.shape[:axes])
     merged = rows if num_devices("length") > 1 else (math.prod(rows),)

@@ -56,8 +56,9 @@ def adapt(
     a_axes, b_axes = (*axes[:num_in], "rank"), ("rank", *axes[num_in:])
     a = make_param(module, name + A, normal, a_shape, a_axes, c.param_dtype)
     b = make_param(module, name + B, nn.initializers.zeros, b_shape, b_axes, c.param_dtype)
-    low = project(x, a.astype(c.dtype), num_in) * jnp.asarray(scale(c), c.dtype)
-    return y + project(low, b.astype(c.dtype))
+    low = project(x, a.astype(c.dtype), num_in, merge_rows=c.merge_rows)
+    low = low * jnp.asarray(scale(c), c.dtype)
+    return y + project(low, b.astype(c.dtype), merge_rows=c.merge_rows)
 
 
 def without_adapters(config: TransformerConfig) -> TransformerConfig:

@@ -72,7 +72,7 @@ class Dense(nn.Module):
         init, zeros = nn.initializers.normal(c.init_std), nn.initializers.zeros
         shape = (x.shape[-1], self.size)
         kernel = make_param(self, "kernel", init, shape, ("embed", None), c.param_dtype)
-        y = project(x, kernel.astype(c.dtype))
+        y = project(x, kernel.astype(c.dtype), merge_rows=c.merge_rows)
         if not self.use_bias:
             return y
         return add_bias(y, make_param(self, "bias", zeros, shape[1:], ("norm",), c.param_dtype))
@@ -194,7 +194,7 @@ class MLP(nn.Module):
         shape = (x.shape[-1], size)
         init = nn.initializers.normal(std)
         kernel = make_param(self, name, init, shape, axes, c.param_dtype)
-        y = project(x, kernel.astype(c.dtype))
+        y = project(x, kernel.astype(c.dtype), merge_rows=c.merge_rows)
         y = lora.adapt(self, c, name, x, y, shape, axes)
         if c.mlp_bias:
             axis = "mlp" if axes[1] == "mlp" else "norm"

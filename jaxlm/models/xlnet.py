@@ -299,9 +299,7 @@ class RelativeAttention(Attention):
         return make_param(self, name, init, shape, axes, c.param_dtype).astype(c.dtype)
 
 
-def attend_relative(
-    value_BSNH: jax.Array, kept_BNQS: jax.Array | None, *scored: Any
-) -> jax.Array:
+def attend_relative(value_BSNH: jax.Array, kept_BNQS: jax.Array | None, *scored: Any) -> jax.Array:
     """`relative_probs` of `scored` times the values: (B, Q, N, H). kept: multiplies the probabilities (dropout), or None."""
     probs = relative_probs(*scored)
     probs = probs if kept_BNQS is None else probs * kept_BNQS
@@ -328,4 +326,3 @@ def relative_probs(
         scores += jnp.where(sight.same_BQS[:, None], of_type[0], of_type[1])
     scores = scores / math.sqrt(query_BQNH.shape[-1])
     return jax.nn.softmax(jnp.where(sight.mask_BQS[:, None], scores, MASKED), axis=-1)
-

@@ -10,6 +10,7 @@ import pytest
 
 from configs import bart, bert, common, gpt, t5, transformer
 from jaxlm.models import BERT, GPT, EncoderDecoder, TransformerConfig
+from jaxlm.models.config import EXECUTION
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.program import make_model
 
@@ -154,8 +155,7 @@ def test_a_config_is_complete_and_survives_json(module, variant):
     config = module.get_config(variant)
     assert variant.split("_")[0] in module.__doc__, "not documented"
     fields = {f.name for f in dataclasses.fields(TransformerConfig)}
-    execution = {"dtype", "param_dtype", "remat", "unroll", "attention_kernel"}
-    assert set(config.model) == fields - execution
+    assert set(config.model) == fields - set(EXECUTION)
     flat = jax.tree.leaves(config.to_dict(), is_leaf=lambda x: isinstance(x, tuple))
     assert all(isinstance(leaf, (int, float, str, bool, tuple)) for leaf in flat)
     assert all(

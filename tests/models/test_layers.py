@@ -1,5 +1,7 @@
 """The parts alone, against formulas written in numpy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,8 +122,9 @@ def check_projection(project):
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_projection_has_the_gradients_of_a_tensordot():
-    check_projection(layers.project)
+@pytest.mark.parametrize("merge_rows", [True, False])
+def test_a_projection_has_the_gradients_of_a_tensordot(merge_rows):
+    check_projection(functools.partial(layers.project, merge_rows=merge_rows))
 
 
 def test_the_projection_check_fails_for_a_gradient_of_half_the_size():

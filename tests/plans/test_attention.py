@@ -59,7 +59,9 @@ def test_splash_compiles_on_every_generation_with_its_largest_blocks(topology, h
 def test_two_backward_kernels_and_windows_compile_for_rows_that_are_long():
     compiled = compile_gradient("splash", "v5e-1", length=16384)
     assert "splash_mha_dq" in compiled.as_text()
-    compiled = compile_gradient("splash", "v5e-8", length=16384, rows=2, window=512, data=2, context=4)
+    compiled = compile_gradient(
+        "splash", "v5e-8", length=16384, rows=2, window=512, data=2, context=4
+    )
     assert "splash_mha_dkv" in compiled.as_text()
 
 
