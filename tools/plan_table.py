@@ -46,6 +46,8 @@ class Row:
 
 # No fused kernel drops probabilities out, as BERT's recipe does; the reference holds all scores and is bound by memory.
 FUSED_ATTENTION = {"model.attention_dropout_rate": 0.0}
+# Over all 16 chips gradients are all-reduced whole; over 8 they are reduced and scattered.
+ON_16_CHIPS = {"mesh.data": 2, "mesh.fsdp": 8}
 
 DENSE = [
     Row(
@@ -74,7 +76,12 @@ DENSE = [
         "Llama 3 1B",
         "configs/gpt.py:llama3_1b",
         "v5e-16",
-        {"batch_size": 64, "accumulation_steps": 4, "objective.chunk_tokens": 16384},
+        {
+            "batch_size": 64,
+            "accumulation_steps": 4,
+            "objective.chunk_tokens": 16384,
+            **ON_16_CHIPS,
+        },
     ),
     Row(
         "llama3_8b_v5p-16",
@@ -132,9 +139,7 @@ BARS = [
             "batch_size": 256,
             "accumulation_steps": 4,
             "objective.chunk_tokens": 16384,
-            # Over all 16 chips gradients are all-reduced whole; over 8 they are reduced and scattered.
-            "mesh.data": 2,
-            "mesh.fsdp": 8,
+            **ON_16_CHIPS,
         },
     ),
     Row(

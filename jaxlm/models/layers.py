@@ -27,6 +27,8 @@ PARAM_AXES = frozenset(
 ACTIVATION_AXES = frozenset(
     {
         "batch",
+        "table_rows",
+        "found_rows",
         "length",
         "kv_length",
         "act_embed",

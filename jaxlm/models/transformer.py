@@ -104,13 +104,13 @@ class Embed(nn.Module):
         c = self.config
         if table_VD is None:
             table_VD = make_token_table(self, c)
-        # Looked up in tables that are whole along the width, or XLA would rematerialise what it finds in full.
-        x = look_up(whole_rows(table_VD, "vocab"), tokens_BT).astype(jnp.float32)
+        x = look_up_parts(table_VD, tokens_BT).astype(jnp.float32)
         if c.scale_embeddings:  # rounded as the released Gemmas round it
             x = x * jnp.asarray(math.sqrt(c.table_dim), c.dtype).astype(jnp.float32)
         if c.position == "learned":
             table = self.table("positions", c.position_offset + c.max_len, "pos")
             rows_BT = positions_BT + c.position_offset if c.position_offset else positions_BT
+            # In a table that is whole along the width, or XLA would rematerialise what it finds in full.
             x = x + look_up(whole_rows(table, "pos"), rows_BT)
         elif c.position == "sinusoidal":
             x = x + sinusoidal_positions(positions_BT, c.table_dim)
@@ -161,6 +161,15 @@ def _share_gradient(axis: str | None, _: None, grad_VD: jax.Array) -> tuple[jax.
 
 
 whole_rows.defvjp(lambda table_VD, axis: (whole_rows(table_VD, axis), None), _share_gradient)
+
+
+def look_up_parts(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """As `look_up`, for a large table whose width devices share: each finds its part of the width for the rows of all of them,
+    and they exchange what they found. So neither the table nor its gradient is whole anywhere, and less is moved than either."""
+    ids_BT = constrain(ids_BT, ("table_rows", "length"))
+    x_BTD = constrain(look_up(table_VD, ids_BT), ("table_rows", "length", "embed"))
+    # In two steps: XLA finds no way from a part of the width to rows that experts or stages share, too, but by making it whole.
+    return constrain(constrain(x_BTD, ("found_rows", "length", "act_embed")), ACTIVATION)
 
 
 def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:

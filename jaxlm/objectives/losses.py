@@ -160,11 +160,22 @@ def _batch_shards(rows: int) -> int:
     return shards if rows % shards == 0 else 1
 
 
-def _num_devices(name: str) -> int:
-    """Over how many devices of the mesh in force a logical axis is spread; 1 without a mesh."""
+def _mesh_axes(name: str) -> tuple[str, ...]:
+    """The axes of the mesh in force, of more than one device, that a logical axis is spread over; none without a mesh."""
     axes = nn.logical_to_mesh_axes((name,))[0] or ()
     sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes))
+    names = (axes,) if isinstance(axes, str) else axes
+    return tuple(axis for axis in names if sizes.get(axis, 1) > 1)
+
+
+def _num_shards(axes: tuple[str, ...]) -> int:
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in axes)
+
+
+def _num_devices(name: str) -> int:
+    """Over how many devices of the mesh in force a logical axis is spread; 1 without a mesh."""
+    return _num_shards(_mesh_axes(name))
 
 
 def _row(x_V: jax.Array, ndim: int) -> jax.Array:
@@ -205,7 +216,7 @@ def _sums_and_gradients(options, hidden_XD, unembed_VD, bias_V, labels_X, weight
         chunk, options.length, hidden_XD, labels_X, weights_X
     )
     grad_V = None if grad_SV is None else grad_SV.sum((0, 1)).astype(bias_V.dtype)
-    grad_VD = grad_SVD.sum((0, 1)).astype(unembed_VD.dtype)
+    grad_VD = _sum_shards(options, grad_SVD).astype(unembed_VD.dtype)
     grad_VD = nn.with_logical_constraint(grad_VD, ("vocab", "embed"))
     # Summed over devices here: XLA would rather add the embedding's gradient first and hold this one, whole, until then.
     grad_VD = jax.lax.optimization_barrier(grad_VD)
@@ -250,6 +261,34 @@ def _per_shard(spec: str, options: _Options, *arrays_X: jax.Array) -> jax.Array:
     if rows * lengths == 1:
         return result
     return nn.with_logical_constraint(result, ("batch", "length", "vocab", None)[: result.ndim])
+
+
+def _sum_shards(options: _Options, grad_SVD: jax.Array) -> jax.Array:
+    """The gradients of the matrix that devices have of their own rows and lengths (r, s, V, D), summed: (V, D).
+
+    Devices that share the matrix's width each sum the part that they keep (a reduce-scatter); XLA would have all of them sum all of it.
+    """
+    rows, lengths, vocab, width = map(_mesh_axes, ("batch", "length", "vocab", "embed"))
+    summed = rows + lengths
+    width = tuple(axis for axis in width if axis in summed)
+    divided = zip(grad_SVD.shape, (rows, lengths, vocab, width), strict=True)
+    if not summed or any(size % _num_shards(axes) for size, axes in divided):
+        return grad_SVD.sum((0, 1))
+    rest = tuple(axis for axis in summed if axis not in width)
+
+    def add(part_SVD):
+        part_VD = part_SVD.sum((0, 1))
+        if width:
+            part_VD = jax.lax.psum_scatter(part_VD, width, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(part_VD, rest) if rest else part_VD
+
+    spec = jax.sharding.PartitionSpec
+    return jax.shard_map(
+        add,
+        in_specs=spec(rows, lengths, vocab, None),
+        out_specs=spec(vocab, width),
+        check_vma=False,
+    )(grad_SVD)
 
 
 def _logits(options, hidden_XD, unembed_VD, bias_V):

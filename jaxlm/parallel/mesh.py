@@ -23,6 +23,9 @@ MESH_AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 # (the other way round, a batch sharded over fsdp is silently replicated).
 RULES: tuple[tuple[str, Any], ...] = (
     ("batch", ("data", "fsdp", "expert", "stage")),
+    # rows, while devices of `fsdp` share the width of the table that they are looked up in, and when each has its own again
+    ("table_rows", "data"),
+    ("found_rows", ("data", "fsdp")),
     ("length", "context"),
     ("kv_length", None),  # attention gathers keys and values over context
     # parameters
