@@ -16,7 +16,7 @@ RESIDUAL = P(ROWS, "context", None)
 HEADS = P(ROWS, "context", "tensor", None)
 GATHERED = P(ROWS, None, "tensor", None)  # keys and values, over context
 MLP = P(ROWS, "context", "tensor")
-TABLE = P("tensor", None)
+LOOKED_UP = P("data", "context", "fsdp")  # a part of the width, for the rows of all that share it
 
 
 def constraints(model, enter):
@@ -43,7 +43,7 @@ def check_constraints(model, enter=jax.set_mesh):
         ((4, length, c.num_kv_heads, c.head_dim), GATHERED),
         ((4, length, c.mlp_dim), MLP),
         ((4, length, length), P(ROWS, "context", None)),
-        ((c.vocab_size, width), TABLE),
+        ((4, length, width), LOOKED_UP),
     }
     assert expected <= set(found), f"missing: {expected - set(found)}"
     replicated = {shape for shape, spec in found if not any(spec)}
