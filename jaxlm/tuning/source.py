@@ -15,6 +15,7 @@ from jaxlm import build, config_files
 from jaxlm.interop import convert, hub, tokenizer_files
 from jaxlm.interop.source import read_config
 from jaxlm.models import BODIES, TransformerConfig, lora
+from jaxlm.models.config import EXECUTION
 from jaxlm.training.checkpoints import evaluated_item, find_step, load_tree
 from jaxlm.training.stored import read_manifest
 
@@ -142,7 +143,7 @@ def split_step(checkpoint: str) -> tuple[str, int | None]:
 def model_fields(config: TransformerConfig) -> dict[str, Any]:
     """The config's fields that say what the model computes, not how."""
     fields = dataclasses.asdict(config)
-    return {name: value for name, value in fields.items() if name not in convert.EXECUTION}
+    return {name: value for name, value in fields.items() if name not in EXECUTION}
 
 
 @dataclass(frozen=True)
