@@ -218,8 +218,9 @@ def _sums_and_gradients(options, hidden_XD, unembed_VD, bias_V, labels_X, weight
     grad_V = None if grad_SV is None else grad_SV.sum((0, 1)).astype(bias_V.dtype)
     grad_VD = _sum_shards(options, grad_SVD).astype(unembed_VD.dtype)
     grad_VD = nn.with_logical_constraint(grad_VD, ("vocab", "embed"))
-    # Summed over devices here: XLA would rather add the embedding's gradient first and hold this one, whole, until then.
-    grad_VD = jax.lax.optimization_barrier(grad_VD)
+    # Summed over devices here, before the layers' backward pass begins: XLA would rather add the embedding's gradient first and
+    # hold this one, whole, until then.
+    grad_VD, grad_XD = jax.lax.optimization_barrier((grad_VD, grad_XD))
     sums = (*((part_X * weights_X).sum() for part_X in parts), parts[0])
     return sums, (grad_XD, grad_VD, grad_V, parts[0])
 

@@ -16,14 +16,15 @@ RESIDUAL = P(ROWS, "context", None)
 HEADS = P(ROWS, "context", "tensor", None)
 GATHERED = P(ROWS, None, "tensor", None)  # keys and values, over context
 MLP = P(ROWS, "context", "tensor")
+TABLE = P("tensor", None)
 LOOKED_UP = P("data", "context", "fsdp")  # a part of the width, for the rows of all that share it
 
 
-def constraints(model, enter):
+def constraints(model, enter, sizes):
     """(shape, spec) of every sharding constraint in the jaxpr of a forward pass."""
     batch = make_batch(rows=4)
     params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), batch)["params"])
-    with enter(meshes.make_mesh(data=2, fsdp=2, tensor=2)), nn.logical_axis_rules(meshes.RULES):
+    with enter(meshes.make_mesh(**sizes)), nn.logical_axis_rules(meshes.RULES):
         jaxpr = jax.make_jaxpr(lambda p: model.apply({"params": p}, batch).hidden)(params)
     return [
         (e.outvars[0].aval.shape, e.params["sharding"].spec)
@@ -33,7 +34,7 @@ def constraints(model, enter):
 
 
 def check_constraints(model, enter=jax.set_mesh):
-    found = constraints(model, enter)
+    found = constraints(model, enter, dict(data=2, fsdp=2, tensor=2))
     c = model.config
     width, length = c.emb_dim, 12
     expected = {
@@ -43,7 +44,7 @@ def check_constraints(model, enter=jax.set_mesh):
         ((4, length, c.num_kv_heads, c.head_dim), GATHERED),
         ((4, length, c.mlp_dim), MLP),
         ((4, length, length), P(ROWS, "context", None)),
-        ((4, length, width), LOOKED_UP),
+        ((c.vocab_size, width), TABLE),
     }
     assert expected <= set(found), f"missing: {expected - set(found)}"
     replicated = {shape for shape, spec in found if not any(spec)}
@@ -54,6 +55,13 @@ def check_constraints(model, enter=jax.set_mesh):
 @pytest.mark.parametrize("model", [make_gpt(**MODERN), make_bert()], ids=["gpt", "bert"])
 def test_every_kind_of_activation_is_constrained(model):
     check_constraints(model)
+
+
+def test_embeddings_are_looked_up_in_parts_where_devices_share_their_width_alone():
+    model = make_gpt()
+    shape, table = (4, 12, model.config.emb_dim), (model.config.vocab_size, model.config.emb_dim)
+    found = constraints(model, jax.set_mesh, dict(data=2, fsdp=4))
+    assert (shape, LOOKED_UP) in found and table not in [shape for shape, _ in found]
 
 
 @pytest.mark.filterwarnings("ignore:.with mesh:DeprecationWarning")
