@@ -13,6 +13,7 @@ from jaxlm import build, config_files, evaluate, tuning
 from jaxlm import program as programs
 from jaxlm.finetune import EarlyStopping, finetune
 from jaxlm.interop import hub
+from jaxlm.parallel import mesh as meshes
 from jaxlm.training.checkpoints import find_step
 from tests import tiny
 from tests.tools.test_convert_checkpoint import make_source
@@ -111,7 +112,7 @@ def test_weights_are_accounted_for(tuned, sources):
     assert any(name.startswith("mlm_head/") for name in origin["dropped"])
     config = config_files.saved_config(workdir / "config.json")
     source = tuning.open_source(str(sources / "bert"))
-    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
     model = programs.make_model(config, mesh)
     shapes = programs.sharded_shapes(
         mesh, programs.abstract_params(model, {"tokens": np.zeros((1, 1), np.int32)})

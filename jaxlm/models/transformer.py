@@ -168,7 +168,8 @@ def look_up_parts(table_VD: jax.Array, ids_BT: jax.Array, dtype: Any) -> jax.Arr
     and they exchange what they found, in `dtype`. So neither the table nor its gradient, which is summed in the table's own
     dtype, is whole anywhere, and less is moved than either. Where devices share the vocabulary, too (`tensor`), the table is gathered
     along its width: each has few of its rows, and XLA held more at once for the exchange (Qwen3 0.6B on v5e-16: 2.4 against 2.0 GB)."""
-    if num_devices("vocab") > 1:
+    alone = num_devices("embed") == 1 or len(ids_BT) % num_devices("batch")  # few rows: of prompts
+    if alone or num_devices("vocab") > 1:
         return look_up(whole_rows(table_VD, "vocab"), ids_BT).astype(dtype)
     ids_BT = constrain(ids_BT, ("table_rows", "length"))
     x_BTD = look_up(table_VD, ids_BT).astype(dtype)

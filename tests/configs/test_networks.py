@@ -8,6 +8,7 @@ import pytest
 from configs import common, electra, xlnet
 from jaxlm import config_files, program
 from jaxlm.models import TransformerConfig
+from jaxlm.models.config import EXECUTION
 from jaxlm.parallel import mesh as meshes
 from jaxlm.pretrain import pretrain
 from jaxlm.tokenizers import make_tokenizer
@@ -21,8 +22,7 @@ def test_a_config_is_complete_and_survives_json(module, variant):
     config = module.get_config(variant)
     assert f"\n{variant} " in module.__doc__, "not documented"
     fields = {f.name for f in dataclasses.fields(TransformerConfig)}
-    execution = {"dtype", "param_dtype", "remat", "unroll", "attention_kernel"}
-    assert set(config.model) == fields - execution
+    assert set(config.model) == fields - set(EXECUTION)
     generator = {"generator"} if config.family == "electra" else set()
     assert set(config) == set(common.base()) | generator
     assert json.loads(config.to_json())["family"] == config.family

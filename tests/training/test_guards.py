@@ -265,7 +265,7 @@ def test_differences_name_arrays_and_the_devices_that_hold_other_bits():
     mesh, sharding = state.step.sharding.mesh, state.params["shared"].sharding
     other = state.replace(params=state.params | {"shared": jax.device_put(shared, sharding)})
     found = self_check.differences(state, other)
-    assert found == {"params/shared": list(mesh.devices[:, 2].ravel())}
+    assert found == {"params/shared": list(mesh.devices[:, :, 2].ravel())}
 
 
 def test_equal_nan_are_no_difference_and_zeros_of_two_signs_are_one():
