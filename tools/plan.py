@@ -65,7 +65,7 @@ def any_mesh(config):
     """The config on a mesh that every model can have, to count its parameters."""
     changed = config.copy_and_resolve_references()
     with changed.unlocked():
-        changed.mesh.update(data=-1, stage=1, fsdp=1, expert=1, context=1, tensor=1)
+        changed.mesh.update({axis: 1 for axis in changed.mesh} | {"data": -1})
     return changed
 
 

@@ -168,14 +168,10 @@ def _mesh_axes(name: str) -> tuple[str, ...]:
     return tuple(axis for axis in names if sizes.get(axis, 1) > 1)
 
 
-def _num_shards(axes: tuple[str, ...]) -> int:
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes[axis] for axis in axes)
-
-
 def _num_devices(name: str) -> int:
     """Over how many devices of the mesh in force a logical axis is spread; 1 without a mesh."""
-    return _num_shards(_mesh_axes(name))
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in _mesh_axes(name))
 
 
 def _row(x_V: jax.Array, ndim: int) -> jax.Array:
@@ -216,7 +212,7 @@ def _sums_and_gradients(options, hidden_XD, unembed_VD, bias_V, labels_X, weight
         chunk, options.length, hidden_XD, labels_X, weights_X
     )
     grad_V = None if grad_SV is None else grad_SV.sum((0, 1)).astype(bias_V.dtype)
-    grad_VD = _sum_shards(options, grad_SVD).astype(unembed_VD.dtype)
+    grad_VD = _sum_shards(grad_SVD).astype(unembed_VD.dtype)
     grad_VD = nn.with_logical_constraint(grad_VD, ("vocab", "embed"))
     # Summed over devices here, before the layers' backward pass begins: XLA would rather add the embedding's gradient first and
     # hold this one, whole, until then.
@@ -264,16 +260,17 @@ def _per_shard(spec: str, options: _Options, *arrays_X: jax.Array) -> jax.Array:
     return nn.with_logical_constraint(result, ("batch", "length", "vocab", None)[: result.ndim])
 
 
-def _sum_shards(options: _Options, grad_SVD: jax.Array) -> jax.Array:
+def _sum_shards(grad_SVD: jax.Array) -> jax.Array:
     """The gradients of the matrix that devices have of their own rows and lengths (r, s, V, D), summed: (V, D).
 
     Devices that share the matrix's width each sum the part that they keep (a reduce-scatter); XLA would have all of them sum all of it.
     """
-    rows, lengths, vocab, width = map(_mesh_axes, ("batch", "length", "vocab", "embed"))
+    names = ("batch", "length", "vocab", "embed")
+    rows, lengths, vocab, width = map(_mesh_axes, names)
     summed = rows + lengths
     width = tuple(axis for axis in width if axis in summed)
-    divided = zip(grad_SVD.shape, (rows, lengths, vocab, width), strict=True)
-    if not summed or any(size % _num_shards(axes) for size, axes in divided):
+    uneven = any(n % _num_devices(name) for n, name in zip(grad_SVD.shape, names, strict=True))
+    if not summed or uneven:
         return grad_SVD.sum((0, 1))
     rest = tuple(axis for axis in summed if axis not in width)
 

@@ -192,7 +192,7 @@ def test_the_law_fails_if_attention_crosses_segments():
         check_same(batch=one_segment)
 
 
-def check_bfloat16():
+def need_bfloat16():
     """Skips where this jaxlib's compiler for CPUs lacks a product of bfloat16 that is summed in float32 (0.7 does)."""
     x = jnp.ones((2, 4, 8), jnp.bfloat16)
     try:
@@ -204,7 +204,7 @@ def check_bfloat16():
 
 def test_two_hundred_bfloat16_steps_end_within_one_percent_of_float32():
     # Four times as wide as CONFIG, at whose width the ends of two equally good runs are up to 2% apart.
-    check_bfloat16()
+    need_bfloat16()
     wide = dict(emb_dim=64, mlp_dim=128, head_dim=16, steps=200, batch=packed)
     single, _, _ = train(**wide)
     half, _, _ = train(**wide, dtype="bfloat16")

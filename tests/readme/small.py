@@ -200,7 +200,6 @@ LITTLE_TUNING = {
     "config.log.progress": False,
 }
 LITTLE_WRITING = LITTLE_TUNING | {"config.task.target_len": 9}
-LITTLE_STEP = LITTLE_TRAINING | {"config.model.emb_dim": 16, "config.model.mlp_dim": 32}
 LITTLE_PLAN = LITTLE_TRAINING | {  # that 64 chips can share
     "config.batch_size": 64,
     "config.eval.batch_size": 64,
