@@ -20,9 +20,9 @@ TABLE = P("tensor", None)
 LOOKED_UP = P("data", "context", "fsdp")  # a part of the width, for the rows of all that share it
 
 
-def constraints(model, enter, sizes):
+def constraints(model, enter, sizes, rows=4):
     """(shape, spec) of every sharding constraint in the jaxpr of a forward pass."""
-    batch = make_batch(rows=4)
+    batch = make_batch(rows=rows)
     params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), batch)["params"])
     with enter(meshes.make_mesh(**sizes)), nn.logical_axis_rules(meshes.RULES):
         jaxpr = jax.make_jaxpr(lambda p: model.apply({"params": p}, batch).hidden)(params)
@@ -59,9 +59,12 @@ def test_every_kind_of_activation_is_constrained(model):
 
 def test_embeddings_are_looked_up_in_parts_where_devices_share_their_width_alone():
     model = make_gpt()
-    shape, table = (4, 12, model.config.emb_dim), (model.config.vocab_size, model.config.emb_dim)
-    found = constraints(model, jax.set_mesh, dict(data=2, fsdp=4))
-    assert (shape, LOOKED_UP) in found and table not in [shape for shape, _ in found]
+    width, rows = model.config.emb_dim, 8  # a row to each device
+    looked_up, table = ((rows, 12, width), LOOKED_UP), (model.config.vocab_size, width)
+    found = constraints(model, jax.set_mesh, dict(data=2, fsdp=4), rows)
+    assert looked_up in found and table not in [shape for shape, _ in found]
+    fewer = constraints(model, jax.set_mesh, dict(data=2, fsdp=4), rows // 2)  # as of prompts
+    assert (table, TABLE) in fewer
 
 
 @pytest.mark.filterwarnings("ignore:.with mesh:DeprecationWarning")
