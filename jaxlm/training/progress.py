@@ -66,4 +66,7 @@ class Progress:
 
 def rewrites_lines() -> bool:
     """Whether stderr is a terminal or a notebook's output."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    ipython = sys.modules.get(
+        "IPython"
+    )  # not ipykernel: programs that only start notebooks import it
+    return sys.stderr.isatty() or (ipython is not None and ipython.get_ipython() is not None)

@@ -26,19 +26,17 @@ def start(*arguments: str) -> tuple[float, subprocess.CompletedProcess]:
     return sum(getattr(after, name) - getattr(before, name) for name in names), done
 
 
-@pytest.fixture(scope="module")
-def slowness() -> float:
-    """How many times JAX_SECONDS `import jax` takes here and now, at least 1: cores share caches and pipelines."""
-    return max(1.0, min(start("-c", "import jax")[0] for _ in range(2)) / JAX_SECONDS)
-
-
 def starts_within(most: float, *arguments: str) -> subprocess.CompletedProcess:
-    """What the child said, which took no more in one of three tries."""
-    for _ in range(3):
+    """What the child said, which took no more in one of five tries, or as many times more as `import jax` took beside it:
+    cores share caches and pipelines."""
+    for _ in range(5):
+        slowness = max(1.0, start("-c", "import jax")[0] / JAX_SECONDS)
         seconds, done = start(*arguments)
-        if seconds < most:
+        if seconds < most * slowness:
             return done
-    raise AssertionError(f"{' '.join(arguments)}: {seconds:.2f} s, expected less than {most:.2f}")
+    raise AssertionError(
+        f"{' '.join(arguments)}: {seconds:.2f} s, expected less than {most * slowness:.2f}"
+    )
 
 
 def imported(stderr: str) -> set[str]:
@@ -55,15 +53,15 @@ def imported(stderr: str) -> set[str]:
         "generate": "--prompt",
     }.items(),
 )
-def test_help_is_there_within_three_seconds_and_shows_the_flags(entrypoint, flag, slowness):
-    done = starts_within(HELP_SECONDS * slowness, "-m", f"jaxlm.{entrypoint}", "--help")
+def test_help_is_there_within_three_seconds_and_shows_the_flags(entrypoint, flag):
+    done = starts_within(HELP_SECONDS, "-m", f"jaxlm.{entrypoint}", "--help")
     assert f"python -m jaxlm.{entrypoint}" in done.stdout and f"  {flag}:" in done.stdout
     assert "jax" in imported(done.stderr)
     assert not imported(done.stderr) & LATER
 
 
-def test_jaxlm_is_imported_within_two_seconds(slowness):
-    done = starts_within(IMPORT_SECONDS * slowness, "-c", "import jaxlm.api")
+def test_jaxlm_is_imported_within_two_seconds():
+    done = starts_within(IMPORT_SECONDS, "-c", "import jaxlm.api")
     assert done.returncode == 0, done.stderr
     assert "jaxlm.api" in imported(done.stderr)
 

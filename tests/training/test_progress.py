@@ -9,7 +9,7 @@ import termios
 
 import pytest
 
-from jaxlm.training.progress import SHOWN, Progress
+from jaxlm.training.progress import SHOWN, Progress, rewrites_lines
 
 VALUES = {"loss": 3.25, "tokens_per_second": 5371.4, "mfu": 0.763, "step_seconds": 1.5}
 
@@ -33,6 +33,16 @@ def test_a_log_has_lines_and_no_bar(monkeypatch, caplog):
     assert held_out.startswith("step 10 of 10, held out: loss 3.5, class_0 0.5, ")
     assert held_out.count("class_") == SHOWN - 1 and "ema" not in held_out
     assert file.getvalue() == ""
+
+
+def test_a_notebook_has_a_bar_and_a_program_that_only_knows_notebooks_has_lines(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    import ipykernel  # noqa: F401
+    import IPython
+
+    assert not rewrites_lines()
+    monkeypatch.setattr(IPython, "get_ipython", object)
+    assert rewrites_lines()
 
 
 def test_a_terminal_has_a_bar_and_lines_of_evaluations(monkeypatch, caplog):
