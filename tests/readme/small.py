@@ -227,6 +227,7 @@ HOW: dict[str, Run | Read | Shell] = {
     PRETRAIN + "--num_processes": Read("it waits for other processes: tests/parallel/test_processes.py"),
     PRETRAIN + "--config.mesh": Run(LITTLE_MODEL, devices=8),
     PRETRAIN + "--config.mesh.fsdp=8 --config.mesh.tensor=4": Run(LITTLE_MODEL, put={"=8": "=4", "=4": "=2"}, devices=8),
+    PRETRAIN + "--config.mesh.stage=4": Run(LITTLE_MODEL | {"config.model.num_layers": 4}, devices=8),
     PRETRAIN + "--profile_steps": Run(LITTLE_MODEL, put={"10:15": "5:7"}),
     "python -m jaxlm.pretrain --config=configs/gpt.py:nanogpt": Run(LITTLE_TRAINING),
     "python -m jaxlm.pretrain --config=configs/gpt.py:shakespeare": Run(LITTLE_TRAINING),
