@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from jaxlm.files import cache_folder, write_text
 from jaxlm.planning import cost, hlo
 from jaxlm.planning.compiling import compile_program, plan_program
+from jaxlm.planning.kernels import Sparsity
 from jaxlm.planning.report import draw, make_report
 from jaxlm.planning.topologies import parse_topology
 
@@ -31,8 +32,8 @@ def make_plan(config: ConfigDict, topology: str, *, cache: Path | None = None) -
     program = plan_program(config, machine)
     outcome = compile_program(program, machine.chip, cache)
     module = hlo.parse(outcome.text) if outcome.text else None
-    causal = config.family == "gpt"
-    costs = cost.estimate(module, program.mesh, machine.chip, causal=causal) if module else None
+    sparsity = Sparsity(config.family == "gpt", program.model.config.num_experts)
+    costs = cost.estimate(module, program.mesh, machine.chip, sparsity) if module else None
     return make_report(program, machine, outcome, module, costs)
 
 

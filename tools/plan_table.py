@@ -109,7 +109,7 @@ DENSE = [
         "Mixtral 8x7B",
         "configs/gpt.py:mixtral_8x7b",
         "v5p-128",
-        {"batch_size": 128, "mesh.fsdp": 8, "mesh.expert": 8, "remat": "full"},
+        {"batch_size": 256, "mesh.fsdp": 32, "mesh.expert": 2, "remat": "full"},
     ),
     Row(
         "t5_large_v5e-16",

@@ -3,8 +3,10 @@
     rows     a a a b c c c c .      sizes 3 1 4: rows of group 0, 1, 2 in this order, then rows of no group
     kernels  A     B C              result  aA aA aA bB cC cC cC cC 0
 
-`jax.lax.ragged_dot` says this, and TPUs have a kernel for it; elsewhere XLA multiplies all rows by all kernels and masks,
-which is E times the work. There rows are laid out in blocks of one group each, and every block meets its own kernel:
+`jax.lax.ragged_dot` says this, but XLA multiplies all rows by all kernels and masks, which is E times the work: everywhere but
+on TPUs, and there, by its version, for the gradient of the kernels. On TPUs JAX's own Pallas kernels (megablox,
+arXiv:2211.15841) go through tiles of rows, each once for every group that has rows in it. Elsewhere rows are laid out in
+blocks of one group each, and every block meets its own kernel:
 
     blocks   a a | a . | b . | c c | c c            of 2 rows; at most (A + E (b - 1)) / b of them for A rows
 
@@ -14,10 +16,11 @@ Which of the two it is follows from the platform that is compiled for, here or e
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 
 @jax.custom_vjp
@@ -27,8 +30,17 @@ def grouped_matmul(x_AD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array) 
     sizes_E: int32, of sum at most A. Products accumulate in float32; the result has the dtype of x. Differentiable by x
     and the kernels, in reverse mode.
     """
+    return _multiply(x_AD, kernels_EDF, sizes_E, transposed=False)
+
+
+def _multiply(x_AD, kernels_EDF, sizes_E, *, transposed):
+    """transposed: by each kernel's transpose, which then is (F, D)."""
     return jax.lax.platform_dependent(
-        x_AD, kernels_EDF, sizes_E, tpu=_multiply_ragged, default=_multiply_blocks
+        x_AD,
+        kernels_EDF,
+        sizes_E,
+        tpu=functools.partial(_multiply_tiles, transposed=transposed),
+        default=functools.partial(_multiply_blocks, transposed=transposed),
     )
 
 
@@ -38,12 +50,12 @@ def _forward(x_AD, kernels_EDF, sizes_E):
 
 def _backward(residuals, grad_AF):
     x_AD, kernels_EDF, sizes_E = residuals
-    x_grad_AD = grouped_matmul(grad_AF, kernels_EDF.swapaxes(1, 2), sizes_E)
+    x_grad_AD = _multiply(grad_AF, kernels_EDF, sizes_E, transposed=True)
     kernels_grad_EDF = jax.lax.platform_dependent(
         x_AD,
         grad_AF,
         sizes_E,
-        tpu=functools.partial(_outer_ragged, kernels_EDF.dtype),
+        tpu=functools.partial(_outer_tiles, kernels_EDF.dtype),
         default=functools.partial(_outer_blocks, kernels_EDF.dtype),
     )
     return x_grad_AD, kernels_grad_EDF, None
@@ -54,23 +66,53 @@ grouped_matmul.defvjp(_forward, _backward)
 
 # --- TPU --------------------------------------------------------------------------------------------------------------
 
+# Rows, and both sides of a kernel in bfloat16, of one step of a kernel's grid: 341 FLOPs for each byte that it loads, which is
+# more than v4, v5e and v5p want, in less than the 16 MiB of VMEM that a kernel gets from v4 to v6e (1,024 rows are too many).
+TILE_ROWS, TILE_SIDE = 512, 1024
+LANES = 128
 
-def _multiply_ragged(x_AD, kernels_EDF, sizes_E):
-    return jax.lax.ragged_dot(
-        x_AD, kernels_EDF, sizes_E, preferred_element_type=jnp.float32
-    ).astype(x_AD.dtype)
 
-
-def _outer_ragged(dtype, x_AD, grad_AF, sizes_E):
-    """(E, D, F): x^T grad over the rows of each group."""
-    numbers = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[],
+def _multiply_tiles(x_AD, kernels_EDF, sizes_E, *, transposed, interpret=False):
+    x, sizes, rows = _in_tiles(x_AD, sizes_E)
+    inner, outer = kernels_EDF.shape[1:][:: -1 if transposed else 1]
+    y = gmm(
+        x,
+        kernels_EDF,
+        sizes,
+        preferred_element_type=x.dtype,
+        tiling=(rows, _side(inner, x.dtype), _side(outer, x.dtype)),
+        transpose_rhs=transposed,
+        interpret=interpret,
     )
-    return jax.lax.ragged_dot_general(
-        x_AD, grad_AF, sizes_E, numbers, preferred_element_type=jnp.float32
-    ).astype(dtype)
+    return y[: len(x_AD)]
+
+
+def _outer_tiles(dtype, x_AD, grad_AF, sizes_E, *, interpret=False):
+    """(E, D, F): x^T grad over the rows of each group."""
+    x, sizes, rows = _in_tiles(x_AD, sizes_E)
+    grad, _, _ = _in_tiles(grad_AF, sizes_E)
+    return tgmm(
+        x.T,
+        grad,
+        sizes,
+        preferred_element_type=dtype,
+        tiling=(rows, _side(x.shape[1], dtype), _side(grad.shape[1], dtype)),
+        num_actual_groups=len(sizes_E),
+        interpret=interpret,
+    )
+
+
+def _side(size: int, dtype: Any) -> int:
+    """A kernel's side in tiles: whole, or pieces that take as much room in any dtype."""
+    return min(size, TILE_SIDE * 2 // jnp.dtype(dtype).itemsize)
+
+
+def _in_tiles(x_AD: jax.Array, sizes_E: jax.Array) -> tuple[jax.Array, jax.Array, int]:
+    """(x in whole tiles, the sizes with those of no group as one more, rows of a tile). The kernels leave out the last group."""
+    rows = min(TILE_ROWS, -(-len(x_AD) // LANES) * LANES)
+    padding = -len(x_AD) % rows
+    rest = len(x_AD) + padding - sizes_E.sum(dtype=jnp.int32)
+    return jnp.pad(x_AD, ((0, padding), (0, 0))), jnp.append(sizes_E, rest), rows
 
 
 # --- everywhere else --------------------------------------------------------------------------------------------------
@@ -127,10 +169,11 @@ def _take(x_AD: jax.Array, index_N: jax.Array) -> jax.Array:
     return jnp.take(x_AD, index_N, axis=0, mode="fill", fill_value=0)
 
 
-def _multiply_blocks(x_AD, kernels_EDF, sizes_E):
+def _multiply_blocks(x_AD, kernels_EDF, sizes_E, *, transposed):
     blocks = make_blocks(sizes_E, len(x_AD))
     x_nbD = _take(x_AD, blocks.source_S).reshape(len(blocks.group_n), -1, x_AD.shape[1])
-    y_nbF = _to_float32("nbD,nDF->nbF", x_nbD, kernels_EDF[blocks.group_n])
+    spec = "nbD,nFD->nbF" if transposed else "nbD,nDF->nbF"
+    y_nbF = _to_float32(spec, x_nbD, kernels_EDF[blocks.group_n])
     return _take(y_nbF.reshape(-1, y_nbF.shape[-1]), blocks.place_A).astype(x_AD.dtype)
 
 

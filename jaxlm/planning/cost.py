@@ -17,11 +17,13 @@ from jax.sharding import Mesh
 
 from jaxlm.planning import hlo
 from jaxlm.planning.chips import Chip
-from jaxlm.planning.kernels import kernel_work
+from jaxlm.planning.kernels import Sparsity, kernel_work
 from jaxlm.planning.network import Network
 
 # Each pair is (optimistic, pessimistic).
-# The share of the matrix units' peak that a Pallas or cuDNN kernel reaches, with its head size filled up to their width.
+# The share of the matrix units' peak that a kernel of attention reaches, with its head size filled up to their width. (One that
+# only multiplies is as others that do: whole Mixtrals were measured at half of a v5p's peak with megablox, a third of it
+# computed again: https://github.com/AI-Hypercomputer/maxtext/issues/1256.)
 KERNEL_EFFICIENCY = (0.65, 0.45)
 # Optimistic, an operation takes what its FLOPs or its bytes take at these shares of the data sheet. Pessimistic, it takes as
 # long as the TPU's compiler estimates, which is right for large matmuls and two to five times too slow for what only moves
@@ -94,10 +96,10 @@ class Cost:
         return sorted(((*key, value) for key, value in sums.items()), key=lambda row: -row[2])
 
 
-def estimate(module: hlo.Module, mesh: Mesh, chip: Chip, *, causal: bool) -> Cost:
-    """What the step of an optimised module costs on one device of the mesh. causal: whether attention is."""
+def estimate(module: hlo.Module, mesh: Mesh, chip: Chip, sparsity: Sparsity) -> Cost:
+    """What the step of an optimised module costs on one device of the mesh."""
     network = Network.of(chip, list(mesh.devices.flat))
-    reader = _Reader(module, mesh, chip, network, causal)
+    reader = _Reader(module, mesh, chip, network, sparsity)
     return Cost(reader.computation(module.entry, 1.0)[0])
 
 
@@ -107,7 +109,7 @@ class _Reader:
     mesh: Mesh
     chip: Chip
     network: Network
-    causal: bool
+    sparsity: Sparsity
 
     @cached_property
     def shapes(self) -> dict[str, str]:
@@ -235,14 +237,15 @@ class _Reader:
             work = kernel_work(
                 line,
                 lambda name: hlo.arrays_of(self.shapes.get(name, "")),
-                causal=self.causal,
+                sparsity=self.sparsity,
                 mxu_width=self.chip.mxu_width,
             )
             if work:
+                traffic = work.num_bytes or traffic
                 traffic_seconds = traffic / self.chip.hbm_bandwidth
                 seconds = tuple(
                     times * max(work.padded_flops / self.chip.peak_flops / share, traffic_seconds)
-                    for share in KERNEL_EFFICIENCY
+                    for share in (MATMUL_EFFICIENCY if work.is_matmul else KERNEL_EFFICIENCY)
                 )
                 kernel = replace(made, kind="kernel", seconds=seconds)
                 return [replace(kernel, num_bytes=times * traffic, flops=times * work.flops)]

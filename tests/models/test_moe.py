@@ -341,6 +341,29 @@ def test_each_group_of_rows_meets_its_kernel_and_rows_of_no_group_give_zeros():
     check_grouped(grouped_matmul)
 
 
+def interpret_tiles(monkeypatch, rows=8, side=4):
+    """The kernels of TPUs, here, with small tiles: of 8 rows and 2 columns of float32, unless told."""
+    monkeypatch.setattr(grouped, "TILE_ROWS", rows)
+    monkeypatch.setattr(grouped, "TILE_SIDE", side)
+    for name in ("multiply", "outer"):
+        tiles = functools.partial(getattr(grouped, f"_{name}_tiles"), interpret=True)
+        monkeypatch.setattr(grouped, f"_{name}_blocks", tiles)
+
+
+@pytest.mark.parametrize("rows, side", [(8, 4), (grouped.TILE_ROWS, grouped.TILE_SIDE)])
+def test_the_kernels_of_tpus_say_the_same(rows, side, monkeypatch):
+    interpret_tiles(monkeypatch, rows, side)
+    check_grouped(grouped_matmul)
+
+
+def test_the_check_fails_if_kernels_leave_rows_of_no_group_as_they_were(monkeypatch):
+    interpret_tiles(monkeypatch)
+    in_tiles = grouped._in_tiles
+    monkeypatch.setattr(grouped, "_in_tiles", lambda x, sizes: (in_tiles(x, sizes)[0], sizes, 8))
+    with pytest.raises(AssertionError):
+        check_grouped(lambda *arrays: grouped_matmul(*arrays))
+
+
 def test_the_check_fails_if_the_last_row_of_a_group_is_lost(monkeypatch):
     original = grouped.make_blocks
 

@@ -9,7 +9,7 @@ from jaxlm.parallel.mesh import make_mesh
 from jaxlm.planning import cost, hlo
 from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.compiling import dumped_text
-from jaxlm.planning.kernels import live_share
+from jaxlm.planning.kernels import Sparsity, live_share
 from jaxlm.planning.network import Network
 
 # As TPU compilers write: a loop of 12 over a fusion and an asynchronous gather beside it, a gather that nothing runs beside,
@@ -156,7 +156,11 @@ def fake_devices(rows: int, columns: int, slices: int = 1):
 def costs(module):
     mesh = make_mesh(data=2, fsdp=4)
     reader = cost._Reader(
-        module, mesh, CHIPS["v5e"], Network(CHIPS["v5e"], fake_devices(2, 4), (2, 4, 1)), True
+        module,
+        mesh,
+        CHIPS["v5e"],
+        Network(CHIPS["v5e"], fake_devices(2, 4), (2, 4, 1)),
+        Sparsity(True),
     )
     return {o.name: o for o in reader.computation("main", 1.0)[0]}
 
@@ -187,7 +191,9 @@ def test_work_that_is_too_short_hides_only_itself():
     short = hlo.parse(TEXT.replace('"1500"', '"3"'))
     mesh = make_mesh(data=2, fsdp=4)
     network = Network(CHIPS["v5e"], fake_devices(2, 4), (2, 4, 1))
-    operations, _ = cost._Reader(short, mesh, CHIPS["v5e"], network, True).computation("main", 1.0)
+    operations, _ = cost._Reader(short, mesh, CHIPS["v5e"], network, Sparsity(True)).computation(
+        "main", 1.0
+    )
     start = next(o for o in operations if o.name == "start")
     assert start.hidden[0] == pytest.approx(12 * 3 / 1.5e9)
     assert start.seconds[0] > 0
@@ -220,7 +226,9 @@ def transfer_cost(kind, cycles=3):
     module = hlo.parse(TRANSFER.format(kind=kind, cycles=cycles))
     mesh, chip = make_mesh(data=2, fsdp=4), CHIPS["v5e"]
     network = Network(chip, fake_devices(2, 2, slices=2), (2, 2, 1))
-    operations, _ = cost._Reader(module, mesh, chip, network, True).computation("main", 1.0)
+    operations, _ = cost._Reader(module, mesh, chip, network, Sparsity(True)).computation(
+        "main", 1.0
+    )
     (found,) = [o for o in operations if o.kind != "compute"]
     return found, 64 * 128 * 2 / chip.dcn_bandwidth
 
