@@ -13,6 +13,7 @@ PEERS = {"models", "objectives", "tasks", "data"}
 THIRD_PARTY_ONLY: frozenset[str] = frozenset()
 ALLOWED: dict[str, frozenset[str]] = {
     "compat": THIRD_PARTY_ONLY,
+    "spread": THIRD_PARTY_ONLY,
     "files": frozenset({"exits", "private"}),
     "near": frozenset({"files", "exits", "private"}),
     "exits": frozenset({"private"}),
@@ -20,9 +21,9 @@ ALLOWED: dict[str, frozenset[str]] = {
     "sealed": frozenset({"exits"}),
     "parallel": frozenset({"compat", "exits", "private"}),
     "tokenizers": frozenset({"compat", "files", "exits", "sealed"}),
-    "models.layers": frozenset({"compat"}),
-    "models": frozenset({"compat", "models.layers"}),
-    "objectives": frozenset({"compat"}),
+    "models.layers": frozenset({"compat", "spread"}),
+    "models": frozenset({"compat", "spread", "models.layers"}),
+    "objectives": frozenset({"compat", "spread"}),
     "tasks": frozenset({"compat"}),
     "data": frozenset({"compat", "files", "near", "exits", "sealed", "tokenizers"}),
     "training": frozenset(

@@ -20,8 +20,9 @@ from flax import linen as nn
 
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.heads import HEADS, MLMHead, gather_positions
-from jaxlm.models.layers import Outputs, apply_softcap, constrain, num_devices
+from jaxlm.models.layers import Outputs, apply_softcap, constrain
 from jaxlm.models.transformer import Dense, Embed, apply_layers, batch_positions
+from jaxlm.spread import num_devices
 
 # float32 logits that one device may hold at a time when tokens are sampled (128 MB).
 LOGITS_PER_DEVICE = 2**25

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxlm.spread import num_devices
+
 PARAM_AXES = frozenset(
     {"embed", "expert", "mlp", "heads", "kv", "head_dim", "vocab", "layers", "norm", "pos", "rank"}
 )
@@ -102,20 +104,6 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """Constrains the sharding of `x` by the logical names of its axes (None = replicated); does nothing without a mesh."""
     check_axes(axes, x.ndim)
     return nn.with_logical_constraint(x, axes)
-
-
-def mesh_axes(name: str) -> tuple[str, ...]:
-    """The axes of the mesh in force, of more than one device, that a logical axis is spread over; none without a mesh."""
-    axes = nn.logical_to_mesh_axes((name,))[0] or ()
-    sizes = jax.sharding.get_abstract_mesh().shape
-    names = (axes,) if isinstance(axes, str) else axes
-    return tuple(axis for axis in names if sizes.get(axis, 1) > 1)
-
-
-def num_devices(name: str) -> int:
-    """Over how many devices of the mesh in force a logical axis is spread; 1 without a mesh."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes[axis] for axis in mesh_axes(name))
 
 
 def make_param(

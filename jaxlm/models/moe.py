@@ -33,15 +33,8 @@ from jax.sharding import PartitionSpec
 from jaxlm.models.attention import residual_std
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.grouped import grouped_matmul
-from jaxlm.models.layers import (
-    ACTIVATIONS,
-    Auxiliary,
-    Axes,
-    constrain,
-    make_param,
-    mesh_axes,
-    num_devices,
-)
+from jaxlm.models.layers import ACTIVATIONS, Auxiliary, Axes, constrain, make_param
+from jaxlm.spread import mesh_axes, num_devices
 
 # What experts work on: (B, E, C, D) and (B, E, C, F).
 GROUPED, GROUPED_INNER = (("act_group", "act_expert", None, x) for x in ("act_embed", "act_mlp"))
@@ -335,7 +328,7 @@ def apply_to_all(
 
 
 def find_axes(name: str, size: int) -> tuple[str, ...]:
-    """`layers.mesh_axes`; none if they do not divide `size`.
+    """`spread.mesh_axes`; none if they do not divide `size`.
 
     (The few rows of a decoder may not be divisible, and its new tokens are one in length.)
     """

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxlm.models.layers import constrain, mesh_axes, num_devices
+from jaxlm.models.layers import constrain
+from jaxlm.spread import mesh_axes, num_devices
 
 PyTree = Any
 ROWS = ("batch", "length", "act_embed")  # of x, and of what goes with it

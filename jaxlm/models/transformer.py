@@ -36,7 +36,6 @@ from jaxlm.models.layers import (
     dropout,
     dropout_key,
     make_param,
-    num_devices,
     project,
     rotary_table,
     sinusoidal_positions,
@@ -44,6 +43,7 @@ from jaxlm.models.layers import (
 )
 from jaxlm.models.moe import MoE, RouterSums, auxiliary
 from jaxlm.models.relative import RelativeBias
+from jaxlm.spread import num_devices
 
 __all__ = ["MLP", "Block", "Dense", "Embed", "TransformerConfig", "apply_layers", "batch_positions"]
 

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxlm.spread import mesh_axes, num_devices
+
 # float32 logits that one device may hold at a time (128 MB). Below it there is a single chunk.
 LOGITS_PER_DEVICE = 2**25
 
@@ -144,7 +146,7 @@ def _chunk_length(shape: tuple[int, ...], vocab_size: int, chunk_tokens: int) ->
 
 def _by_shard(x: jax.Array, ndim: int) -> jax.Array:
     """X as (rows, shards of the length, positions of a shard); the end is filled up with weight 0."""
-    shards = _num_devices("length")
+    shards = num_devices("length")
     rows, length = math.prod(x.shape[: ndim - 1]), x.shape[ndim - 1]
     size = -(-length // shards)
     x = x.reshape(rows, length, *x.shape[ndim:])
@@ -156,22 +158,8 @@ def _by_shard(x: jax.Array, ndim: int) -> jax.Array:
 
 def _batch_shards(rows: int) -> int:
     """Over how many devices rows are spread, if they divide them."""
-    shards = _num_devices("batch")
+    shards = num_devices("batch")
     return shards if rows % shards == 0 else 1
-
-
-def _mesh_axes(name: str) -> tuple[str, ...]:
-    """The axes of the mesh in force, of more than one device, that a logical axis is spread over; none without a mesh."""
-    axes = nn.logical_to_mesh_axes((name,))[0] or ()
-    sizes = jax.sharding.get_abstract_mesh().shape
-    names = (axes,) if isinstance(axes, str) else axes
-    return tuple(axis for axis in names if sizes.get(axis, 1) > 1)
-
-
-def _num_devices(name: str) -> int:
-    """Over how many devices of the mesh in force a logical axis is spread; 1 without a mesh."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes[axis] for axis in _mesh_axes(name))
 
 
 def _row(x_V: jax.Array, ndim: int) -> jax.Array:
@@ -266,10 +254,10 @@ def _sum_shards(grad_SVD: jax.Array) -> jax.Array:
     Devices that share the matrix's width each sum the part that they keep (a reduce-scatter); XLA would have all of them sum all of it.
     """
     names = ("batch", "length", "vocab", "embed")
-    rows, lengths, vocab, width = map(_mesh_axes, names)
+    rows, lengths, vocab, width = map(mesh_axes, names)
     summed = rows + lengths
     width = tuple(axis for axis in width if axis in summed)
-    uneven = any(n % _num_devices(name) for n, name in zip(grad_SVD.shape, names, strict=True))
+    uneven = any(n % num_devices(name) for n, name in zip(grad_SVD.shape, names, strict=True))
     if not summed or uneven:
         return grad_SVD.sum((0, 1))
     rest = tuple(axis for axis in summed if axis not in width)
@@ -299,7 +287,7 @@ def _logits(options, hidden_XD, unembed_VD, bias_V):
 
 def _at_labels(logits_XV, labels_X):
     """The label's logit of each position. Where devices share the vocabulary, as a sum: each has its own part of it."""
-    if _num_devices("act_vocab") == 1:
+    if num_devices("act_vocab") == 1:
         return jnp.take_along_axis(logits_XV, labels_X[..., None], axis=-1)[..., 0]
     return jnp.where(_ids(logits_XV, labels_X) == labels_X[..., None], logits_XV, 0.0).sum(-1)
 
