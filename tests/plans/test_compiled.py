@@ -148,6 +148,18 @@ def test_stages_hold_their_own_layers_and_hand_on_micro_batches(topology, one_ch
     ]
 
 
+@pytest.mark.parametrize("factor, kind", [(1.25, "all-to-all"), (0.0, "reduce-scatter")])
+def test_experts_are_sent_their_tokens_or_see_those_of_all(factor, kind, cache):
+    """With a capacity tokens are exchanged; dropless each device scatters the sums of what its experts made of all tokens."""
+    config = small(8)
+    config.model.update(num_experts=8, experts_per_token=2, expert_capacity_factor=factor)
+    config.mesh.update(data=1, expert=4)
+    plan = make_plan(config, "v5e-4", cache=cache)
+    moved = {c["kind"]: c["bytes"] for c in plan["collectives"] if c["axes"] == "expert"}
+    tokens = config.batch_size * config.seq_len * config.model.emb_dim * 2 // 4  # of a device
+    assert moved[kind] >= tokens
+
+
 def test_micro_batches_on_gpus_can_be_planned(cache):
     """XLA for GPUs takes one of them out of the loop, and writes the loop's limit within a fusion."""
     config = small(32)
