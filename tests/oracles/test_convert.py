@@ -178,16 +178,21 @@ def make_workdir(folder, tokenizer, **options):
     return model, params
 
 
-@pytest.mark.parametrize("kind", ["byte_bpe", "bytes", "unigram"])
-def test_an_exported_run_generates_the_same_greedy_text_in_transformers(kind, tmp_path):
+EXPERTS = dict(num_experts=6, experts_per_token=2)
+
+
+@pytest.mark.parametrize(
+    "kind, experts", [("byte_bpe", {}), ("bytes", {}), ("unigram", {}), ("byte_bpe", EXPERTS)]
+)
+def test_an_exported_run_generates_the_same_greedy_text_in_transformers(kind, experts, tmp_path):
     tokenizer = train_tokenizer(kind, TEXTS, 500, num_sentinels=2)
-    model, params = make_workdir(tmp_path / "w", tokenizer, **QWEN3)
+    model, params = make_workdir(tmp_path / "w", tokenizer, **QWEN3 | experts)
     to_hf(tmp_path / "w", tmp_path / "out")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32
     )
     reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert type(theirs).__name__ == "Qwen3ForCausalLM"
+    assert type(theirs).__name__ == ("Qwen3MoeForCausalLM" if experts else "Qwen3ForCausalLM")
     for prompt in ("def main(", "import os\n\n", "class Ünïcode 漢字:"):
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
         batch = reader(prompt, return_tensors="pt")
