@@ -16,5 +16,12 @@ def mesh_axes(name: str) -> tuple[str, ...]:
 
 def num_devices(name: str) -> int:
     """Over how many devices of the mesh in force a logical axis is spread; 1 without a mesh."""
+    return num_shards(mesh_axes(name))
+
+
+def num_shards(axes: str | tuple[str, ...] | None) -> int:
+    """The number of parts that axes of the mesh in force cut an array into."""
+    if axes is None:
+        return 1
     sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes[axis] for axis in mesh_axes(name))
+    return math.prod(sizes.get(name, 1) for name in ([axes] if isinstance(axes, str) else axes))

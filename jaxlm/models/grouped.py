@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
+from jaxlm.models.kernels.sharding import whole_blocks
+
 
 @jax.custom_vjp
 def grouped_matmul(x_AD: jax.Array, kernels_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -73,14 +75,14 @@ LANES = 128
 
 
 def _multiply_tiles(x_AD, kernels_EDF, sizes_E, *, transposed, interpret=False):
-    x, sizes, rows = _in_tiles(x_AD, sizes_E)
+    x = _in_tiles(x_AD)
     inner, outer = kernels_EDF.shape[1:][:: -1 if transposed else 1]
     y = gmm(
         x,
         kernels_EDF,
-        sizes,
+        _with_rest(sizes_E, len(x)),
         preferred_element_type=x.dtype,
-        tiling=(rows, _side(inner, x.dtype), _side(outer, x.dtype)),
+        tiling=_tiling(len(x), inner, outer, x.dtype),
         transpose_rhs=transposed,
         interpret=interpret,
     )
@@ -89,30 +91,42 @@ def _multiply_tiles(x_AD, kernels_EDF, sizes_E, *, transposed, interpret=False):
 
 def _outer_tiles(dtype, x_AD, grad_AF, sizes_E, *, interpret=False):
     """(E, D, F): x^T grad over the rows of each group."""
-    x, sizes, rows = _in_tiles(x_AD, sizes_E)
-    grad, _, _ = _in_tiles(grad_AF, sizes_E)
+    x, grad = _in_tiles(x_AD), _in_tiles(grad_AF)
     return tgmm(
         x.T,
         grad,
-        sizes,
+        _with_rest(sizes_E, len(x)),
         preferred_element_type=dtype,
-        tiling=(rows, _side(x.shape[1], dtype), _side(grad.shape[1], dtype)),
+        tiling=_tiling(len(x), x.shape[1], grad.shape[1], dtype),
         num_actual_groups=len(sizes_E),
         interpret=interpret,
     )
 
 
-def _side(size: int, dtype: Any) -> int:
-    """A kernel's side in tiles: whole, or pieces that take as much room in any dtype."""
-    return min(size, TILE_SIDE * 2 // jnp.dtype(dtype).itemsize)
+def tile_rows(rows: int) -> int:
+    """Rows of a tile of so many."""
+    return min(TILE_ROWS, whole_blocks(rows, LANES))
 
 
-def _in_tiles(x_AD: jax.Array, sizes_E: jax.Array) -> tuple[jax.Array, jax.Array, int]:
-    """(x in whole tiles, the sizes with those of no group as one more, rows of a tile). The kernels leave out the last group."""
-    rows = min(TILE_ROWS, -(-len(x_AD) // LANES) * LANES)
-    padding = -len(x_AD) % rows
-    rest = len(x_AD) + padding - sizes_E.sum(dtype=jnp.int32)
-    return jnp.pad(x_AD, ((0, padding), (0, 0))), jnp.append(sizes_E, rest), rows
+def tile_side(size: int, itemsize: int) -> int:
+    """A kernel's side in tiles: whole, or pieces that take as much room in any dtype. itemsize: bytes of a number."""
+    return min(size, TILE_SIDE * 2 // itemsize)
+
+
+def _tiling(rows: int, inner: int, outer: int, dtype: Any) -> tuple[int, int, int]:
+    itemsize = jnp.dtype(dtype).itemsize
+    return tile_rows(rows), tile_side(inner, itemsize), tile_side(outer, itemsize)
+
+
+def _in_tiles(x_AD: jax.Array) -> jax.Array:
+    """Rows of zeros behind, up to whole tiles."""
+    padding = whole_blocks(len(x_AD), tile_rows(len(x_AD))) - len(x_AD)
+    return jnp.pad(x_AD, ((0, padding), (0, 0)))
+
+
+def _with_rest(sizes_E: jax.Array, rows: int) -> jax.Array:
+    """The sizes, and behind them how many rows have no group: the kernels want all rows in one, and leave out the last."""
+    return jnp.append(sizes_E, rows - sizes_E.sum(dtype=jnp.int32))
 
 
 # --- everywhere else --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxlm.models.grouped import TILE_ROWS, TILE_SIDE
+from jaxlm.models.grouped import tile_rows, tile_side
 from jaxlm.planning import hlo
 
 Arrays = list[tuple[str, tuple[int, ...]]]
@@ -96,16 +96,13 @@ def grouped_work(line: hlo.Instruction, operands: list[Arrays], num_experts: int
     groups, *sides = right if gathers else result
     outer = result[-1]
     inner = math.prod(sides) // outer
-    size, tile = hlo.BYTES[dtype], min(TILE_ROWS, rows)
-    side = TILE_SIDE * 2 // size
+    size, tile = int(hlo.BYTES[dtype]), tile_rows(rows)
     needed = rows * groups / max(num_experts, groups)
     visited = needed + groups * tile
-    loaded = (
-        visited
-        * inner
-        * outer
-        * (1 / min(outer, side) + 1 / (tile if gathers else min(inner, side)))
-    )
+    # Each side once for every tile of the other.
+    left_loads = inner * outer / tile_side(outer, size)
+    right_loads = inner * outer / (tile if gathers else tile_side(inner, size))
+    loaded = visited * (left_loads + right_loads)
     written = needed * outer if gathers else groups * inner * outer
     flops = 2.0 * inner * outer
     return Work(flops * needed, flops * visited, size * (loaded + written), is_matmul=True)

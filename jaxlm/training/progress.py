@@ -66,7 +66,5 @@ class Progress:
 
 def rewrites_lines() -> bool:
     """Whether stderr is a terminal or a notebook's output."""
-    ipython = sys.modules.get(
-        "IPython"
-    )  # not ipykernel: programs that only start notebooks import it
+    ipython = sys.modules.get("IPython")  # programs that only start notebooks import ipykernel, too
     return sys.stderr.isatty() or (ipython is not None and ipython.get_ipython() is not None)

@@ -58,6 +58,7 @@ MODELS = {
     "t5": lambda: (EncoderDecoder(make_config(**SIZES | T5)), "denoising"),
     "bert_pairs": lambda: (make_bert(2, **SIZES | TYPES), "mlm_nsp"),
 }
+MIXTURES = ("dropless", "capacity")  # an expert has the tokens that chose it, whosever they are
 MESHES = {
     "data": dict(data=8),
     "fsdp": dict(data=1, fsdp=8),
@@ -182,6 +183,7 @@ def check_parts(program, sizes, spread=("data", "fsdp", "expert")):
 
     So neither the batch nor logits are gathered, and nothing is "rematerialised in full". Token ids may be, and what is looked
     up for them, of which a device then has its part of the width: the embedding's gradient is summed where that is kept.
+    spread: the axes whose devices never have each other's rows.
     """
     ways = lambda *axes: math.prod(sizes.get(axis, 1) for axis in axes)
     whole = [{ROWS}] * (ways(*spread) > 1) + [{VOCAB}] * (ways("tensor") > 1)
@@ -203,12 +205,7 @@ def check_parts(program, sizes, spread=("data", "fsdp", "expert")):
 
 @pytest.mark.parametrize(("model", "mesh"), CASES)
 def test_a_mesh_changes_neither_loss_nor_gradient(model, mesh):
-    spread = ("data", "fsdp", "expert")
-    if model in (
-        "dropless",
-        "capacity",
-    ):  # an expert has the tokens that chose it, whosever they are
-        spread = ("data", "fsdp")
+    spread = ("data", "fsdp") if model in MIXTURES else ("data", "fsdp", "expert")
     check_parts(check_same(model, MESHES[mesh]), MESHES[mesh], spread)
 
 

@@ -358,8 +358,7 @@ def test_the_kernels_of_tpus_say_the_same(rows, side, monkeypatch):
 
 def test_the_check_fails_if_kernels_leave_rows_of_no_group_as_they_were(monkeypatch):
     interpret_tiles(monkeypatch)
-    in_tiles = grouped._in_tiles
-    monkeypatch.setattr(grouped, "_in_tiles", lambda x, sizes: (in_tiles(x, sizes)[0], sizes, 8))
+    monkeypatch.setattr(grouped, "_with_rest", lambda sizes, rows: sizes)
     with pytest.raises(AssertionError):
         check_grouped(lambda *arrays: grouped_matmul(*arrays))
 

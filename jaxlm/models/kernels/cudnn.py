@@ -14,12 +14,12 @@ import jax
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.kernels.sharding import (
     get_split,
-    num_shards,
     pad_places,
     run_split,
     whole_blocks,
 )
 from jaxlm.models.layers import attention_mask, window_mask
+from jaxlm.spread import num_shards
 
 DTYPES = ("bfloat16", "float16")
 LARGEST_HEAD = 256  # from Hopper on; 128 before it

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from jaxlm.spread import num_shards
 
 Axes = str | tuple[str, ...] | None
 
@@ -49,14 +50,6 @@ def get_split(rows: int, length: int, kv_heads: int) -> Split:
 def divisible(axes: Axes, size: int) -> Axes:
     """`axes`, if the devices along them divide `size`; else None: whole on each."""
     return None if size % num_shards(axes) else axes
-
-
-def num_shards(axes: Axes) -> int:
-    """The number of parts that mesh axes cut an array into."""
-    if axes is None:
-        return 1
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(name, 1) for name in ([axes] if isinstance(axes, str) else axes))
 
 
 def is_split() -> bool:

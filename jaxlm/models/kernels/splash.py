@@ -22,11 +22,11 @@ from jaxlm.models.config import TransformerConfig
 from jaxlm.models.kernels.sharding import (
     get_split,
     is_split,
-    num_shards,
     pad_places,
     run_split,
     whole_blocks,
 )
+from jaxlm.spread import num_shards
 
 LANES = 128  # of a TPU's vector registers: blocks are made of so many places
 RESIDUALS = "attended"  # names the output and the softmax's sums, for rematerialisation
