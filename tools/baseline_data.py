@@ -1,6 +1,6 @@
 """The data sets of tools/baselines.py, as JSON lines with one name for each field, and how predictions are scored.
 
-    ../shared/data/clinc150/data_full.json ──▶ WORK/data/clinc150/{train,dev,test}.jsonl ──▶ jaxlm and transformers
+    DATA/clinc150/data_full.json ──▶ WORK/data/clinc150/{train,dev,test}.jsonl ──▶ jaxlm and transformers
 
 Both sides read the same files, and both sides' predictions go through `score`.
 """
@@ -150,11 +150,12 @@ def score(task: str, rows: Sequence[Row], said: Sequence[Any]) -> dict[str, floa
 
 @dataclass(frozen=True)
 class Dataset:
-    """folder: in the folder of --data. task: a key of SCORES. config: ours. settings: of both sides, by trainer's names;
-    best: what a side changes of them, because its development score or its speed is better so.
+    """folder: in the folder of --data; origin: whose files it holds. task: a key of SCORES. config: ours. settings: of both
+    sides, by trainer's names; best: what a side changes of them, because its development score or its speed is better so.
     """
 
     folder: str
+    origin: str
     task: str
     read: Callable[[Path], Splits]
     config: str
@@ -170,6 +171,7 @@ COMMON = {"num_epochs": 3, "learning_rate": 3e-4, "warmup_ratio": 0.1, "weight_d
 DATASETS = {
     "clinc150": Dataset(
         "clinc150",
+        "github.com/clinc/oos-eval",
         "sequence_classification",
         read_clinc150,
         "configs/finetune/classification.py",
@@ -179,6 +181,7 @@ DATASETS = {
     ),
     "wnut17": Dataset(
         "wnut17",
+        "github.com/leondz/emerging_entities_17",
         "token_classification",
         read_wnut17,
         "configs/finetune/tagging.py",
@@ -187,6 +190,7 @@ DATASETS = {
     ),
     "semeval": Dataset(
         "semeval2010_task8",
+        "github.com/sahitya0000/Relation-Classification",
         "relation_classification",
         read_semeval,
         "configs/finetune/relations.py",
@@ -195,6 +199,7 @@ DATASETS = {
     ),
     "xquad": Dataset(
         "xquad",
+        "github.com/google-deepmind/xquad",
         "question_answering",
         read_xquad,
         "configs/finetune/question_answering.py",
@@ -212,7 +217,10 @@ def write_splits(name: str, data: Path, folder: Path) -> dict[str, Path]:
     """
     source = data / DATASETS[name].folder
     if not source.is_dir():
-        raise FileNotFoundError(f"found: no {source}; change: --data=FOLDER that has {source.name}")
+        raise FileNotFoundError(
+            f"found: no {source}; change: put the files of {DATASETS[name].origin} there, "
+            f"or --data=FOLDER that has {source.name}"
+        )
     files = {split: folder / name / f"{split}.jsonl" for split in SPLITS}
     for split, rows in DATASETS[name].read(source).items():
         files[split].parent.mkdir(parents=True, exist_ok=True)

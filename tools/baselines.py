@@ -347,9 +347,7 @@ def missing(model: str) -> list[str]:
 def add_places(parser: argparse.ArgumentParser) -> None:
     """--work, --data and --model, which tools/baseline_speed.py has, too."""
     parser.add_argument("--work", type=Path, default=Path("runs/baselines"), help="results go here")
-    parser.add_argument(
-        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="the data sets' folders"
-    )
+    parser.add_argument("--data", type=Path, default=Path("data"), help="the data sets' folders")
     parser.add_argument("--model", default=find_model(), help="a Hugging Face folder")
 
 

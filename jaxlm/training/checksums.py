@@ -98,22 +98,29 @@ def checksum(array: Any) -> str:
     """The same of an array in the memory of this host, by numpy alone."""
     array = np.asarray(array)
     flat = np.ascontiguousarray(array).reshape(-1).view(_word(array.dtype))
-    sums = np.zeros(len(MIXERS), np.uint64)
+    sums = np.zeros(len(MIXERS), np.uint32)
+    from_zero = np.arange(CHUNK, dtype=np.uint32)
     for start in range(0, flat.size, CHUNK):
         bits = flat[start : start + CHUNK].astype(np.uint32)
-        index = np.arange(start, start + bits.size).astype(np.uint32)
-        sums += [mixed.sum(dtype=np.uint64) for mixed in mix(bits, index)]
+        index = from_zero[: bits.size] + np.uint32(start % 2**32)
+        sums += np.array([mixed.sum(dtype=np.uint32) for mixed in mix(bits, index)])
     return _digits(sums)
 
 
 def mix(bits: Any, index: Any) -> list[Any]:
-    """Both mixers of uint32 arrays, of numpy or of jax; every operation wraps around at 2**32."""
+    """Both mixers of uint32 arrays, of numpy or of jax; every operation wraps around at 2**32.
+
+    Numpy changes `x` in place, which spares it the time of as many new arrays; to jax `^=` is another name for a new one.
+    """
     mixed = []
     for factor, *rounds, last in MIXERS:
-        x = bits ^ (index * np.uint32(factor))
+        x = index * np.uint32(factor)
+        x ^= bits
         for shift, multiplier in rounds:
-            x = (x ^ (x >> np.uint32(shift))) * np.uint32(multiplier)
-        mixed.append(x ^ (x >> np.uint32(last)))
+            x ^= x >> np.uint32(shift)
+            x *= np.uint32(multiplier)
+        x ^= x >> np.uint32(last)
+        mixed.append(x)
     return mixed
 
 

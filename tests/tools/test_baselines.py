@@ -105,7 +105,7 @@ def test_the_check_of_the_splits_fails_for_rows_in_two_of_them(rows):
 
 
 def test_a_missing_data_set_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="found: no .*xquad; change: --data"):
+    with pytest.raises(FileNotFoundError, match="found: no .*xquad; change: .* --data=FOLDER that has xquad"):
         baseline_data.write_splits("xquad", tmp_path, tmp_path)
 
 
