@@ -81,20 +81,21 @@ def parse_arg(arg: str, variants: Iterable[str], **choices: Any) -> dict[str, An
     Raises ValueError that lists everything unknown, and what is known.
     """
     known = tuple(variants)
-    first, *rest = [part.strip() for part in arg.split(",")] if arg else [""]
+    first, *rest = arg.split(",")
     if "=" in first:
         first, rest = "", [first, *rest]
     values: dict[str, Any] = {
         key: choice[0] if isinstance(choice, tuple) else choice for key, choice in choices.items()
     }
     problems = []
-    variant = first or known[0]
+    variant = first.strip() or known[0]
     if variant not in known:
         problems.append(
             f"unknown variant {variant!r}{meant(variant, known)}; known: {', '.join(known)}"
         )
-    for part in filter(None, rest):
+    for part in filter(str.strip, rest):
         key, equals, text = part.partition("=")
+        key = key.strip()
         if key not in choices or not equals:
             near = meant(key, choices)
             problems.append(
@@ -116,6 +117,9 @@ def meant(word: str, known: Iterable[str]) -> str:
 
 
 def parse_value(text: str, choice: Any) -> Any:
+    if isinstance(choice, str):
+        return text  # as it is: the space that ends a prefix is part of it
+    text = text.strip()
     if isinstance(choice, tuple):
         if text not in choice:
             raise ValueError(
@@ -244,7 +248,8 @@ def base() -> ConfigDict:
             ema_decay=0.0,
             # num_batches 0 = the whole held-out set
             eval=dict(batch_size=16, num_batches=0, prompts=(), sample_tokens=64),
-            checkpoint=dict(keep_last=2, keep_every=0, best_metric="", best_mode="min"),
+            # best_metric '' keeps none for being the best; best_mode '' = 'min' of losses and the like, else 'max'
+            checkpoint=dict(keep_last=2, keep_every=0, best_metric="", best_mode=""),
             guards=guards(),
             # execution: changes speed and memory, never the result
             mesh=dict(data=-1, stage=1, fsdp=1, expert=1, context=1, tensor=1),

@@ -40,7 +40,13 @@ from jaxlm.program import (
     sharded_shapes,
 )
 from jaxlm.training import stored
-from jaxlm.training.checkpoints import evaluated_item, find_step, load_item, restore_state
+from jaxlm.training.checkpoints import (
+    evaluated_item,
+    find_step,
+    load_item,
+    restore_state,
+    split_step,
+)
 from jaxlm.training.metrics import MetricSums, one_behind, with_perplexity
 from jaxlm.training.state import TrainState
 from jaxlm.training.throughput import peak_flops
@@ -171,11 +177,12 @@ def mixture_weights(
         return {0: dict(zip(names, map(float, sizes), strict=True))}
     schedule = {}
     for entry in weights:
-        step, _, values = entry.rpartition(":")
+        step, _, values = str(entry).rpartition(":")
         shares = [float(v) for v in values.split(",")]
         if len(shares) != len(names):
             raise ValueError(
-                f"data.weights {entry!r} has {len(shares)} weights for the sources {names}"
+                f"data.weights {entry!r} has {len(shares)} weights for the sources {names}: set "
+                "\"--config.data.weights=('0:0.7,0.3',)\", with a weight for each from a step on"
             )
         schedule[int(step or 0)] = dict(zip(names, shares, strict=True))
     return schedule
@@ -326,10 +333,9 @@ def initial_state(run: Run) -> TrainState:
             log.info("%s has no %s: initialised", spec, ", ".join(weights.new))
         write_origin(run, commit=weights.commit)
         return run.init_state(weights.params)
-    path, _, step = config.init_from.partition("@")
     if config.init not in ("params", "ema", "state"):
         raise ValueError(f"init {config.init!r} must be 'params', 'ema' or 'state'")
-    source = find_step(path, int(step) if step else None)
+    source = find_step(*split_step(config.init_from))
     refuse_another_model(run, source)
     write_origin(run, checkpoint=str(source))
     if config.init == "state":

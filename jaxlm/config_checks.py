@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from jaxlm.parallel import mesh as meshes
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
 # The least that a field may be; an interval of 0 means only after the last step.
 LEAST = {
     "batch_size": 1,
@@ -19,8 +19,13 @@ LEAST = {
     "log_every_steps": 0,
     "eval_every_steps": 0,
     "checkpoint_every_steps": 0,
+    "checkpoint.keep_last": 1,
+    "checkpoint.keep_every": 0,
     "eval.batch_size": 1,
+    "optimizer.grad_clip_norm": 0,
     "pipeline_micro_batches": 0,
+    "guards.self_check_every_steps": 0,
+    "guards.watchdog_seconds": 0,
 }
 
 # The fields whose sizes devices share, and the logical axes that they are the sizes of.
@@ -119,9 +124,14 @@ def range_problems(config: ConfigDict) -> list[str]:
         for name, least in LEAST.items()
         if fields.get(name, least) < least
     ]
-    for name in ("dtype", "param_dtype"):
-        if fields[name] not in DTYPES:
-            problems.append(f"{name} {fields[name]!r}: set it to one of {', '.join(DTYPES)}")
+    for name, more in (("dtype", ("auto",)), ("param_dtype", ())):
+        if fields[name] not in (known := (*more, *DTYPES)):
+            problems.append(f"{name} {fields[name]!r}: set it to one of {', '.join(known)}")
+    if fields["ema_decay"] and fields["param_dtype"] != "float32":
+        problems.append(
+            f"ema_decay {fields['ema_decay']}: a moving average in {fields['param_dtype']} stands still; set "
+            "--config.param_dtype=float32, or --config.ema_decay=0 for none"
+        )
     return problems
 
 

@@ -44,7 +44,7 @@ YOUNGER_FIELDS: dict[str, Any] = {
 
 def read_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     """The config of 'configs/gpt.py:tiny' or of a run's 'W/config.json', with dotted overrides, locked."""
-    if spec.endswith(".json"):
+    if is_saved(spec):
         config = saved_config(found(spec, as_path(spec)))
     else:
         name, _, argument = spec.partition(":")
@@ -53,6 +53,11 @@ def read_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
     config.lock()
     config.update_from_flattened_dict(dict(overrides or {}))
     return config
+
+
+def is_saved(spec: str) -> bool:
+    """Whether it names a run's config.json: the argument of a recipe, 'qa.py:train=train.json', may end like one."""
+    return spec.endswith(".json") and ".py:" not in spec
 
 
 def find_recipe(name: str) -> Path:
@@ -78,7 +83,7 @@ def found(name: str, *paths: Path) -> Path:
 def whereabouts(spec: str) -> str:
     """The spec with the path of the file that is read for it."""
     name, colon, argument = spec.partition(":")
-    return spec if spec.endswith(".json") else f"{find_recipe(name)}{colon}{argument}"
+    return spec if is_saved(spec) else f"{find_recipe(name)}{colon}{argument}"
 
 
 def load_recipe(path: Path) -> Any:

@@ -25,8 +25,7 @@ from jaxlm.flags import define_process_flags, process_options, require
 from jaxlm.host import keep_freed_memory
 from jaxlm.parallel import processes
 from jaxlm.text_evaluation import evaluate_text
-from jaxlm.training.checkpoints import evaluated_item, find_step, load_item
-from jaxlm.tuning.source import split_step
+from jaxlm.training.checkpoints import evaluated_item, find_step, load_item, split_step
 
 
 def open_run(checkpoint: str | Path, step: int | None = None) -> tuple[build.Run, Path]:

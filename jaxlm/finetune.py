@@ -107,7 +107,11 @@ class EarlyStopping:
     waited: int = 0
 
     def see(self, metrics) -> None:
-        """Takes the metrics of an evaluation."""
+        """Takes the metrics of an evaluation; a ValueError if they lack the one that decides."""
+        if self.best_metric not in metrics:
+            raise ValueError(
+                f"checkpoint.best_metric {self.best_metric!r} is not among what evaluation gives, {sorted(metrics)}"
+            )
         value = metrics[self.best_metric]
         sign = -1 if self.best_mode == "min" else 1
         if self.best is None or sign * value > sign * self.best:

@@ -86,6 +86,7 @@ class _Beating:
     def __init__(self, workdir: Path):
         self.workdir, self.path, self.id = workdir, workdir / NAME, uuid.uuid4().hex
         self.over, self.beats = threading.Event(), 0
+        self.thread = threading.Thread(target=self._keep, daemon=True)
 
     def __enter__(self) -> None:
         self._wait_for_owner()
@@ -93,10 +94,11 @@ class _Beating:
         time.sleep(BEAT_SECONDS / 10)  # of two that took it at once, the one that wrote last has it
         if self.id not in (found := self._read()):
             raise _locked(self.workdir, found)
-        threading.Thread(target=self._keep, daemon=True).start()
+        self.thread.start()
 
     def __exit__(self, *error: object) -> None:
         self.over.set()
+        self.thread.join()  # a beat under way would bring the file back
         if self.id in self._read():
             self.path.unlink()
 
@@ -126,8 +128,17 @@ class _Beating:
 
     def _keep(self) -> None:
         while not self.over.wait(BEAT_SECONDS):
-            found = self._read()
-            if found and self.id not in found:  # this process was asleep for too long
-                os.write(2, f"{_locked(self.workdir, found)}\n".encode())
-                os._exit(LOCKED)
-            self._beat()
+            try:
+                found = self._read()
+                if found and self.id not in found:  # this process was asleep for too long
+                    os.write(2, f"{_locked(self.workdir, found)}\n".encode())
+                    os._exit(LOCKED)
+                self._beat()
+            except (
+                Exception
+            ) as error:  # a bucket's may be of any type, and the next beat may come through
+                log.warning(
+                    "the lock of %s is not renewed, and will be tried again: %s",
+                    self.workdir,
+                    error,
+                )

@@ -56,7 +56,7 @@ def write_predictions(path: Path, split: Split, predictions: Sequence[Mapping[st
     """One JSON line for each record, in the file's order: where it stands, its fields, and `prediction`."""
     lines = (
         {
-            "source": record.source,
+            "file": record.source,
             "line": record.line,
             **record.fields,
             "prediction": prediction,

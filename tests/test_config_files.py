@@ -46,6 +46,12 @@ def test_a_recipe_of_the_current_folder_goes_before_jaxlms(tmp_path, monkeypatch
     assert config_files.whereabouts("configs/bert.py:tiny") == f"{ours.with_name('bert.py')}:tiny"
 
 
+def test_a_recipes_argument_may_name_a_json_file():
+    spec = f"{tiny.ROOT}/configs/finetune/question_answering.py:train=a.json,dev=b.json"
+    assert config_files.read_config(spec).data.dev == "b.json"
+    assert config_files.whereabouts(spec) == spec
+
+
 def test_a_recipe_that_is_nowhere_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"'configs/gtp\.py'.*expected configs/NAME\.py"):

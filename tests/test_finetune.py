@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 
 import jax
@@ -102,6 +103,40 @@ def test_the_report_is_of_the_best_step(tuned):
     best = max(line["accuracy"] for line in evals)
     assert report["dev"]["accuracy"] == pytest.approx(best)
     assert report["step"] in [line["step"] for line in evals if line["accuracy"] == best]
+
+
+def test_what_is_tuned_again_starts_from_the_best_step(tuned, tmp_path):
+    report, workdir = tuned
+    copy, best = tmp_path / "run", report["step"]
+    shutil.copytree(workdir, copy)
+    newer = best + 1000
+    shutil.copytree(copy / "checkpoints" / str(best), copy / "checkpoints" / str(newer))
+    assert tuning.open_source(str(copy)).step_dir.name == str(best)
+    assert tuning.open_source(f"{copy}@{newer}").step_dir.name == str(newer)
+
+
+def test_rows_that_lack_what_the_task_reads_are_refused(tuned):
+    model = tuning.load_finetuned(tuned[1])
+    with pytest.raises(ValueError, match="row:2: found words; sequence_classification needs text"):
+        model.predict(["my zzzz", {"words": ["a"]}])
+
+
+def test_a_test_file_of_which_a_row_has_no_label_is_said_not_to_be_scored(tuned, tmp_path, caplog):
+    (tmp_path / "new.csv").write_text("text,label\na aaaa,fruit\nthe mmm,\n")
+    assert not tuning.load_finetuned(tuned[1]).read(str(tmp_path / "new.csv")).is_labelled
+    assert "1 of 2 records have no label" in caplog.text
+
+
+def test_the_best_is_what_the_metric_says(sources, tmp_path):
+    def mode(**changes):
+        changes = {f"checkpoint__{name}": value for name, value in changes.items()}
+        return tuning.prepare(
+            make_config(sources, tmp_path, **changes), tmp_path / "run"
+        ).config.checkpoint.best_mode
+
+    assert mode() == "max"
+    assert mode(best_metric="loss") == "min"
+    assert mode(best_metric="loss", best_mode="max") == "max"
 
 
 def test_weights_are_accounted_for(tuned, sources):
@@ -222,6 +257,8 @@ def test_patience_counts_evaluations_without_a_better_value():
     ):
         stopping.see({"loss": value})
         assert stopping.is_over is over
+    with pytest.raises(ValueError, match=r"'loss' is not among .*\['f1'\]"):
+        stopping.see({"f1": 1.0})
 
 
 def test_other_labels_for_a_run_that_began_are_refused(tuned, sources):
@@ -242,6 +279,8 @@ def test_what_is_missing_is_said_before_anything_is_read(sources, tmp_path):
         finetune(make_config(sources, tmp_path, init_from=""), tmp_path / "run")
     with pytest.raises(ValueError, match="data.train is empty"):
         finetune(make_config(sources, tmp_path, data__train=""), tmp_path / "run")
+    with pytest.raises(ValueError, match="evals_per_epoch 0.0: set it above 0"):
+        finetune(make_config(sources, tmp_path, evals_per_epoch=0.0), tmp_path / "run")
     with pytest.raises(ValueError, match="seq_len 65: the model has 64 positions"):
         finetune(make_config(sources, tmp_path, seq_len=65), tmp_path / "run")
 

@@ -61,6 +61,15 @@ def tuned(decoder, tmp_path_factory):
     return finetune(config, folder / "run"), folder / "run", data
 
 
+def test_a_score_of_written_texts_decides_only_where_some_are_written(decoder, tmp_path):
+    data = write_dialogues(tmp_path / "chats.jsonl")
+    best = dict(checkpoint__best_metric="exact_match", task__metrics="exact_match")
+    with pytest.raises(ValueError, match="set --config.eval.dev_texts=100"):
+        tuning.prepare(make_config("instructions", decoder, data, **best), tmp_path / "run")
+    config = make_config("instructions", decoder, data, **best, eval__dev_texts=8)
+    assert tuning.prepare(config, tmp_path / "run").config.checkpoint.best_mode == "max"
+
+
 def test_the_loss_of_held_out_answers_falls_and_answers_are_written(tuned):
     report, workdir, _ = tuned
     evals = [line for line in tiny.learned(workdir) if line["split"] == "eval"]

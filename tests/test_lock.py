@@ -66,6 +66,31 @@ def test_a_lock_that_is_not_renewed_is_taken_over(tmp_path, monkeypatch, caplog)
         assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
 
 
+def test_a_beat_that_fails_is_not_the_last(tmp_path, monkeypatch, caplog):
+    without_kernel_locks(monkeypatch)
+    write, written = lock.write_text, []
+
+    def fail_once(path, text):
+        written.append(text)
+        if len(written) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        write(path, text)
+
+    monkeypatch.setattr(lock, "write_text", fail_once)
+    with lock.held(tmp_path):
+        wait_for(lambda: len(written) > 3)
+        assert json.loads((tmp_path / lock.NAME).read_text())["beats"] >= 3
+    assert "is not renewed" in caplog.text
+    assert not (tmp_path / lock.NAME).exists()
+
+
+def wait_for(is_so, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_of_two_that_take_a_lock_over_at_once_one_has_it(tmp_path, monkeypatch):
     without_kernel_locks(monkeypatch)
     leave_behind(tmp_path)

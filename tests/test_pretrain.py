@@ -214,6 +214,7 @@ def test_several_sources_are_mixed_and_evaluated_apart(tmp_path, store):
         (dict(batch_size=9, accumulation_steps=2), "batch_size 9 is not divisible"),
         (dict(family="bart"), "unknown family 'bart': known are bert, electra"),
         (dict(data__weights=("0:0.5,0.5",)), "2 weights for the sources"),
+        (dict(data__weights=(0.5, 0.5)), "set \"--config.data.weights=('0:0.7,0.3',)\""),
     ],
 )
 def test_a_config_that_cannot_run_says_what_to_change(tmp_path, store, changes, message):

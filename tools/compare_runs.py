@@ -16,15 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jaxlm.files import as_path
-from jaxlm.training.metrics import read_metrics
+from jaxlm.training.metrics import read_metrics, usual_mode
 from jaxlm.training.plots import run_names
 
-# Metrics where more is better; of all others less is.
-HIGHER_IS_BETTER = (
-    *("accuracy", "token_accuracy", "precision", "recall", "f1", "entity_", "semeval_f1", "mcc"),
-    *("exact_match", "best_f1", "best_exact_match", "answerable_", "unanswerable_"),
-    *("spearman", "pearson", "mrr", "score", "tokens_per_second", "mfu"),
-)
 MAIN = (
     *("loss", "perplexity", "bits_per_byte", "accuracy", "f1_macro", "entity_f1", "semeval_f1"),
     *("exact_match", "f1", "spearman", "mrr"),
@@ -83,8 +77,7 @@ def is_better(metric: str, new: float, old: float) -> bool:
     """NaN is worse than everything."""
     if math.isnan(new) or math.isnan(old):
         return math.isnan(old) and not math.isnan(new)
-    higher = metric.rsplit("/", 1)[-1].startswith(HIGHER_IS_BETTER)
-    return new > old if higher else new < old
+    return new > old if usual_mode(metric) == "max" else new < old
 
 
 def differing_fields(runs: Sequence[RunSummary]) -> dict[str, list[Any]]:

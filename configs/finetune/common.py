@@ -82,8 +82,8 @@ def base(
             warmup_ratio=0.1,
             ema_decay=0.0,
             eval=dict(batch_size=64),
-            # best_metric '' = the task's own
-            checkpoint=dict(keep_last=1, keep_every=0, best_metric="", best_mode="max"),
+            # best_metric '' = the task's own; best_mode '' = 'min' of losses and the like, else 'max'
+            checkpoint=dict(keep_last=1, keep_every=0, best_metric="", best_mode=""),
             guards=guards(),
             # execution: changes speed and memory, never the result
             mesh=dict(data=-1, stage=1, fsdp=1, expert=1, context=1, tensor=1),

@@ -10,8 +10,8 @@ from configs.finetune.common import base
 def writing(task: dict[str, Any], arg: str, *, num_beams: int = 1, **choices: Any) -> ConfigDict:
     """The config of such a task; arguments as of `base`.
 
-    Evaluation during training asks for the loss of the right texts. The report at the end has the model write, by
-    `num_beams` beams (1: greedy).
+    Evaluation during training asks for the loss of the right texts, without smoothing, and the smallest is the best. The
+    report at the end has the model write, by `num_beams` beams (1: greedy).
     """
     evaluation = dict(
         batch_size=32,
@@ -21,6 +21,4 @@ def writing(task: dict[str, Any], arg: str, *, num_beams: int = 1, **choices: An
         # texts that are written at each evaluation, too; needed where best_metric is one of task.metrics
         dev_texts=0,
     )
-    # best: the smallest loss of the right texts, without smoothing
-    best = dict(keep_last=1, keep_every=0, best_metric="", best_mode="min")
-    return base(task, arg, eval=evaluation, checkpoint=best, **choices)
+    return base(task, arg, eval=evaluation, **choices)

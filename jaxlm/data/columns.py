@@ -120,6 +120,13 @@ def as_role_records(
     return found, problems
 
 
+def check_inputs(record: Record, task: str) -> None:
+    """Raises ValueError if a record, whose fields are named by role, lacks an input of its task."""
+    if not record.fields.keys() >= set(ROLES[task].inputs):
+        found, needed = ", ".join(record.fields), ", ".join(ROLES[task].inputs)
+        raise ValueError(f"{record.source}:{record.line}: found {found}; {task} needs {needed}")
+
+
 def columns_of(records: Sequence[Record]) -> list[str]:
     """The names of all fields in the order in which they are first met."""
     return list(dict.fromkeys(name for record in records for name in record.fields))

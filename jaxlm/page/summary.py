@@ -9,6 +9,7 @@ from jaxlm.files import absolute
 from jaxlm.page.blocks import shown
 from jaxlm.page.files import Files
 from jaxlm.training.goodput import account
+from jaxlm.training.metrics import usual_mode
 
 FAMILIES = {
     "gpt": "A decoder",
@@ -60,7 +61,7 @@ def _held_out(files: Files) -> str:
     """By what the run chooses its checkpoints, else by the loss."""
     rule = files.config["checkpoint"]
     metric = rule["best_metric"] or "loss"
-    best = max if rule["best_metric"] and rule["best_mode"] == "max" else min
+    best = max if (rule["best_mode"] or usual_mode(metric)) == "max" else min
     found = [(x[metric], x["step"]) for x in files.evaluations if _is_number(x.get(metric))]
     if not found:
         return ""

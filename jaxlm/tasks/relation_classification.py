@@ -75,11 +75,8 @@ class RelationClassification(SequenceClassification):
         return ""
 
     def features(self, record: Any) -> tuple[list[Feature], bool]:
-        """Raises ValueError with the record's place if it has not two entities."""
-        try:
-            text, entities = read_entities(record.fields)
-        except ValueError as error:
-            raise ValueError(f"{record.source}:{record.line}: {error}") from error
+        """Raises ValueError if the record has not two entities."""
+        text, entities = read_entities(record.fields)
         marked, places = mark(text, entities, self.markers)
         ids, spans = self.tokenizer.encode_with_offsets(marked)
         ends_N2 = [token_span(spans, place) for place in places]

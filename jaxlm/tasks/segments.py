@@ -29,6 +29,6 @@ def make_segments(parts: Sequence[Laid], **keys: Any) -> Feature:
 
 
 def check_usable(task: Any, record: Any) -> None:
-    """Raises ValueError, with file and line, for a record of which no feature can be made, be it for prediction only."""
+    """Raises ValueError for a record of which no feature can be made, be it for prediction only."""
     if why := task.problem(record, training=False):
-        raise ValueError(f"{record.source}:{record.line}: {why}")
+        raise ValueError(why)

@@ -89,10 +89,11 @@ class TokenClassification:
         Raises:
           ValueError: fewer than two labels, or labels of spans beside others.
         """
-        rows = [row for record in records if (row := record.fields.get("labels"))]
+        # A row with an empty label is a problem of its own, and says nothing about the others.
+        rows = [row for record in records if (row := record.fields.get("labels")) and "" not in row]
         scheme = tags.detect_scheme(rows)
         scheme = "BIO" if scheme == "IOB1" else scheme
-        labels = sorted({label for row in rows for label in read_labels(row, scheme)} - {""})
+        labels = sorted({label for row in rows for label in read_labels(row, scheme)})
         if len(labels) < 2:
             raise ValueError(
                 f"token classification: found the labels {labels}: expected two or more"

@@ -12,6 +12,7 @@ are the model's. `opt_state` holds every other array of the state. `manifest` is
 import functools
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from jaxlm.parallel import processes
 from jaxlm.parallel.mesh import path_names
 from jaxlm.training import partition, stored
 from jaxlm.training.guards import finite_problems
+from jaxlm.training.metrics import usual_mode
 from jaxlm.training.saving import Saver, retention
 from jaxlm.training.state import TrainState
 
@@ -42,7 +44,7 @@ class Checkpoints:
       keep_last: how many of the newest to keep.
       keep_every: also keep each multiple of this step; 0 keeps none for that reason.
       best_metric: also keep the best by this evaluation metric; '' keeps none for that reason.
-      best_mode: 'min' or 'max'.
+      best_mode: 'min', 'max', or '' for what the metric's name says (`metrics.usual_mode`).
     """
 
     def __init__(
@@ -52,11 +54,12 @@ class Checkpoints:
         keep_last: int = 2,
         keep_every: int = 0,
         best_metric: str = "",
-        best_mode: str = "min",
+        best_mode: str = "",
     ):
         self.directory = absolute(workdir) / FOLDER
         self.best_metric = best_metric
-        options = retention(keep_last, keep_every, best_metric, best_mode)
+        mode = best_mode or usual_mode(best_metric)
+        options = retention(keep_last, keep_every, best_metric, mode)
         self._saver = Saver(self.directory, options)
 
     def steps(self) -> list[int]:
@@ -77,7 +80,8 @@ class Checkpoints:
     ) -> None:
         """Starts to save; returns when the arrays are copied off the devices.
 
-        `metrics` are those of the evaluation at this very step (None: the step does not compete for best).
+        `metrics` are those of the evaluation at this very step (None: the step does not compete for best, as it does not
+        where the metric is not finite: Orbax would take that for the best of all).
 
         Raises:
           NotSaved: if this cannot be saved, or what was saved before could not.
@@ -89,6 +93,7 @@ class Checkpoints:
                 f"checkpoint.best_metric {self.best_metric!r} is not among the evaluation metrics "
                 f"{sorted(metrics)}"
             )
+        competes = competes and math.isfinite(metrics[self.best_metric])
         best = {self.best_metric: metrics[self.best_metric]} if competes else None
         items = split_state(state)
         started = stored.start_manifest(manifest | {"metrics": best}, items)
@@ -289,6 +294,12 @@ def fitting(
 def evaluated_item(step_dir: Path) -> str:
     """The parameters that evaluation and use take: 'ema' where the run averaged them, else 'params'."""
     return "ema" if (step_dir / "ema").is_dir() else "params"
+
+
+def split_step(checkpoint: str) -> tuple[str, int | None]:
+    """'W@7' -> ('W', 7), 'W' -> ('W', None); a path may have other @s."""
+    path, _, step = checkpoint.rpartition("@")
+    return (path, int(step)) if path and step.isdecimal() else (checkpoint, None)
 
 
 def find_step(path: str | Path, step: int | None = None) -> Path:

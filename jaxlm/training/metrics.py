@@ -13,6 +13,15 @@ from jaxlm.files import Appender, as_path, is_remote, write_text
 
 # Of these the last value says more than the mean over the steps between two log lines.
 LAST = ("learning_rate", "param_norm")
+LESS_IS_BETTER = (
+    "loss",
+    "nll",
+    "perplexity",
+    "bits_per_byte",
+    "mse",
+    "dropped",
+    "router",
+)  # in a name
 
 
 class MetricSums:
@@ -126,6 +135,11 @@ class MetricWriter:
             self._wandb.finish()
 
 
+def usual_mode(metric: str) -> str:
+    """'min' or 'max': what the best value of a metric is, by its name ('mlm_loss', 'text/bits_per_byte', 'rouge1')."""
+    return "min" if any(part in metric.rsplit("/", 1)[-1] for part in LESS_IS_BETTER) else "max"
+
+
 def drop_after(path: str | Path, step: int, *, evaluation_left: bool = False) -> None:
     """Removes the lines of a JSON-lines file whose `step` is larger, and a line cut off by a kill; atomically.
 
@@ -135,13 +149,14 @@ def drop_after(path: str | Path, step: int, *, evaluation_left: bool = False) ->
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            continue
-        content = json.loads(line)
-        again = evaluation_left and content.get("split") != "train"
-        if content["step"] <= step - again:
-            kept.append(line)
+    with path.open(encoding="utf-8") as lines:  # not splitlines(): samples have U+2028 inside
+        for line in lines:
+            if not line.endswith("\n"):
+                continue
+            content = json.loads(line)
+            again = evaluation_left and content.get("split") != "train"
+            if content["step"] <= step - again:
+                kept.append(line)
     write_text(path, "".join(kept))
 
 

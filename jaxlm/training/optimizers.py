@@ -339,9 +339,9 @@ def _refuse_shared_layers(axes: PyTree, params: PyTree, num_layers: int) -> None
 # --- around the optimizer ---------------------------------------------------------------------------------------------
 
 
-def global_norm(grads: PyTree) -> jax.Array:
-    """The norm of all gradients together, a float32 scalar."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
+def global_norm(tree: PyTree) -> jax.Array:
+    """The norm of all arrays together, a float32 scalar: optax's sums in the arrays' own dtype."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
 
 def clip_scale(norm: jax.Array, max_norm: float) -> jax.Array:

@@ -93,7 +93,7 @@ def make_train_step(
         scalars = {
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(new_state.params),
+            "param_norm": global_norm(new_state.params),
             "skipped": 1.0 - finite,
         }
         if state.spikes is not None:

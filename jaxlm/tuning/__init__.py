@@ -13,7 +13,6 @@ from jaxlm.tuning.prediction import (
     TASK_FILE,
     Finetuned,
     Predictor,
-    best_step,
     is_finetuned,
     load_finetuned,
 )
@@ -25,7 +24,14 @@ from jaxlm.tuning.run import (
     prepare,
     write_task,
 )
-from jaxlm.tuning.source import Repair, Source, open_source, read_weights, refuse_strangers
+from jaxlm.tuning.source import (
+    Repair,
+    Source,
+    best_step,
+    open_source,
+    read_weights,
+    refuse_strangers,
+)
 from jaxlm.tuning.splits import Split
 
 __all__ = [

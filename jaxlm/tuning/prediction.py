@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from jaxlm import build
 from jaxlm import program as programs
-from jaxlm.data.columns import Columns
+from jaxlm.data.columns import Columns, check_inputs
 from jaxlm.data.examples import EvalExamples, Shapes, plan_eval_shapes
 from jaxlm.data.records import Record
 from jaxlm.files import as_path
@@ -24,7 +24,7 @@ from jaxlm.parallel import mesh as meshes
 from jaxlm.tasks import TASKS
 from jaxlm.tasks.base import make_layout
 from jaxlm.training.metrics import MetricSums, one_behind, with_perplexity
-from jaxlm.tuning.source import Source
+from jaxlm.tuning.source import Source, best_step
 from jaxlm.tuning.splits import Split, make_split, read_whole
 from jaxlm.tuning.writing import make_writer, write_texts
 
@@ -195,11 +195,17 @@ class Finetuned:
 
     def predict(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
         """A prediction for each row: a text, or the fields of a record by role (text, text_pair, words, context, …; for a
-        model of dialogues messages, or an instruction and an input; for one of pairs a source and a control)."""
+        model of dialogues messages, or an instruction and an input; for one of pairs a source and a control).
+
+        Raises:
+          ValueError: naming the first row that lacks what the task reads.
+        """
         fields = [{"text": row} if isinstance(row, str) else dict(row) for row in rows]
-        records = [Record("", number + 1, row) for number, row in enumerate(fields)]
+        records = [Record("row", number, row) for number, row in enumerate(fields, 1)]
         if writes(self.predictor.task):
             return self.predictor.write(self.params, records)
+        for record in records:
+            check_inputs(record, self.predictor.config.task.name)
         split = make_split("rows", self.predictor.task, records)
         return self.predictor.predict(self.params, split)[1]
 
@@ -208,12 +214,6 @@ def is_finetuned(path: str | Path) -> bool:
     """Whether a workdir, or one of its checkpoints, is of a fine-tuning run."""
     path = as_path(path)
     return any((folder / TASK_FILE).is_file() for folder in (path, *path.parents[:2]))
-
-
-def best_step(path: str | Path) -> int | None:
-    """The step that a finished fine-tuning run reports; None for any other folder."""
-    report = as_path(path) / "report.json"
-    return json.loads(report.read_text(encoding="utf-8"))["step"] if report.is_file() else None
 
 
 def load_finetuned(path: str | Path, step: int | None = None) -> Finetuned:

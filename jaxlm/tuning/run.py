@@ -32,6 +32,7 @@ from jaxlm.parallel import processes
 from jaxlm.tasks import TASKS
 from jaxlm.tokenizers import META, is_saved, load_tokenizer
 from jaxlm.training import optimizers, partition
+from jaxlm.training.metrics import usual_mode
 from jaxlm.training.state import TrainState
 from jaxlm.tuning.prediction import (
     TASK_FILE,
@@ -146,6 +147,14 @@ def complete(config: ConfigDict, source: Source, task: Any, num_examples: int) -
             problems.append(
                 f"data.augment_*: what {config.task.name} marks in its text would be lost; set them to 0"
             )
+    if config.evals_per_epoch <= 0:
+        problems.append(f"evals_per_epoch {config.evals_per_epoch}: set it above 0")
+    best_metric = config.checkpoint.best_metric or task.best_metric
+    if writes(task) and not config.eval.dev_texts and best_metric.startswith(task.metrics):
+        problems.append(
+            f"checkpoint.best_metric {best_metric!r} is a score of texts that are written, and no evaluation writes any: "
+            "set --config.eval.dev_texts=100"
+        )
     if problems:
         raise config_checks.cannot_run(problems)
     steps_per_epoch = num_examples / config.batch_size
@@ -168,7 +177,8 @@ def complete(config: ConfigDict, source: Source, task: Any, num_examples: int) -
         completed.num_train_steps = num_steps
         completed.eval_every_steps = completed.checkpoint_every_steps = every
         completed.optimizer.schedule.warmup_steps = round(config.warmup_ratio * num_steps)
-        completed.checkpoint.best_metric = config.checkpoint.best_metric or task.best_metric
+        completed.checkpoint.best_metric = best_metric
+        completed.checkpoint.best_mode = config.checkpoint.best_mode or usual_mode(best_metric)
     return completed
 
 
@@ -362,7 +372,8 @@ def write_task(workdir: Path, name: str, fitted: Mapping[str, Any]) -> None:
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(content))
-        if differing := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
+        # Keys that an older run's file lacks say nothing against it.
+        if differing := [key for key, value in before.items() if now.get(key) != value]:
             raise ValueError(
                 f"{path} holds other {', '.join(differing)} than the training file gives now: take another --workdir, or "
                 "the file that the run began with"

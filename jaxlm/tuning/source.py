@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from jaxlm import build, config_files
+from jaxlm.files import as_path
 from jaxlm.interop import convert, hub, tokenizer_files
 from jaxlm.interop.source import read_config
 from jaxlm.models import BODIES, TransformerConfig, lora
 from jaxlm.models.config import EXECUTION
-from jaxlm.training.checkpoints import evaluated_item, find_step, load_tree
+from jaxlm.training.checkpoints import evaluated_item, find_step, load_tree, split_step
 from jaxlm.training.stored import read_manifest
 
 PyTree = Any
@@ -53,7 +55,7 @@ class Source:
 
 
 def open_source(init_from: str) -> Source:
-    """What 'W[@step]' or 'hf:DIR_OR_HUB_ID[@revision]' holds.
+    """What 'W[@step]' (the newest step; of a fine-tuned run the best) or 'hf:DIR_OR_HUB_ID[@revision]' holds.
 
     Raises:
       ValueError, FileNotFoundError: if there is no model, or its tokenizer is another one than it was trained with.
@@ -82,7 +84,8 @@ def open_source(init_from: str) -> Source:
             task=incoming.source.task,
             hf_files=folder,
         )
-    step_dir = find_step(*split_step(init_from))
+    path, step = split_step(init_from)
+    step_dir = find_step(path, best_step(path) if step is None else step)
     workdir = step_dir.parent.parent
     config = config_files.saved_config(workdir / "config.json")
     tokenizer, manifest = build.trained_tokenizer(step_dir), read_manifest(step_dir)
@@ -106,6 +109,12 @@ def open_source(init_from: str) -> Source:
         hf_files=workdir / "tokenizer" / tokenizer_files.KEPT if came_from else None,
         made_up=frozenset(came_from.get("initialised", ())),
     )
+
+
+def best_step(path: str | Path) -> int | None:
+    """The step that a finished fine-tuning run reports; None for any other folder."""
+    report = as_path(path) / "report.json"
+    return json.loads(report.read_text(encoding="utf-8"))["step"] if report.is_file() else None
 
 
 def find_prefix(source: Source) -> tuple[int, ...]:
@@ -132,12 +141,6 @@ def find_decoder_start(source: Source, given: str = "") -> int:
     if role not in roles:
         raise ValueError(f"decoder_start={role!r}: use one of {', '.join(roles)}")
     return roles[role]
-
-
-def split_step(checkpoint: str) -> tuple[str, int | None]:
-    """'W@7' -> ('W', 7), 'W' -> ('W', None)."""
-    path, _, step = checkpoint.rpartition("@")
-    return (path, int(step)) if path and step.isdecimal() else (checkpoint, None)
 
 
 def model_fields(config: TransformerConfig) -> dict[str, Any]:

@@ -113,7 +113,10 @@ def make_split(name: str, task: Any, records: Sequence[Record]) -> Split:
     features: list[Any] = []
     spans, truncated = [], 0
     for record in records:
-        made, was_cut = task.features(record)
+        try:
+            made, was_cut = task.features(record)
+        except ValueError as error:
+            raise ValueError(f"{record.source}:{record.line}: {error}") from error
         spans.append(range(len(features), len(features) + len(made)))
         features += made
         truncated += was_cut
@@ -125,5 +128,13 @@ def make_split(name: str, task: Any, records: Sequence[Record]) -> Split:
             len(records),
             100 * truncated / len(records),
         )
-    is_labelled = all(map(getattr(task, "is_labelled", has_label), records))
+    labelled = sum(map(getattr(task, "is_labelled", has_label), records))
+    if 0 < labelled < len(records):
+        log.warning(
+            "%s: %d of %d records have no label, so it is not scored",
+            name,
+            len(records) - labelled,
+            len(records),
+        )
+    is_labelled = labelled == len(records)
     return Split(name, list(records), spans, Examples(features), truncated, is_labelled)

@@ -211,6 +211,12 @@ def test_a_wrong_argument_lists_all_that_is_wrong_and_what_is_known():
         assert part in str(error.value)
 
 
+def test_a_text_is_taken_as_it_is_and_all_else_without_spaces():
+    arg = " b , x= 3, z= true ,w=translate English to German: "
+    found = common.parse_arg(arg, ("a", "b"), x=1, z=False, w="")
+    assert found == dict(variant="b", x=3, z=True, w="translate English to German: ")
+
+
 def test_arguments_take_the_type_of_their_default():
     found = common.parse_arg("b,x=3,y=0.5,z=false", ("a", "b"), x=1, y=1.0, z=True, w="one")
     assert found == dict(variant="b", x=3, y=0.5, z=False, w="one")

@@ -259,7 +259,7 @@ def test_rows_that_cannot_be_used_are_named(fields, options, training, expected)
 
 
 def test_texts_without_room_are_named_before_they_are_laid_out():
-    with pytest.raises(ValueError, match="rows.csv:7: 3 texts have no room in seq_len 6"):
+    with pytest.raises(ValueError, match="3 texts have no room in seq_len 6"):
         make_task(Embedding, 6).features(ROWS[1])
 
 

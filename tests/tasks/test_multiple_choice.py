@@ -7,6 +7,7 @@ import pytest
 
 from jaxlm.tasks import multiple_choice
 from jaxlm.tasks.multiple_choice import MultipleChoice, choice_log_probs, share_room
+from jaxlm.tuning.splits import make_split
 from tests.tasks.slots import TOKENIZER, Row, layout, loss_of, make_batch, make_task, read
 
 CLS, SEP = TOKENIZER.cls_id, TOKENIZER.sep_id
@@ -165,9 +166,9 @@ def test_rows_that_cannot_be_used_are_named(fields, training, expected):
     assert (expected in problem) if expected else problem == ""
 
 
-def test_a_row_without_choices_is_named_before_it_is_laid_out():
+def test_a_row_without_choices_is_named_with_its_place():
     with pytest.raises(ValueError, match="rows.csv:7: there are no choices"):
-        make_task(MultipleChoice).features(Row(dict(question="q", choices=[])))
+        make_split("dev", make_task(MultipleChoice), [Row(dict(question="q", choices=[]))])
 
 
 def test_a_label_that_names_no_choice_counts_as_wrong_and_has_no_loss():

@@ -1,5 +1,6 @@
 """Relations of two marked entities: marks, their places in tokens, windows around them, the loss and scores."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -221,9 +222,8 @@ def test_relations_without_a_direction_are_scored_as_classes():
 def test_a_row_without_two_entities_says_why_also_in_evaluation(record, said):
     task = make_task()
     assert said in task.problem(record, True) and said in task.problem(record, False)
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match=re.escape(said)):
         task.features(record)
-    assert str(raised.value).startswith("file:7: ") and said in str(raised.value)
 
 
 def test_rows_without_a_label_or_a_text_cannot_be_trained_on():

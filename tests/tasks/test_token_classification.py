@@ -44,6 +44,12 @@ ROWS = [
 ]
 
 
+def test_a_word_without_a_label_says_nothing_about_the_other_rows():
+    spoilt = Row({"words": ["Ada", "wrote"], "labels": ["B-PER", ""]})
+    assert TokenClassification.infer([*ROWS, spoilt]) == TokenClassification.infer(ROWS)
+    assert "word 2 has no label" in make_task().problem(spoilt, True)
+
+
 def make_task(layout=None, rows=ROWS, tokenizer=BERT, **options):
     fitted = TokenClassification.infer(rows, **options)
     return TokenClassification(tokenizer, layout or encoder(tokenizer), fitted, **options)

@@ -1,6 +1,7 @@
 """What is saved comes back bit by bit, where it belongs, or not at all."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from jaxlm.training.checkpoints import (
     load_item,
     load_tree,
     restore_state,
+    split_step,
 )
 from jaxlm.training.state import new_state
 from jaxlm.training.stored import in_short, read_manifest
@@ -86,14 +88,15 @@ def test_parameters_restore_alone_and_onto_a_mesh(tmp_path):
         (dict(keep_last=1, keep_every=20), [20, 40]),
         (dict(keep_last=1, best_metric="loss"), [20, 40]),
         (dict(keep_last=1, best_metric="loss", best_mode="max"), [10, 40]),
+        (dict(keep_last=1, best_metric="accuracy"), [20, 40]),
     ],
 )
 def test_the_right_checkpoints_are_kept(tmp_path, options, kept):
-    losses = {10: 4.0, 20: 1.0, 30: 3.0}
+    losses = {10: 4.0, 20: 1.0, 30: math.nan}  # which Orbax takes for the best
     save(
         tmp_path,
         [10, 20, 30, 40],
-        lambda s: {"loss": losses[s]} if s in losses else None,
+        lambda s: {"loss": losses[s], "accuracy": -losses[s]} if s in losses else None,
         **options,
     )
     assert kept_steps(tmp_path) == kept
@@ -143,6 +146,12 @@ def test_a_missing_step_lists_those_there_are(tmp_path):
     save(tmp_path, [5])
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7 .*found steps \[5\]"):
         find_step(tmp_path, 7)
+
+
+def test_a_step_is_named_after_the_last_at():
+    assert split_step("W@7") == ("W", 7)
+    assert split_step("/home/me@lab/run") == ("/home/me@lab/run", None)
+    assert split_step("/home/me@lab/run@12") == ("/home/me@lab/run", 12)
 
 
 def test_saving_a_step_again_is_an_error_and_not_silence(tmp_path):

@@ -12,6 +12,7 @@ from jaxlm.training.metrics import (
     drop_after,
     one_behind,
     read_metrics,
+    usual_mode,
     with_perplexity,
 )
 
@@ -86,6 +87,30 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path):
 def test_a_line_cut_off_by_a_kill_is_not_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_line_may_hold_what_python_calls_the_end_of_one(tmp_path):
+    samples = tmp_path / "samples.jsonl"
+    lines = [{"step": step, "text": "a\u2028b\x85c"} for step in (1, 2)]
+    samples.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+    drop_after(samples, 1)
+    assert [json.loads(x) for x in samples.read_text().split("\n")[:-1]] == lines[:1]
+
+
+def test_what_is_best_follows_from_a_metrics_name():
+    least = ("loss", "nll", "mlm_loss", "books/bits_per_byte", "perplexity", "mse", "dropped_share")
+    most = (
+        "accuracy",
+        "pair_accuracy",
+        "entity_f1",
+        "bleu",
+        "chrf",
+        "rouge1",
+        "margin",
+        "spearman",
+    )
+    assert {usual_mode(name) for name in least} == {"min"}
+    assert {usual_mode(name) for name in most} == {"max"}
 
 
 def test_dropping_lines_of_a_missing_file_does_nothing(tmp_path):

@@ -411,6 +411,12 @@ def test_clipping_keeps_the_direction_and_bounds_the_global_norm():
     check_clipping(clip_by_global_norm)
 
 
+def test_a_norm_is_summed_in_float32_whatever_the_arrays_are():
+    tree = {"w": jnp.ones((400, 400), jnp.float16)}  # which ends at 65,504
+    assert global_norm(tree) == 400.0
+    assert not jnp.isfinite(optax.tree.norm(tree))
+
+
 def test_clipping_each_array_alone_breaks_that_law():
     def each_alone(grads, max_norm):
         pairs = jax.tree.map(lambda g: clip_by_global_norm(g, max_norm)[0], grads)
