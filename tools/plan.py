@@ -39,7 +39,7 @@ def main(argv):
     logging.getLogger("jaxlm").setLevel(logging.INFO)
     output, planned = Path(args.output), partial(make_plan, cache=Path(args.cache))
     if args.search:
-        plan = find_best(args.config, args.topology, planned, output / "search", args.search)
+        plan = find_best(args.config, args.topology, planned, args.search)
     else:
         plan = planned(args.config, args.topology)
     write_plan(plan, output)
@@ -47,26 +47,18 @@ def main(argv):
     sys.exit(0 if plan["fits"] else 1)
 
 
-def find_best(config, topology, planned, folder, count):
+def find_best(config, topology, planned, count):
     """The best plan of the shortlist; prints the ranking."""
     machine = parse_topology(topology)
-    num_params = plan_program(any_mesh(config), machine).num_params
-    plans = search.search(config, machine, planned, num_params, folder, count)
+    num_params = plan_program(search.any_mesh(config, machine), machine).num_params
+    plans = search.search(config, machine, planned, num_params, count)
     if not plans:
         sys.exit(
-            f"no mesh of {topology} holds {num_params / 1e9:.1f}B parameters with batch_size={config.batch_size}: take a larger "
-            "slice, or a batch_size that more ways divide"
+            f"no mesh of {topology} holds {num_params / 1e9:.1f}B parameters with batch_size={config.batch_size} and "
+            f"eval.batch_size={config.eval.batch_size}: take a larger slice, or batches that more ways divide"
         )
     print(search.format_ranking(plans), end="\n\n")
     return plans[0]
-
-
-def any_mesh(config):
-    """The config on a mesh that every model can have, to count its parameters."""
-    changed = config.copy_and_resolve_references()
-    with changed.unlocked():
-        changed.mesh.update({axis: 1 for axis in changed.mesh} | {"data": -1})
-    return changed
 
 
 if __name__ == "__main__":

@@ -72,7 +72,15 @@ def lower(program: Program) -> jax.stages.Lowered:
 
 
 def plan_program(config: ConfigDict, topology: Topology) -> Program:
-    """The program of a pretraining config on a topology's devices; nothing is allocated and no text is read."""
+    """The program of a pretraining config on a topology's devices; nothing is allocated and no text is read.
+
+    Raises:
+      ValueError: a config of fine-tuning, or one that the mesh does not fit.
+    """
+    if "task" in config:
+        raise ValueError(
+            "plans are of pretraining, and this config is for python -m jaxlm.finetune"
+        )
     mesh = meshes.make_mesh(**config.mesh, devices=topology_devices(topology))
     tokenizer = stand_in_tokenizer(config.model.vocab_size, config.tokenizer.num_sentinels)
     return make_program(config, mesh, tokenizer)

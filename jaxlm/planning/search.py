@@ -5,23 +5,22 @@ The global batch and the model stay as they are: all that is varied is how they 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from jaxlm.files import write_text
+from jaxlm.config_checks import shared_sizes
 from jaxlm.models.config import TransformerConfig
 from jaxlm.models.flops import train_step_flops
 from jaxlm.models.layers import GATED
-from jaxlm.planning.chips import GIB
+from jaxlm.parallel import mesh as meshes
+from jaxlm.planning.chips import GIB, GPUS_PER_NODE
 from jaxlm.planning.report import describe_mesh
 from jaxlm.planning.topologies import Topology
 
@@ -59,35 +58,56 @@ class Candidate:
             changed.remat, changed.accumulation_steps = self.remat, self.accumulation_steps
         return changed
 
-    @property
-    def key(self) -> str:
-        """A name for what was compiled of it."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
+
+def any_mesh(config: ConfigDict, topology: Topology) -> ConfigDict:
+    """The config on a mesh that every model can have, with a row for each chip: to count its parameters."""
+    changed, rows = config.copy_and_resolve_references(), topology.num_chips
+    with changed.unlocked():
+        changed.mesh.update({axis: 1 for axis in changed.mesh} | {"data": rows})
+        changed.batch_size, changed.eval.batch_size, changed.accumulation_steps = rows, rows, 1
+    return changed
 
 
 def candidates(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
-    """Every way to run the config that divides evenly; `data` is a multiple of the slices. `expert` and `stage` stay as they are."""
-    model, kept = config.model, config.mesh.expert * config.mesh.stage
-    chips = topology.num_chips // kept
+    """Every way to run the config that divides evenly. `expert` and `stage` stay as they are."""
+    chips = topology.num_chips // kept_ways(config)
     for tensor, context in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
-        if chips % (tensor * context) or (context > 1 and config.seq_len % (context * 128)):
+        if chips % (tensor * context):
             continue
-        if any(size % tensor for size in (model.num_heads, model.num_kv_heads, model.mlp_dim)):
-            continue
-        if model.vocab_size % tensor or (context > 1 and config.seq_len < 8192):
+        if context > 1 and (config.seq_len < 8192 or config.seq_len % (context * 128)):
             continue
         rest = chips // (tensor * context)
         for fsdp in divisors(rest):
-            data = rest // fsdp
-            if (
-                data % topology.num_slices
-                or model.emb_dim % fsdp
-                or config.batch_size % (rest * kept)
-            ):
-                continue
-            rows = config.batch_size // (rest * kept)
-            for remat, parts in itertools.product(REMATS, divisors(rows)):
-                yield Candidate(data, fsdp, tensor, context, remat, parts)
+            whole = Candidate(rest // fsdp, fsdp, tensor, context, "none", 1)
+            if divides(whole.apply(config), topology):
+                for remat, parts in itertools.product(REMATS, possible_parts(whole, config)):
+                    yield replace(whole, remat=remat, accumulation_steps=parts)
+
+
+def divides(config: ConfigDict, topology: Topology) -> bool:
+    """Whether the config's mesh divides its sizes, and the topology's slices its mesh."""
+    sizes, slices = config.mesh, bound_slices(topology)
+    if sizes.data % slices and sizes.stage % slices:
+        return False
+    mesh = AbstractMesh(tuple(sizes[axis] for axis in meshes.MESH_AXES), meshes.MESH_AXES)
+    return not meshes.misfits(mesh, shared_sizes(config))
+
+
+def bound_slices(topology: Topology) -> int:
+    """Slices that only `data` or `stage` may span (`meshes.lay_out`): of TPUs, while any axis may span nodes of GPUs."""
+    return topology.num_slices if topology.chip.platform == "tpu" else 1
+
+
+def kept_ways(config: ConfigDict) -> int:
+    """Over how many devices `expert` and `stage` spread parameters and rows, whatever the candidate."""
+    return config.mesh.expert * config.mesh.stage
+
+
+def possible_parts(candidate: Candidate, config: ConfigDict) -> list[int]:
+    """In how many parts the batch can be taken on a candidate's mesh, ascending."""
+    rows = config.batch_size // (candidate.data * candidate.fsdp * kept_ways(config))
+    passing = max(1, config.pipeline_micro_batches) if config.mesh.stage > 1 else 1
+    return [parts for parts in divisors(rows) if config.batch_size // parts % passing == 0]
 
 
 def divisors(n: int) -> list[int]:
@@ -98,9 +118,9 @@ def divisors(n: int) -> list[int]:
 def rough_bytes(candidate: Candidate, config: ConfigDict, num_params: int) -> float:
     """Bytes of one device: state, gradients, and what a micro-batch's layers keep for the backward pass."""
     c, model = candidate, config.model
-    state = num_params * (STATE_BYTES + GRADIENT_BYTES) / (c.fsdp * c.tensor)
-    tokens = config.batch_size * config.seq_len
-    tokens /= c.data * c.fsdp * c.context * c.accumulation_steps
+    ways = c.fsdp * kept_ways(config)
+    state = num_params * (STATE_BYTES + GRADIENT_BYTES) / (ways * c.tensor)
+    tokens = config.batch_size * config.seq_len / (c.data * ways * c.context * c.accumulation_steps)
     heads = (model.num_heads + model.num_kv_heads) * model.head_dim * 2
     gates = 2 if model.activation in GATED else 1
     inner = (heads + gates * model.mlp_dim) / c.tensor
@@ -125,33 +145,36 @@ def rough_seconds(
         options, config.batch_size, config.seq_len, config.seq_len, causal=config.family == "gpt"
     )
     compute = flops * (1 + RECOMPUTED[c.remat]) / topology.num_chips / chip.peak_flops / REACHABLE
-    link = chip.axis_bandwidth
-    tokens = config.batch_size * config.seq_len / (c.data * c.fsdp * c.context)
+    tokens = config.batch_size * config.seq_len / (c.data * c.fsdp * c.context * kept_ways(config))
     passes = 4 + 2 * (c.remat == "full")  # all-reduces of a layer's activations
     exposed = 0.0
     if c.tensor > 1:
+        link = bandwidth(topology, 1, c.tensor)
         exposed += options.num_layers * passes * 2 * tokens * options.emb_dim * 2 / link
     if c.context > 1:
-        exposed += (
-            options.num_layers
-            * 6
-            * tokens
-            * c.context
-            * options.num_kv_heads
-            * options.head_dim
-            * 2
-            / c.tensor
-            / link
-        )
-    weights = num_params * 2 / c.tensor
-    traffic = 0.0
+        heads = options.num_kv_heads * options.head_dim / c.tensor
+        link = bandwidth(topology, c.tensor, c.context)
+        exposed += options.num_layers * 6 * tokens * c.context * heads * 2 / link
+    weights = num_params / (c.tensor * kept_ways(config))  # that the devices of `fsdp` share
+    traffic, inner = 0.0, c.tensor * c.context * config.mesh.expert
     if c.fsdp > 1:
-        traffic += 3 * weights * c.accumulation_steps / link
+        link = bandwidth(topology, inner, c.fsdp)
+        traffic += 3 * weights * 2 * c.accumulation_steps / link
     if c.data > 1:
-        traffic += 2 * 2 * num_params * 2 / (c.tensor * c.fsdp) / link
-    if topology.num_slices > 1:
-        traffic += 2 * num_params * 4 / (c.tensor * c.fsdp) / chip.dcn_bandwidth
+        link = bandwidth(topology, inner * c.fsdp * config.mesh.stage, c.data)
+        traffic += 2 * 2 * weights / c.fsdp * 2 / link
+    if bound_slices(topology) > 1:
+        traffic += 2 * weights / c.fsdp * 4 / chip.dcn_bandwidth
     return compute + exposed + max(0.0, traffic - 0.8 * compute)
+
+
+def bandwidth(topology: Topology, stride: int, ways: int) -> float:
+    """Bytes/s of an axis of `ways` devices, `stride` apart in the mesh's order: inside a slice of TPUs, inside a node of GPUs, or,
+    where it spans nodes, of the network that its members in one node have."""
+    chip = topology.chip
+    if chip.platform == "tpu" or stride * ways <= GPUS_PER_NODE:
+        return chip.axis_bandwidth
+    return max(1, GPUS_PER_NODE // stride) * chip.dcn_bandwidth
 
 
 def shortlist(
@@ -178,24 +201,17 @@ def search(
     topology: Topology,
     make_plan: Callable[[ConfigDict, str], dict[str, Any]],
     num_params: int,
-    folder: Path,
     count: int,
 ) -> list[dict[str, Any]]:
-    """The plans of the shortlist, those that fit first and then the fastest; each is kept in `folder` and not made twice.
+    """The plans of the shortlist, those that fit first and then the fastest.
 
     A candidate that does not fit is tried again in twice as many parts, where the batch allows.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     plans = []
     for candidate in shortlist(config, topology, num_params, count):
         while candidate is not None:
-            path = folder / f"{candidate.key}.json"
-            if path.exists():
-                plan = json.loads(path.read_text(encoding="utf-8"))
-            else:
-                log.info("planning %s", candidate)
-                plan = make_plan(candidate.apply(config), topology.name)
-                write_text(path, json.dumps(plan, indent=1) + "\n")
+            log.info("planning %s", candidate)
+            plan = make_plan(candidate.apply(config), topology.name)
             plans.append(plan)
             candidate = None if plan["fits"] else more_parts(candidate, config)
     return sorted(plans, key=lambda p: (not p["fits"], p.get("estimated_step_seconds", math.inf)))
@@ -203,12 +219,9 @@ def search(
 
 def more_parts(candidate: Candidate, config: ConfigDict) -> Candidate | None:
     """The candidate with the next larger number of parts that at least doubles, or None."""
-    c = candidate
-    rows = config.batch_size // (c.data * c.fsdp)
-    larger = [k for k in divisors(rows) if k >= 2 * c.accumulation_steps]
-    if not larger:
-        return None
-    return Candidate(c.data, c.fsdp, c.tensor, c.context, c.remat, larger[0])
+    least = 2 * candidate.accumulation_steps
+    larger = [parts for parts in possible_parts(candidate, config) if parts >= least]
+    return replace(candidate, accumulation_steps=larger[0]) if larger else None
 
 
 def format_ranking(plans: list[dict[str, Any]]) -> str:

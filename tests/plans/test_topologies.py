@@ -6,11 +6,15 @@ import sys
 
 import pytest
 from jax.extend import core as jax_core
+from jax.sharding import AbstractMesh
 
 from configs import bert, gpt
-from jaxlm.parallel.mesh import make_mesh
+from jaxlm.config_checks import check_config
+from jaxlm.config_files import read_config
+from jaxlm.parallel.mesh import MESH_AXES, make_mesh
+from jaxlm.plan import make_plan
 from jaxlm.planning import search, topologies
-from jaxlm.planning.compiling import read_too_large, stand_in_tokenizer
+from jaxlm.planning.compiling import plan_program, read_too_large, stand_in_tokenizer
 from jaxlm.planning.memory import state_bytes
 from jaxlm.program import make_program
 
@@ -137,41 +141,116 @@ def test_the_bytes_of_the_state_are_divided_as_the_mesh_says(gpt2):
 # --- the search -------------------------------------------------------------------------------------------------------
 
 
-def test_every_candidate_covers_the_machine_and_divides_the_model():
-    config = gpt.get_config("llama3_1b")
-    topology = topologies.parse_topology("2xv5e-16")
+LLAMA_70B = ("llama3_70b", 70.6e9, {"batch_size": 64, "eval.batch_size": 64})
+MIXTRAL = ("mixtral_8x7b", 46.7e9, {"batch_size": 256, "eval.batch_size": 256})
+
+
+def read(variant, **fields):
+    return read_config(f"configs/gpt.py:{variant}", fields)
+
+
+def check_runs(config, topology):
+    """What `jaxlm.pretrain` would ask of the config on that machine."""
+    mesh = AbstractMesh(tuple(config.mesh[axis] for axis in MESH_AXES), MESH_AXES)
+    assert mesh.size == topology.num_chips
+    check_config(config, mesh, stand_in_tokenizer(config.model.vocab_size), 0)
+
+
+@pytest.mark.parametrize(
+    "variant, name, fields",
+    [
+        ("llama3_1b", "2xv5e-16", {}),
+        ("llama3_1b", "v5e-64", {"batch_size": 64, "eval.batch_size": 16}),
+        ("llama3_70b", "v5p-64", {"batch_size": 64, "mesh.stage": 4, "pipeline_micro_batches": 16}),
+        ("mixtral_8x7b", "v5p-64", {"batch_size": 64, "mesh.expert": 2}),
+        ("llama3_70b", "2xv5p-64", {"batch_size": 64, "mesh.stage": 2}),
+        ("llama3_8b", "h100x16", {"batch_size": 64}),
+    ],
+)
+def test_every_candidate_can_run_and_in_more_parts_too(variant, name, fields):
+    config, topology = read(variant, **fields), topologies.parse_topology(name)
     found = list(search.candidates(config, topology))
     assert found
+    slices = 1 if name.startswith("h100") else topology.num_slices
     for c in found:
-        assert c.data * c.fsdp * c.tensor * c.context == 32 and c.data % 2 == 0
-        assert config.batch_size % (c.data * c.fsdp * c.accumulation_steps) == 0
-        assert config.model.num_kv_heads % c.tensor == 0
-        changed = c.apply(config)
-        assert (changed.mesh.fsdp, changed.remat) == (c.fsdp, c.remat)
+        assert c.data % slices == 0 or config.mesh.stage % slices == 0
+        assert (more := search.more_parts(c, config)) is None or more in found
+        check_runs(c.apply(config), topology)
 
 
-def test_what_cannot_fit_is_not_compiled_and_the_rest_is_not_compiled_twice(tmp_path):
-    config = gpt.get_config("llama3_1b")
-    topology = topologies.parse_topology("v5e-16")
-    compiled = []
+@pytest.mark.parametrize(
+    "model, name, fields, mesh",
+    [
+        (LLAMA_70B, "h100x64", {}, dict(data=1, fsdp=64)),  # over nodes
+        (LLAMA_70B, "v5p-64", {"mesh.stage": 4}, dict(data=1, fsdp=8)),
+        (MIXTRAL, "v5p-64", {"mesh.expert": 8}, dict(data=1, fsdp=4)),
+        (LLAMA_70B, "2xv5p-64", {"mesh.stage": 2}, dict(data=1, fsdp=32)),  # stages over slices
+    ],
+)
+def test_meshes_that_hold_a_large_model_are_candidates(model, name, fields, mesh):
+    variant, num_params, batches = model
+    config, topology = read(variant, **batches, **fields), topologies.parse_topology(name)
+    found = search.shortlist(config, topology, int(num_params), 1000)
+    assert any(mesh.items() <= vars(c).items() for c in found), found
 
-    def fake_plan(config, name):
-        compiled.append(config.remat)
-        fits = config.accumulation_steps > 1
-        return dict(
-            fits=fits, estimated_step_seconds=1.0, hbm_bytes=1, mesh={}, remat=config.remat,
-            estimated_mfu=0.5, accumulation_steps=config.accumulation_steps,
-        )  # fmt: skip
 
-    arguments = (config, topology, fake_plan, int(1.24e9), tmp_path, 3)
-    plans = search.search(*arguments)
-    assert plans[0]["fits"] and len(plans) >= 3
-    first = len(compiled)
-    assert search.search(*arguments) == plans and len(compiled) == first
-    assert "does not fit" in search.format_ranking([*plans, plans[0] | {"fits": False}])
+def test_nodes_of_gpus_exchange_over_their_network_and_slices_of_tpus_are_counted_apart():
+    nodes, slices = map(topologies.parse_topology, ("h100x16", "2xv5e-16"))
+    found = [search.bandwidth(nodes, *group) for group in ((1, 8), (1, 16), (4, 4), (8, 2))]
+    h100, v5e = nodes.chip, slices.chip
+    assert found == [h100.axis_bandwidth, *(k * h100.dcn_bandwidth for k in (8, 2, 1))]
+    assert search.bandwidth(slices, 1, 32) == v5e.axis_bandwidth
+
+
+@pytest.mark.parametrize(
+    "variant, name, fields",
+    [
+        ("llama3_1b", "v5e-64", {"batch_size": 64, "accumulation_steps": 4}),
+        ("llama3_8b", "v5p-256", {"batch_size": 64}),
+        ("mixtral_8x7b", "v5p-128", {"mesh.expert": 8, "mesh.data": 1, "mesh.fsdp": -1}),
+    ],
+)
+def test_parameters_are_counted_whatever_the_batch_and_the_mesh(variant, name, fields):
+    topology = topologies.parse_topology(name)
+    check_runs(search.any_mesh(read(variant, **fields), topology), topology)
+
+
+def fake_plan(config, name):
+    """A plan without a compiler: what is taken in 8 parts or fewer does not fit."""
+    return dict(
+        topology=name, seq_len=config.seq_len, remat=config.remat, mesh={}, hbm_bytes=1,
+        accumulation_steps=config.accumulation_steps, fits=config.accumulation_steps > 8,
+        estimated_step_seconds=1.0, estimated_mfu=0.5,
+    )  # fmt: skip
+
+
+def test_what_does_not_fit_is_planned_in_more_parts():
+    config, topology = read("llama3_1b"), topologies.parse_topology("v5p-32")
+    plans = search.search(config, topology, fake_plan, int(1.24e9), 3)
+    assert plans[0]["fits"] and not plans[-1]["fits"]
+    parts = {plan["accumulation_steps"] for plan in plans}
+    assert {8, 16} <= parts and len(plans) > 3, plans
+    assert "does not fit" in search.format_ranking(plans)
+
+
+def test_the_plans_of_a_search_are_of_its_config_and_machine():
+    for name, seq_len in (("v5p-128", 8192), ("v5p-128", 4096), ("v4-128", 4096)):
+        config = read("llama3_8b", batch_size=128, seq_len=seq_len)
+        topology = topologies.parse_topology(name)
+        plans = search.search(config, topology, fake_plan, int(8e9), 2)
+        assert {(plan["topology"], plan["seq_len"]) for plan in plans} == {(name, seq_len)}
 
 
 def test_a_model_that_no_mesh_can_hold_leaves_nothing_to_try():
     config = gpt.get_config("llama3_70b")
     topology = topologies.parse_topology("v5e-4")
     assert search.shortlist(config, topology, int(70e9), 5) == []
+
+
+def test_a_config_of_fine_tuning_is_refused_before_any_device_is_asked_for():
+    config = read_config("configs/finetune/classification.py:train=a.csv", {})
+    with pytest.raises(ValueError, match="plans are of pretraining.*jaxlm.finetune"):
+        make_plan(config, "v5e-1")
+    with pytest.raises(ValueError, match="plans are of pretraining"):
+        topology = topologies.parse_topology("v5e-1")
+        plan_program(search.any_mesh(config, topology), topology)
