@@ -1,5 +1,6 @@
 """Where and with what a run works: its config on these devices, its workdir and what lies there, its data."""
 
+import math
 import shutil
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from jaxlm.planning.compiling import stand_in_tokenizer
 from jaxlm.program import Program, make_program
 from jaxlm.tokenizers import is_saved, load_tokenizer
 from jaxlm.training import stored
-from jaxlm.training.checkpoints import Checkpoints, find_step, find_steps
+from jaxlm.training.checkpoints import FOLDER, Checkpoints, find_step, find_steps
 from jaxlm.training.state import TrainState
 
 PROBE_BYTES = 64 << 20
@@ -79,7 +80,7 @@ def make_folder(folder: Path) -> str:
 
 
 def check_room(patient: Patient) -> Said:
-    """Room on the workdir's disk for the checkpoints that the config keeps, and the one that is being written."""
+    """Room on the workdir's disk for the checkpoints that are still to come."""
     if patient.workdir is None or is_remote(patient.workdir):
         return
     there = next(p for p in (patient.workdir, *patient.workdir.absolute().parents) if p.exists())
@@ -87,19 +88,25 @@ def check_room(patient: Patient) -> Said:
     if program is None:
         yield OK, f"{free / GB:,.1f} GB are free"
         return
-    kept = patient.config.checkpoint.keep_last + 1
-    wanted = kept * checkpoint_bytes(program)
-    says = f"{free / GB:,.1f} GB are free, {kept} checkpoints take {wanted / GB:,.1f} GB"
+    there_are = len(find_steps(patient.workdir / FOLDER))
+    more = max(1, most_checkpoints(patient.config) - there_are)
+    wanted = more * checkpoint_bytes(program)
+    says = f"{free / GB:,.1f} GB are free, {more} more checkpoints take {wanted / GB:,.1f} GB"
     if free < wanted:
-        yield (
-            FAIL,
-            says,
-            "free some room, take another --workdir, or a smaller checkpoint.keep_last",
-        )
+        mend = "free some room, take another --workdir, a smaller checkpoint.keep_last or a larger checkpoint.keep_every"
+        yield FAIL, says, mend
     elif free < 2 * wanted:
         yield WARN, says, "free some room: the run's other files and the next one want some, too"
     else:
         yield OK, says
+
+
+def most_checkpoints(config: ConfigDict) -> int:
+    """How many checkpoints a run may have at a time: the newest, the one that is being written, the best, each `keep_every`."""
+    kept = config.checkpoint
+    every = math.lcm(kept.keep_every, config.checkpoint_every_steps)  # 0 if either is
+    for_good = config.num_train_steps // every if every else 0
+    return kept.keep_last + 1 + bool(kept.best_metric) + for_good
 
 
 def write_and_read(folder: Path) -> Said:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlm import doctor
-from jaxlm.doctor import FAIL, OK, WARN, Patient, machine
+from jaxlm.doctor import FAIL, OK, WARN, Patient, machine, workplace
 from tests import tiny
 
 
@@ -126,7 +126,33 @@ def test_checkpoints_that_would_not_fit_are_found_before_they_are_written(store,
     large = tiny.tiny_config(
         "configs/gpt.py:tiny", store, model__emb_dim=1 << 16, model__mlp_dim=1 << 22
     )
-    check_found(Patient(tmp_path, large), "room", FAIL, "3 checkpoints take", "GB", "--workdir")
+    check_found(Patient(tmp_path, large), "room", FAIL, "3 more checkpoints take", "--workdir")
+
+
+@pytest.mark.parametrize(
+    "kept, saved, more",
+    [
+        (dict(), 0, 3),
+        (dict(checkpoint__best_metric="loss"), 0, 4),
+        (dict(checkpoint__keep_every=400), 0, 13),
+        (
+            dict(checkpoint__keep_every=300),
+            0,
+            9,
+        ),  # only what is saved, every 200 steps, can be kept
+        (dict(checkpoint__keep_every=400), 7, 6),
+        (dict(), 7, 1),
+    ],
+)
+def test_room_is_asked_for_all_checkpoints_that_a_run_keeps_and_not_for_those_that_are_there(
+    kept, saved, more, store, tmp_path
+):
+    changes = dict(num_train_steps=4000, checkpoint_every_steps=200) | kept
+    config = tiny.tiny_config("configs/gpt.py:tiny", store, **changes)
+    for step in range(saved):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    (finding,) = workplace.check_room(Patient(tmp_path, config))
+    assert f" {more} more checkpoints take" in finding[1], finding
 
 
 def test_a_mesh_that_the_devices_do_not_make_is_found(config):
