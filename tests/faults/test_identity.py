@@ -139,6 +139,16 @@ def test_a_changed_field_is_refused_with_the_difference_or_allowed(name, folder)
         check_is_refused(config, folder / "run", says_also, **options)
 
 
+def test_the_guide_lists_every_field_that_may_change_on_a_resume():
+    page = (tiny.ROOT / "docs" / "guide" / "robustness.md").read_text("utf-8")
+    (row,) = re.findall(r"^\| execution \|.*$", page, re.M)
+    named = {
+        *re.findall(r"`([\w.]+)`", row),
+        *(f"{x}_every_steps" for x in ("log", "eval", "checkpoint")),
+    }
+    assert "intervals" in row and named == {*identity.EXECUTION_FIELDS}
+
+
 def test_the_law_fails_for_a_field_that_nobody_compares(folder, monkeypatch):
     forgotten = (*identity.EXECUTION_FIELDS, "batch_size")
     monkeypatch.setattr(identity, "EXECUTION_FIELDS", forgotten)
