@@ -214,6 +214,7 @@ def write_splits(name: str, data: Path, folder: Path) -> dict[str, Path]:
 
     Raises:
       FileNotFoundError: if --data has no such data set.
+      ValueError: if a file is there with other rows, of which there may be results.
     """
     source = data / DATASETS[name].folder
     if not source.is_dir():
@@ -225,6 +226,10 @@ def write_splits(name: str, data: Path, folder: Path) -> dict[str, Path]:
     for split, rows in DATASETS[name].read(source).items():
         files[split].parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if files[split].is_file() and files[split].read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"found: rows in {files[split]} that are not those of {source}; change: another --work, or --data"
+            )
         files[split].write_text(text, encoding="utf-8")
     return files
 

