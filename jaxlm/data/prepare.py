@@ -69,7 +69,7 @@ def prepare(
     """Makes the token store `output` from text, and returns its manifest; a store that is already there,
     of the same sources, tokenizer and options, is returned at once.
 
-    sources: 'stdlib', files, folders, globs (`jaxlm.data.sources.find_files`).
+    sources: 'stdlib', files, folders, globs (`jaxlm.data.sources.find_files`). What lies below `output` is no source.
     tokenizer: a tokenizer or its folder.
     split: 'hash' holds out whole documents, by a hash of their text: equal texts are on one side, whatever
       the seed. 'tail' holds out the end of every document, from character int(length * (1 - fraction)).
@@ -91,7 +91,8 @@ def prepare(
     _check_options(split, validation_fraction, max_bad_fraction)
     output = as_path(output)
     work = store_writer.working_folder(output, cache_dir)
-    files = _scan(text_sources.find_files(sources, cache_dir), _known_files(output, work), progress)
+    paths = text_sources.find_files(sources, cache_dir, left_out=[output, work])
+    files = _scan(paths, _known_files(output, work), progress)
     total = sum(file["size"] for file in files)
     recipe = dict(
         source_fingerprint=_fingerprint(files),

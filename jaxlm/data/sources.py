@@ -7,7 +7,8 @@
 
 A text file is one document; one longer than 4 MiB becomes several, cut at ends of lines. A line of
 .jsonl or .ndjson is a JSON object whose `text_field` is the document, and so is a row of Parquet. All but
-Parquet may also be compressed (.gz, .zst). Any other ending is read as text in UTF-8.
+Parquet may also be compressed (.gz, .zst). Any other ending is read as text in UTF-8. The case of an ending
+does not matter, and a byte order mark is no text.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxlm.files import as_path, is_remote, local_copy
+from jaxlm.files import absolute, as_path, is_remote, local_copy
 from jaxlm.near import meant_path
 
 MAX_DOCUMENT_BYTES = 4 << 20  # of text files: a book is whole, and a 2 GB file fits no memory
@@ -92,18 +93,22 @@ def read_documents(
             yield from read_span(span, text_field)
 
 
-def find_files(sources: str | Sequence[str], cache_dir: str = "") -> list[Path]:
+def find_files(
+    sources: str | Sequence[str], cache_dir: str = "", left_out: Sequence[Path] = ()
+) -> list[Path]:
     """The files of 'stdlib', files, folders (all files below, hidden ones left out) and globs.
 
     The order is that of the sources, by name within one; a file that is found twice is read once. Files on a bucket
     are copied to this host first, into `cache_dir` ('': `files.cache_folder`'s).
+    left_out: folders, no file below which is taken.
 
     Raises FileNotFoundError with the list of the sources that name no file.
     """
     found: dict[Path, None] = {}
     missing = []
+    folders = frozenset(map(absolute, left_out))
     for source in [sources] if isinstance(sources, str) else sources:
-        files = _files_of(str(source), cache_dir)
+        files = _files_of(str(source), cache_dir, folders)
         found.update(dict.fromkeys(files))
         if not files:
             near = meant_path(Path(str(source)))
@@ -152,22 +157,30 @@ def read_span(span: Span, text_field: str = "text") -> Iterator[Document | Bad]:
 
 def format_of(path: Path) -> str:
     """'jsonl', 'parquet' or 'text', by the file's name."""
-    name = path.name.removesuffix(compression_of(path))
+    name = path.with_suffix("") if compression_of(path) else path
     return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(
-        Path(name).suffix, "text"
+        name.suffix.lower(), "text"
     )
 
 
 def compression_of(path: Path) -> str:
     """'.gz', '.zst' or '', by the file's name."""
-    return path.suffix if path.suffix in (".gz", ".zst") else ""
+    ending = path.suffix.lower()
+    return ending if ending in (".gz", ".zst") else ""
 
 
-def _files_of(source: str, cache_dir: str) -> list[Path]:
+def _files_of(source: str, cache_dir: str, left_out: frozenset[Path]) -> list[Path]:
     if source == "stdlib":
         return _library_files()
+    is_taken = lambda file: left_out.isdisjoint(absolute(file).parents)
     if is_remote(source):
-        return [local_copy(file, cache_dir) for file in _objects_of(as_path(source))]
+        objects = filter(is_taken, _objects_of(as_path(source)))
+        return [local_copy(file, cache_dir) for file in objects]
+    return list(filter(is_taken, _local_files(source)))
+
+
+def _local_files(source: str) -> list[Path]:
+    """The files of a file, a folder or a glob of this host."""
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
@@ -280,7 +293,8 @@ def _read_text(span: Span, text_field: str) -> Iterator[Document | Bad]:
             data = file.read(span.stop - span.start)
         if data:
             whole = span.start == 0 and span.num_bytes == path.stat().st_size
-            yield _decoded(data, span.path if whole else f"{span.path}@{span.start}")
+            origin = span.path if whole else f"{span.path}@{span.start}"
+            yield _decoded(data, origin, span.start)
         return
     with _open(path) as stream:
         data = stream.read(MAX_DOCUMENT_BYTES)
@@ -288,7 +302,7 @@ def _read_text(span: Span, text_field: str) -> Iterator[Document | Bad]:
         while data:
             window = stream.read(_CUT_WINDOW)
             cut = _cut_point(window)
-            yield _decoded(data + window[:cut], f"{span.path}@{position}")
+            yield _decoded(data + window[:cut], f"{span.path}@{position}", position)
             position += len(data) + cut
             data = window[cut:]
             data += stream.read(MAX_DOCUMENT_BYTES - len(data))
@@ -318,7 +332,7 @@ def _read_lines(span: Span, text_field: str) -> Iterator[Document | Bad]:
 def _parsed(line: bytes, origin: str, text_field: str) -> Document | Bad:
     """The document of one line of JSON."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return Bad("invalid_utf8", origin, str(error))
     except (ValueError, RecursionError) as error:
@@ -344,11 +358,13 @@ def _read_rows(span: Span, text_field: str) -> Iterator[Document | Bad]:
                 row += 1
 
 
-def _decoded(data: bytes, origin: str) -> Document | Bad:
+def _decoded(data: bytes, origin: str, start: int) -> Document | Bad:
+    """The document of a text file's bytes from `start` on; at the file's start a byte order mark may stand."""
     try:
-        return Document(data.decode("utf-8"), origin)
+        text = data.decode("utf-8" if start else "utf-8-sig")
     except UnicodeDecodeError as error:
         return Bad("invalid_utf8", origin, str(error))
+    return Document(text, origin) if text else Bad("empty_text", origin)
 
 
 def _checked(text: Any, origin: str) -> Document | Bad:

@@ -96,6 +96,19 @@ def test_workers_runs_and_buckets_do_not_change_a_byte(source, tmp_path, monkeyp
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two") == files_of(tmp_path / "small")
 
 
+def test_of_more_text_more_is_sorted_at_once_so_that_runs_are_opened_seldom(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "BUCKET_TOKENS", 10)
+    run = runs.Runs(tmp_path, 0, "train", np.dtype(np.uint16))
+    for key in range(1000):
+        run.add(key << 54, np.zeros(10, np.int32), 10)
+    run.flush()
+    opened, load = [], np.load
+    monkeypatch.setattr(np, "load", lambda path, **how: opened.append(path) or load(path, **how))
+    summary = {"number": 0, "splits": {"train": {"num_runs": 1, "num_tokens": 10_000}}}
+    assert len(list(runs.in_order_of_keys(tmp_path, [summary], "train"))) == 1000
+    assert len(opened) <= 2 * 65  # two files for each of 65 buckets, not of 1,001
+
+
 def test_the_seed_changes_the_order_but_not_the_split(source, tmp_path):
     for seed in (0, 1):
         prepare(str(source), TOKENIZER, tmp_path / str(seed), seed=seed, num_workers=0, **OPTIONS)
@@ -297,6 +310,20 @@ def test_changed_text_is_another_store_but_a_changed_time_or_place_is_not(source
     moved.write_text(moved.read_text() + '{"text": "one more"}\n')
     with pytest.raises(FileExistsError, match="source_fingerprint: .* -> "):
         prepare(str(moved), TOKENIZER, tmp_path / "s", num_workers=0, **OPTIONS)
+
+
+def test_a_store_below_its_sources_does_not_read_itself(tmp_path, monkeypatch):
+    (tmp_path / "web.jsonl").write_text('{"text": "a document"}\n' * 9)
+    options = OPTIONS | {"num_workers": 0, "validation_fraction": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation.store_writer, "publish", None)
+        with pytest.raises(TypeError):
+            prepare(str(tmp_path), TOKENIZER, tmp_path / "s", **options)
+    assert list((tmp_path / "s.partial").glob("piece-*.json"))
+    monkeypatch.setattr(workers, "prepare_piece", None)  # finished pieces are not done again
+    made = prepare(str(tmp_path), TOKENIZER, tmp_path / "s", **options)
+    assert made["source"] == {"num_documents": 9, "bad": {}}
+    assert prepare(str(tmp_path), TOKENIZER, tmp_path / "s", **options) == made
 
 
 def test_what_is_no_store_is_not_overwritten(source, tmp_path):

@@ -49,6 +49,16 @@ def test_a_text_file_is_one_document_byte_for_byte(ending, tmp_path):
     assert texts_of(read_documents(str(file))) == [text]
 
 
+@pytest.mark.parametrize("ending", PACKERS)
+def test_a_byte_order_mark_is_no_text_and_the_case_of_an_ending_no_matter(ending, tmp_path):
+    mark = "\ufeff".encode()
+    contents = {"a.txt": mark + b"one", "b.JSONL": mark + lines_of(["two", "three"]), "c.txt": mark}
+    for name, data in contents.items():
+        (tmp_path / f"{name}{ending.upper()}").write_bytes(PACKERS[ending](data))
+    found = list(read_documents(str(tmp_path)))
+    assert texts_of(found) == ["one", "two", "three"] and reasons_of(found) == ["empty_text"]
+
+
 def test_parquet_gives_every_row(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -94,6 +104,10 @@ def test_files_folders_and_globs_are_found_in_order_and_once(tmp_path):
     assert names("**/*.txt") == ["a.txt", "b.txt", "c.txt"]
     assert names("b.txt", "*.txt") == ["b.txt", "a.txt"]
     assert names("su*") == ["c.txt"]
+    (tmp_path / "link").symlink_to("sub")
+    for folder in ("sub", "link"):
+        found = find_files(str(tmp_path / "**/*.txt"), left_out=[tmp_path / folder])
+        assert [file.name for file in found] == ["a.txt", "b.txt"]
     with pytest.raises(FileNotFoundError) as error:
         names("a.txt", "none", "*.md")
     assert "none" in str(error.value) and "*.md" in str(error.value)
