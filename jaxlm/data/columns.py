@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxlm.data.column_names import NAMES, OTHER_FORMS, ROLES, Roles, normal
 from jaxlm.data.record_base import Problem, Record, log
-from jaxlm.data.role_values import CONVERTERS, LABELS, label_of_columns
+from jaxlm.data.role_values import CONVERTERS, LABELS, is_missing, label_of_columns
 
 __all__ = [
     "NAMES",
@@ -249,7 +249,7 @@ def _role_fields(
 
 def _cells(fields: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
     """The choices of a row, without empty ones at its end: it may have fewer than others."""
-    cells = ["" if fields.get(c) is None else fields[c] for c in columns]
+    cells = ["" if is_missing(fields.get(c)) else fields[c] for c in columns]
     while cells and cells[-1] == "":
         cells.pop()
     return cells

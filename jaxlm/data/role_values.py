@@ -13,11 +13,11 @@ Raw = Mapping[str, Any]
 _TRUE = {"1", "1.0", "true", "yes", "x"}
 _FALSE = {"0", "0.0", "false", "no", ""}
 _UNMARKED = _FALSE | {"-", "_", "o"}
-_PYTHON_LIST = re.compile(r"\[\s*['\"]")
+_LIST = re.compile(r"\[(\s*['\"]|-?\d+(,\s*-?\d+)*\]$)")  # of strings, or of whole numbers
 
 
 def _text(role: str) -> Callable[[Raw], str]:
-    return lambda raw: "" if raw[role] is None else _string(raw[role], role)
+    return lambda raw: "" if is_missing(raw[role]) else _string(raw[role], role)
 
 
 def _string(value: Any, what: str) -> str:
@@ -35,7 +35,8 @@ def _kind(value: Any) -> str:
     return names.get(type(value), f"of type {type(value).__name__}")
 
 
-def _is_missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
+    """Whether a cell is empty; pandas writes NaN for those, into JSON as well."""
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
@@ -59,7 +60,7 @@ def _unpacked(value: Any, what: str) -> Any:
 
 def _strings(value: Any, what: str) -> list[str]:
     """A list of strings; a string is cut at its spaces, unless it is a list in JSON."""
-    if isinstance(value, str) and not _PYTHON_LIST.match(value):
+    if isinstance(value, str) and not _LIST.match(value):
         return value.split()
     return [_string(part, f"one of {what}") for part in _list(value, what)]
 
@@ -69,14 +70,14 @@ def _strings(value: Any, what: str) -> list[str]:
 
 def _class(raw: Raw, separator: str) -> str | None:
     value = raw["label"]
-    return None if _is_missing(value) else _string(value, "label").strip() or None
+    return None if is_missing(value) else _string(value, "label").strip() or None
 
 
 def _multilabel(raw: Raw, separator: str) -> list[str] | None:
     value = raw["label"]
-    if _is_missing(value) and value != "":
+    if is_missing(value) and value != "":
         return None
-    if not isinstance(value, str) or _PYTHON_LIST.match(value) or value.strip() == "[]":
+    if not isinstance(value, str) or _LIST.match(value) or value.strip() == "[]":
         names = [_string(part, "one of label") for part in _list(value, "label")]
     else:
         names = value.split(separator) if separator else [value]
@@ -85,7 +86,7 @@ def _multilabel(raw: Raw, separator: str) -> list[str] | None:
 
 def _number(raw: Raw, separator: str) -> float | None:
     value = raw["label"]
-    if _is_missing(value):
+    if is_missing(value):
         return None
     try:
         number = math.nan if isinstance(value, bool) else float(value)
@@ -98,13 +99,13 @@ def _number(raw: Raw, separator: str) -> float | None:
 
 def _choice(raw: Raw, separator: str) -> int | None:
     value = raw["label"]
-    if _is_missing(value):
+    if is_missing(value):
         return None
     choices = _choices(raw)
     text, names = _string(value, "label").strip(), _choice_names(raw)
     if text in names:
         return names.index(text)
-    if text in choices:
+    if isinstance(value, str) and text in choices:  # a number is one, whatever the choices say
         return choices.index(text)
     if re.fullmatch(r"\d{1,3}", text) and int(text) < len(choices):
         return int(text)
@@ -125,9 +126,7 @@ LABELS: dict[str, Callable[[Raw, str], Any]] = {
 
 def label_of_columns(fields: Mapping[str, Any], columns: Sequence[str]) -> list[str] | None:
     """The names of the columns with a 1, None where all cells are missing."""
-    cells = {
-        c: str(fields.get(c, "") if fields.get(c) is not None else "").lower() for c in columns
-    }
+    cells = {c: "" if is_missing(fields.get(c)) else str(fields[c]).lower() for c in columns}
     if bad := [
         f"{c!r}: {cell!r}" for c, cell in cells.items() if cell.strip() not in _TRUE | _FALSE
     ]:
@@ -139,11 +138,11 @@ def label_of_columns(fields: Mapping[str, Any], columns: Sequence[str]) -> list[
 
 
 def _words(raw: Raw) -> list[str]:
-    return _strings([] if raw.get("words") is None else raw["words"], "words")
+    return _strings([] if is_missing(raw.get("words")) else raw["words"], "words")
 
 
 def _word_labels(raw: Raw) -> list[str] | None:
-    if _is_missing(raw["labels"]):
+    if is_missing(raw["labels"]):
         return None
     labels = _strings(raw["labels"], "labels")
     if "words" in raw and len(labels) != (count := len(_words(raw))):
@@ -160,7 +159,7 @@ def _predicate(raw: Raw) -> int | None:
                 f"{len(marks)} words are marked as the predicate; expected one a record"
             )
         return marks[0] if marks else None
-    if _is_missing(value):
+    if is_missing(value):
         return None
     text = _string(value, "predicate").strip()
     if not re.fullmatch(r"\d{1,6}", text) or int(text) >= len(_words(raw)):
@@ -190,7 +189,7 @@ def _answers(raw: Raw) -> list[dict[str, Any]] | None:
 
 def _one_answer(raw: Raw, text: str) -> list[dict[str, Any]]:
     start = raw.get("answer_start")
-    if _is_missing(start):
+    if is_missing(start):
         return [{"text": text, "start": str(raw.get("context") or "").find(text)}]
     if re.fullmatch(r"\d{1,9}", place := _string(start, "answer_start").strip()):
         return [{"text": text, "start": int(place)}]
@@ -246,14 +245,14 @@ def _source(raw: Raw) -> str:
     value = raw["source"]
     if isinstance(value, list):
         return " ".join(_string(part, "one of source").strip() for part in value)
-    return "" if value is None else _string(value, "source")
+    return "" if is_missing(value) else _string(value, "source")
 
 
 def _target(raw: Raw) -> list[str] | None:
     value = raw["target"]
     if isinstance(value, list):
         return [_string(part, "one of target") for part in value]
-    return None if _is_missing(value) else [_string(value, "target")]
+    return None if is_missing(value) else [_string(value, "target")]
 
 
 # --- choices and spans ---
@@ -279,7 +278,7 @@ def _choice_names(raw: Raw) -> list[str]:
 
 
 def _spans(raw: Raw) -> list[list[int]] | None:
-    if _is_missing(raw["spans"]):
+    if is_missing(raw["spans"]):
         return None
     spans = _list(raw["spans"], "spans")
     pairs = [span for span in spans if isinstance(span, list) and len(span) == 2]

@@ -207,6 +207,7 @@ def test_several_labels_come_as_a_list_or_cut_at_the_separator():
     )
     assert labels == [["b", "a"], [], ["a", "c"], "none", ["x", "1"], []] and not bad
     assert as_label(["a b", '["a b", "c"]', "[]"], "multilabel")[0] == [["a b"], ["a b", "c"], []]
+    assert as_label(["[3, 10]", "[-1]", "[3"], "multilabel")[0] == [["3", "10"], ["-1"], ["[3"]]
     assert as_label(["['a', 'b']", [["a"]], 3], "multilabel") == ([], [1, 2, 3])
 
 
@@ -246,12 +247,23 @@ def test_texts_are_kept_as_they_are():
     ]
 
 
+@pytest.mark.parametrize("missing", ["", None, float("nan")])
+def test_a_missing_cell_is_an_empty_text_whatever_stands_for_it(missing):
+    roles = ["text", "text_pair", "question", "source"]
+    records = table({role: missing for role in [*roles, "words", "A", "B", "x", "y"]} | {"A": "a"})
+    columns = {role: role for role in [*roles, "words"]}
+    columns |= {"choices": ("A", "B"), "label": ("x", "y")}
+    (fields,) = fields_of(as_role_records(records, columns, "multilabel"))
+    assert fields == dict.fromkeys(roles, "") | {"words": [], "choices": ["a"]}
+
+
 def test_words_and_their_labels_come_as_lists_or_strings():
     rows = [
         {"w": ["Rome", "fell"], "l": ["B", "O"]},
         {"w": "Rome  fell", "l": "B O"},
         {"w": '["Rome", "fell"]', "l": [0, 1]},
         {"w": "[ Rome ]", "l": None},
+        {"w": "[ 9 ]", "l": "[3, 0, 7]"},
         {"w": "Rome fell", "l": "B"},
         {"w": "['Rome', 'fell']", "l": "['B', 'O']"},
         {"w": 7, "l": "O"},
@@ -262,8 +274,9 @@ def test_words_and_their_labels_come_as_lists_or_strings():
         {"words": ["Rome", "fell"], "labels": ["B", "O"]},
         {"words": ["Rome", "fell"], "labels": ["0", "1"]},
         {"words": ["[", "Rome", "]"]},
+        {"words": ["[", "9", "]"], "labels": ["3", "0", "7"]},
     ]
-    assert [p.line for p in found[1]] == [6, 7, 8] and "2 words have 1 labels" in found[1][0].text
+    assert [p.line for p in found[1]] == [7, 8, 9] and "2 words have 1 labels" in found[1][0].text
 
 
 def test_the_predicate_is_a_number_or_a_marked_word():
@@ -318,14 +331,24 @@ def test_the_right_choice_is_a_number_from_0_a_letter_or_its_text():
     assert [p.line for p in found[1]] == [8, 9, 10]
 
 
+def test_a_number_is_the_choice_of_that_place_and_a_string_first_the_text_of_one():
+    labels = [0, 2.0, "0", "2", "3", 6]
+    found = as_role_records(
+        table(*({"choices": ["4", "0", "2", "6"], "label": label} for label in labels)),
+        {"choices": "choices", "label": "label"},
+        "choice",
+    )
+    assert [f["label"] for f in fields_of(found)] == [0, 2, 1, 2, 3]
+    assert [p.line for p in found[1]] == [7]
+
+
 def test_choices_may_bring_their_own_names_or_be_columns():
     named = {"text": ["red", "blue"], "label": ["1", "2"]}
     listed = [{"text": "red", "label": "1"}, {"text": "blue", "label": "2"}]
     for choices in (named, listed):
-        found = as_role_records(
-            table({"c": choices, "k": "2"}), {"choices": "c", "label": "k"}, "choice"
-        )
-        assert fields_of(found) == [{"choices": ["red", "blue"], "label": 1}]
+        rows = table({"c": choices, "k": "2"}, {"c": choices, "k": 2})
+        found = as_role_records(rows, {"choices": "c", "label": "k"}, "choice")
+        assert fields_of(found) == [{"choices": ["red", "blue"], "label": 1}] * 2
     rows = table({"A": "red", "B": "", "C": "blue", "D": "", "k": "C"})
     found = as_role_records(rows, {"choices": ("A", "B", "C", "D"), "label": "k"}, "choice")
     assert fields_of(found) == [{"choices": ["red", "", "blue"], "label": 2}]
