@@ -175,6 +175,24 @@ def test_a_bert_vocabulary_is_wordpiece_with_bos_and_eos_as_aliases(tmp_path):
     assert [cased.token(i) for i in cased.encode("The the")] == ["The", "the"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "pieces"),
+    {
+        "{}": ["fur", "fur", "你", "好"],
+        '{"strip_accents": false}': ["für", "für", "你", "好"],
+        '{"tokenize_chinese_chars": false}': ["fur", "fur", "你好"],
+        '{"do_lower_case": false}': ["für", "[UNK]", "你", "好"],
+        '{"do_lower_case": false, "strip_accents": true}': ["fur", "[UNK]", "你", "好"],
+    }.items(),
+)
+def test_a_bert_vocabulary_normalizes_as_its_configuration_says(settings, pieces, tmp_path):
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] für fur 你 好 你好".split()
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    tokenizer = load_tokenizer(tmp_path)
+    assert [tokenizer.token(i) for i in tokenizer.encode("für Für 你好")] == pieces
+
+
 def test_reserved_ids_that_a_loaded_vocabulary_lacks_are_appended(tmp_path, trained):
     model = hf.Tokenizer.from_str(trained["byte_bpe"].blob.decode())
     config = json.loads(model.to_str())

@@ -114,16 +114,20 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _wordpiece(vocab: Path, folder: Path) -> bytes:
-    """BERT's vocab.txt as a tokenizer.json; lower case as tokenizer_config.json says, else if no entry
-    has a capital."""
+    """BERT's vocab.txt as a tokenizer.json, its normalization as tokenizer_config.json says; without a word there, to lower
+    case if no entry has a capital."""
     words = read_model(vocab).decode("utf-8").split("\n")
     if words and not words[-1]:
         words.pop()
     ids = {word.rstrip("\r"): i for i, word in enumerate(words)}
     cased = any(re.search("[A-Z]", word) for word in ids if word not in known_spellings())
-    lower = bool(_read_json(folder / "tokenizer_config.json").get("do_lower_case", not cased))
+    settings = _read_json(folder / "tokenizer_config.json")
     model = hf.Tokenizer(hf.models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
-    model.normalizer = hf.normalizers.BertNormalizer(lowercase=lower)
+    model.normalizer = hf.normalizers.BertNormalizer(
+        lowercase=bool(settings.get("do_lower_case", not cased)),
+        strip_accents=settings.get("strip_accents"),  # None: where it makes lower case
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
     model.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
     model.decoder = hf.decoders.WordPiece()
     model.add_special_tokens([word for word in ids if word in known_spellings()])

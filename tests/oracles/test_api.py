@@ -1,6 +1,7 @@
 """Masks and vectors as transformers and sentence-transformers give them."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import tokenizers as hf
 from jaxlm import api
 from jaxlm.inference.fill_mask import encode_masked
 from jaxlm.interop.tokenizer_files import fetch_tokenizer
+from jaxlm.tokenizers import load_tokenizer
 from tests.oracles.test_published_minilm import SENTENCES, their_embeddings
 
 pytestmark = pytest.mark.oracles
@@ -123,3 +125,24 @@ def test_masked_texts_have_robertas_ids(tmp_path):
         check_masked_ids(
             lambda t, text: encode_masked(t, text.replace("<mask>", "[MASK] ")), tmp_path
         )
+
+
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("accents", [None, True, False])
+@pytest.mark.parametrize("chinese", [True, False])
+def test_a_vocabulary_alone_gives_berts_ids_as_its_configuration_says(
+    lower, accents, chinese, tmp_path
+):
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] für fur Für Fur 你 好 你好".split()
+    settings = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": lower,
+        "strip_accents": accents,
+        "tokenize_chinese_chars": chinese,
+    }
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs.encode("für Für 你好", add_special_tokens=False)
+    assert load_tokenizer(tmp_path).encode("für Für 你好").tolist() == ids
