@@ -22,7 +22,8 @@ from absl import logging
 from jaxlm import api, look
 from jaxlm.data.column_names import ROLES
 from jaxlm.data.columns import as_role_records, choose_columns
-from jaxlm.data.records import format_problems, read_records
+from jaxlm.data.record_base import Problem, format_problems
+from jaxlm.data.records import read_records
 from jaxlm.exits import with_status
 from jaxlm.files import as_path
 from jaxlm.host import keep_freed_memory
@@ -45,6 +46,7 @@ def tokens(lm: api.LanguageModel, count: int) -> Pictures:
 
 def labelled(lm: api.LanguageModel, texts: Sequence[str], labels: Sequence[str]) -> Pictures:
     """Also prints what the probes found."""
+    look.check_labels(texts, labels)
     states = look.layer_states(lm, texts)
     yield "texts.png", look.draw_projection(look.project(states[-1]), groups=labels)
     found = look.probe_states(states, labels)
@@ -67,7 +69,10 @@ def read_labelled(
     given = {role: column for role, column in columns.items() if column} | {"text_pair": "none"}
     chosen = choose_columns(records, ROLES["sequence_classification"], given, labelled=True)
     records, more = as_role_records(records, chosen)
-    if problems := [*problems, *more]:
+    unlabelled = [
+        Problem(r.source, r.line, "there is no label") for r in records if "label" not in r.fields
+    ]
+    if problems := [*problems, *more, *unlabelled]:
         raise ValueError(format_problems(problems))
     order = np.sort(np.random.default_rng(seed).permutation(len(records))[:most])
     fields = [records[i].fields for i in order]

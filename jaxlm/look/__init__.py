@@ -8,7 +8,7 @@ Each kind has a function that computes and one that draws a matplotlib Figure, w
 """
 
 from jaxlm.look.attention import AttentionMap, attention_maps, draw_attention
-from jaxlm.look.probes import Probe, draw_probe, layer_states, probe, probe_states
+from jaxlm.look.probes import Probe, check_labels, draw_probe, layer_states, probe, probe_states
 from jaxlm.look.projection import Projection, draw_projection, project, token_vectors
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Probe",
     "Projection",
     "attention_maps",
+    "check_labels",
     "draw_attention",
     "draw_probe",
     "draw_projection",

@@ -68,7 +68,7 @@ def layer_states(lm: LanguageModel, texts: Sequence[str], pooling: str = "") -> 
     return read(lm.model, lm.params, rows, pooling=where, max_len=lm.max_len)
 
 
-def check_labels(texts: Sequence[str], labels: Sequence[str]) -> None:
+def check_labels(texts: Sequence[str] | np.ndarray, labels: Sequence[str]) -> None:
     """Raises BadInput unless there is a label for each text, two kinds or more, and each often enough to be held out."""
     names, counts = np.unique(np.asarray(labels, str), return_counts=True)
     if len(labels) != len(texts) or len(names) < 2 or counts.min() < LEAST_OF_A_LABEL:
@@ -81,6 +81,7 @@ def check_labels(texts: Sequence[str], labels: Sequence[str]) -> None:
 
 def probe_states(states: np.ndarray, labels: Sequence[str], seed: int = 0) -> Probe:
     """The same of states that are at hand: (L + 1, n, D) and n labels."""
+    check_labels(states[0], labels)
     from sklearn.model_selection import train_test_split
 
     names, label_N = np.unique(np.asarray(labels, str), return_inverse=True)

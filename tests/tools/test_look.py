@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from jaxlm.api import BadInput
 from tests.test_api import save_random
 from tests.tools.test_plot_run import ink
 from tools import look
@@ -45,6 +46,21 @@ def test_rows_are_drawn_at_random_and_always_the_same(rows):
     )
     assert (texts, labels) == look.read_labelled(rows, columns, most=10)
     assert 2 < labels.count("def") < 8 and len(np.unique(texts)) == 10
+
+
+@pytest.mark.parametrize(
+    ("last", "error", "says"),
+    [
+        ({"said": "x", "what": ""}, ValueError, "rows.jsonl:25: there is no label"),
+        ({"said": "x", "what": "rare"}, BadInput, "the rarest 1 times"),
+    ],
+)
+def test_labels_that_cannot_be_probed_are_refused_before_a_text_is_read(last, error, says, rows):
+    with rows.open("a") as file:
+        file.write(json.dumps(last))
+    with pytest.raises(error, match=says):
+        columns = {"text": "said", "label": "what"}
+        next(look.labelled(None, *look.read_labelled(rows, columns, most=99)))
 
 
 @pytest.mark.parametrize(
