@@ -203,3 +203,5 @@ def test_labels_that_cannot_be_probed_are_refused(gpt):
     for labels in (["a"] * 8, ["a"] * 7 + ["b"], ["a", "b"]):
         with pytest.raises(api.BadInput, match="expected a label for each text"):
             look.probe(gpt, ["x"] * 8, labels)
+        with pytest.raises(api.BadInput, match="expected a label for each text"):
+            look.probe_states(np.zeros((1, 8, 4)), labels)
