@@ -85,7 +85,10 @@ def make_tokenizer(config: ConfigDict, workdir: Path) -> Any:
             document.text
             for _, source in named_sources(config.data.sources)
             for document in text_sources.read_documents(
-                source, text_field=config.data.text_field, cache_dir=config.data.cache_dir
+                source,
+                text_field=config.data.text_field,
+                cache_dir=config.data.cache_dir,
+                left_out=[workdir],
             )
             if isinstance(document, text_sources.Document)
         )
@@ -138,6 +141,7 @@ def make_stores(
                     text_field=config.data.text_field,
                     seed=config.seed,
                     cache_dir=config.data.cache_dir,
+                    left_out=[workdir],  # what a run writes below its own text is none of it
                     progress=config.log.progress,
                 )
             except preparation.OtherStore as error:

@@ -64,12 +64,14 @@ def prepare(
     text_field: str = "text",
     piece_bytes: int = 0,
     cache_dir: str = "",
+    left_out: Sequence[Path] = (),
     progress: bool = True,
 ) -> dict[str, Any]:
     """Makes the token store `output` from text, and returns its manifest; a store that is already there,
     of the same sources, tokenizer and options, is returned at once.
 
-    sources: 'stdlib', files, folders, globs (`jaxlm.data.sources.find_files`). What lies below `output` is no source.
+    sources: 'stdlib', files, folders, globs (`jaxlm.data.sources.find_files`). What lies below `output`, or
+      a folder of `left_out`, is no source.
     tokenizer: a tokenizer or its folder.
     split: 'hash' holds out whole documents, by a hash of their text: equal texts are on one side, whatever
       the seed. 'tail' holds out the end of every document, from character int(length * (1 - fraction)).
@@ -91,7 +93,7 @@ def prepare(
     _check_options(split, validation_fraction, max_bad_fraction)
     output = as_path(output)
     work = store_writer.working_folder(output, cache_dir)
-    paths = text_sources.find_files(sources, cache_dir, left_out=[output, work])
+    paths = text_sources.find_files(sources, cache_dir, [*left_out, output, work])
     files = _scan(paths, _known_files(output, work), progress)
     total = sum(file["size"] for file in files)
     recipe = dict(

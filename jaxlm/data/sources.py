@@ -82,13 +82,17 @@ class Span:
 
 
 def read_documents(
-    sources: str | Sequence[str], *, text_field: str = "text", cache_dir: str = ""
+    sources: str | Sequence[str],
+    *,
+    text_field: str = "text",
+    cache_dir: str = "",
+    left_out: Sequence[Path] = (),
 ) -> Iterator[Document | Bad]:
     """Every document of the sources in their order, and in its place what is wrong with one.
 
-    sources, cache_dir: as of `find_files`. Memory: one document, or the line of a JSON lines file.
+    sources, cache_dir, left_out: as of `find_files`. Memory: one document, or the line of a JSON lines file.
     """
-    for path in find_files(sources, cache_dir):
+    for path in find_files(sources, cache_dir, left_out):
         for span in make_spans(path):
             yield from read_span(span, text_field)
 
@@ -100,7 +104,7 @@ def find_files(
 
     The order is that of the sources, by name within one; a file that is found twice is read once. Files on a bucket
     are copied to this host first, into `cache_dir` ('': `files.cache_folder`'s).
-    left_out: folders, no file below which is taken.
+    left_out: folders, no file below which is taken for a source that is not below them itself.
 
     Raises FileNotFoundError with the list of the sources that name no file.
     """
@@ -108,7 +112,8 @@ def find_files(
     missing = []
     folders = frozenset(map(absolute, left_out))
     for source in [sources] if isinstance(sources, str) else sources:
-        files = _files_of(str(source), cache_dir, folders)
+        place = absolute(source)
+        files = _files_of(str(source), cache_dir, folders.difference([place, *place.parents]))
         found.update(dict.fromkeys(files))
         if not files:
             near = meant_path(Path(str(source)))

@@ -326,6 +326,20 @@ def test_a_store_below_its_sources_does_not_read_itself(tmp_path, monkeypatch):
     assert prepare(str(tmp_path), TOKENIZER, tmp_path / "s", **options) == made
 
 
+def test_what_a_run_writes_below_its_text_is_no_text(tmp_path):
+    (tmp_path / "web.jsonl").write_text('{"text": "a document"}\n' * 9)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    options = OPTIONS | {"num_workers": 0, "validation_fraction": 0, "left_out": [tmp_path / "run"]}
+    made = prepare(str(tmp_path), TOKENIZER, tmp_path / "run" / "store", **options)
+    assert made["source"] == {"num_documents": 9, "bad": {}}
+    (tmp_path / "run" / "text.txt").write_text("asked for by its name")
+    named = prepare(
+        str(tmp_path / "run" / "text.txt"), TOKENIZER, tmp_path / "run" / "s", **options
+    )
+    assert named["source"]["num_documents"] == 1
+
+
 def test_what_is_no_store_is_not_overwritten(source, tmp_path):
     (tmp_path / "s").mkdir()
     prepare(str(source), TOKENIZER, tmp_path / "s", num_workers=0, **OPTIONS)  # empty: fine
