@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 import tokenizers as hf
 
 from jaxlm.interop import hub
@@ -37,6 +36,7 @@ FILES = (
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "chat_template.jinja",
     "generation_config.json",
 )
 # What stands around one text and around a pair, by model_type, else by model.
@@ -169,7 +169,7 @@ def _from_vocab_and_merges(folder: Path) -> Any:
 
 
 def keep_files(folder: Path, tokenizer_dir: Path) -> None:
-    """Copies the source's tokenizer files, and its generation_config.json, beside our own."""
+    """Copies the source's tokenizer files, its chat template and its generation_config.json beside our own."""
     kept = tokenizer_dir / KEPT
     kept.mkdir()
     for name in FILES:
@@ -225,12 +225,8 @@ def find_ends(family: Family) -> tuple[str, str]:
 
 def num_model_ids(tokenizer: Any) -> int:
     """How many ids the exported files have; a loaded vocabulary's reserved ids after them are ours alone."""
-    if tokenizer.kind == "tokenizer_json":
-        model = hf.Tokenizer.from_str(tokenizer.blob.decode("utf-8"))
-        return max(model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    if tokenizer.kind == "sentencepiece":
-        return sentencepiece.SentencePieceProcessor(model_proto=tokenizer.blob).get_piece_size()
-    return tokenizer.vocab_size
+    is_loaded = tokenizer.kind in ("tokenizer_json", "sentencepiece")
+    return tokenizer.num_model_ids if is_loaded else tokenizer.vocab_size
 
 
 def _with_template(

@@ -34,6 +34,7 @@ _PROBE = " a  b\n\n\tc ﬁ\r\n"  # survives exact backends only
 class Tokenizer:
     """Text to ids and back; the tables say what each id stands for. See the module's docstring.
 
+    num_model_ids: the ids that the model file itself has.
     vocab_size: all ids, reserved ones included. Reserved ids that a loaded vocabulary lacks are appended
       after its last id; cls is bos and sep is eos where it has one pair only (RoBERTa's way).
     special_ids: ids that stand for no text; `encode` never gives them (except unk), `decode` skips them.
@@ -65,7 +66,7 @@ class Tokenizer:
         self.pad_id, self.unk_id, self.bos_id, self.eos_id = (roles[r] for r in ROLES[:4])
         self.cls_id, self.sep_id, self.mask_id = (roles[r] for r in ROLES[4:])
         self.sentinel_ids = tuple(int(i) for i in reserved["sentinel_ids"])
-        self._num_model_ids = len(tokens)
+        self.num_model_ids = len(tokens)
         appended = range(len(tokens), self.vocab_size)
         self.special_ids = frozenset({*special, *roles.values(), *self.sentinel_ids, *appended})
         spelling = {i: f"<{role}>" for role, i in roles.items()}

@@ -114,7 +114,7 @@ class SentencePieceTokenizer(Tokenizer):
         return [(p.begin, p.end) for p in self._model.encode_as_immutable_proto(text).pieces]
 
     def _decode(self, ids):
-        return self._model.decode([i for i in ids if i < self._num_model_ids])
+        return self._model.decode([i for i in ids if i < self.num_model_ids])
 
 
 class JSONTokenizer(Tokenizer):
@@ -161,7 +161,7 @@ class JSONTokenizer(Tokenizer):
     def save(self, directory):
         """Also writes tokenizer_config.json, with which `transformers` finds the reserved tokens."""
         super().save(directory)
-        known = {r: self.token(i) for r, i in self.roles.items() if i < self._num_model_ids}
+        known = {r: self.token(i) for r, i in self.roles.items() if i < self.num_model_ids}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,

@@ -1,5 +1,6 @@
 """Ids of the hub, through the real huggingface_hub, against a server on this machine."""
 
+import fnmatch
 import hashlib
 import http.server
 import json
@@ -9,7 +10,7 @@ import threading
 
 import pytest
 
-from jaxlm.interop import hub
+from jaxlm.interop import hub, tokenizer_files
 from jaxlm.interop.mapping import BadModel
 from tests.interop import tiny_hf
 from tests.tiny import ROOT, environment, make_store
@@ -111,6 +112,11 @@ def test_an_id_is_fetched_without_pickles_and_code_and_its_commit_recorded(serve
     }
     assert not fetched & unwanted
     assert not any("onnx" in path for path in Hub.asked)
+
+
+def test_every_file_of_a_tokenizer_that_is_kept_is_fetched():
+    names = set(tokenizer_files.FILES)
+    assert names == {n for p in hub.PATTERNS for n in fnmatch.filter(names, p)}
 
 
 def test_a_run_that_starts_from_an_id_records_its_commit(server, tmp_path):

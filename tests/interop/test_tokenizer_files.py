@@ -44,6 +44,13 @@ def test_every_kind_of_ours_exports_as_a_tokenizer_json_with_the_same_ids(kind, 
     assert theirs.decode([ours.bos_id, *ours.encode("def")]) == "def"
 
 
+@pytest.mark.parametrize("kind", ["byte_bpe", "unigram"])
+def test_how_many_ids_a_file_has_is_known_without_reading_it_again(kind):
+    ours = train_tokenizer(kind, TEXTS, 600, num_sentinels=0)
+    ours.blob = b"read no more"
+    assert files.num_model_ids(ours) == 600
+
+
 def test_another_tokenizers_ids_are_caught(tmp_path):
     ours, other = (train_tokenizer("byte_bpe", TEXTS, size, 3) for size in (600, 500))
     theirs = hf.Tokenizer.from_file(str(export(other, tmp_path) / "tokenizer.json"))
@@ -103,6 +110,7 @@ def test_a_foreign_tokenizers_files_come_back_byte_for_byte(tmp_path):
     ]
     (source / "vocab.txt").write_text("\n".join(words) + "\n")
     (source / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "x": 1}))
+    (source / "chat_template.jinja").write_text("{{ messages }}")
     ours = files.read_tokenizer(source)
     ours.save(tmp_path / "tokenizer")
     files.keep_files(source, tmp_path / "tokenizer")
