@@ -198,7 +198,7 @@ def stream(
 def common_options(lm: LanguageModel, max_new_tokens: int) -> dict[str, Any]:
     """What every way of writing passes to the decoder. Raises BadInput for a count below 1."""
     check_counts(max_new_tokens=max_new_tokens)
-    return dict(max_new_tokens=max_new_tokens, max_len=lm.max_len, eos_id=lm.tokenizer.eos_id)
+    return dict(max_new_tokens=max_new_tokens, max_len=lm.max_len, eos_id=lm.end_id)
 
 
 def sampling_options(

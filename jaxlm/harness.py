@@ -239,7 +239,7 @@ class JaxLM(TemplateLM):
                 max_len=self.max_length,
                 sampling=options.sampling,
                 samples=[samples[i] for i in indices],
-                eos_id=self.eot_token_id,
+                eos_id=self.lm.end_id,
                 stop=self.make_stop(options.until, len(indices)),
             )
             texts = [self.lm.tokenizer.decode(new.tokens) for new in made]

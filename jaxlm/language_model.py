@@ -19,9 +19,10 @@ from jaxlm.interop.safetensors_io import inside, read_json
 from jaxlm.interop.source import read_config
 from jaxlm.models import MODELS, TransformerConfig
 from jaxlm.parallel import mesh as meshes
+from jaxlm.training.checkpoints import split_step
 from jaxlm.training.stored import read_manifest
 from jaxlm.tuning import Repair, Source
-from jaxlm.tuning.source import find_decoder_start, find_prefix, split_step
+from jaxlm.tuning.source import find_decoder_start, find_prefix
 
 PyTree = Any
 LM_HEAD = ("mlm_head/", "unembed")  # the parameters beyond the body that a language model has
@@ -41,7 +42,8 @@ class LanguageModel:
     num_ids: the rows of the vocabulary over which its probabilities are: those that its source has.
     max_len: the most tokens that it takes at a time: as long as the rows that it was trained on, or as config.json says.
     prefix: the ids that stand before a text that is to be continued or answered: bos of our decoders; what transformers
-      puts there of its models. writing: options of `decode.make_decoder`.
+      puts there of its models. end_id: the id that ends what it writes: eos, or what its chat template ends answers with.
+    writing: options of `decode.make_decoder`.
     task: what the head is for that it was fine-tuned with, else ''. pooling: of a fine-tuned embedding, else ''.
     no_lm: why it cannot predict tokens, '' if it can.
     """
@@ -55,6 +57,7 @@ class LanguageModel:
     max_len: int
     mesh: jax.sharding.Mesh
     prefix: tuple[int, ...]
+    end_id: int
     writing: Mapping[str, Any] = field(default_factory=dict)
     task: str = ""
     pooling: str = ""
@@ -101,7 +104,7 @@ def load(
     params, repair = read_params(source, wanted)
     check_finite(str(checkpoint), params)
     tuned = source.config if source.task and source.config is not None else {}
-    prefix, writing = find_writing(source)
+    prefix, end_id, writing = find_writing(source)
     return LanguageModel(
         checkpoint=str(checkpoint),
         family=source.family,
@@ -112,6 +115,7 @@ def load(
         max_len=source.seq_len,
         mesh=mesh,
         prefix=prefix,
+        end_id=end_id,
         writing=writing,
         task=source.task,
         pooling=tuned.get("task", {}).get("pooling", "") if source.task == "embedding" else "",
@@ -120,16 +124,14 @@ def load(
 
 
 def with_step(checkpoint: str, step: int | None) -> str:
-    """The checkpoint with the step that is meant: the one given, of a fine-tuned run the best, or none (the newest)."""
-    if checkpoint.startswith(build.HUGGING_FACE):
-        if step is not None:
-            raise BadInput(f"found {checkpoint} and step={step}: such a model has no steps")
+    """'W' and the step 7 are 'W@7'; without a step the checkpoint as it was named."""
+    if step is None:
         return checkpoint
-    path, named = split_step(checkpoint)
-    if named is not None and step is not None:
+    if checkpoint.startswith(build.HUGGING_FACE):
+        raise BadInput(f"found {checkpoint} and step={step}: such a model has no steps")
+    if split_step(checkpoint)[1] is not None:
         raise BadInput(f"found {checkpoint} and step={step}: name the step once")
-    meant = tuning.best_step(path) if named is None and step is None else step
-    return checkpoint if meant is None else f"{path}@{meant}"
+    return f"{checkpoint}@{step}"
 
 
 def read_params(source: Source, wanted: PyTree) -> tuple[PyTree, Repair]:
@@ -159,17 +161,19 @@ def check_finite(checkpoint: str, params: PyTree, shown: int = 3) -> None:
         )
 
 
-def find_writing(source: Source) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """(the ids before a text, options of `decode.make_decoder`): as a fine-tuned run's task.json says, else as trained."""
+def find_writing(source: Source) -> tuple[tuple[int, ...], int, dict[str, Any]]:
+    """(the ids before a text, the id that ends one, options of `decode.make_decoder`): as a fine-tuned run's task.json says,
+    else as trained."""
     task_file = source.step_dir and source.step_dir.parent.parent / tuning.TASK_FILE
     task = json.loads(task_file.read_text()) if task_file and task_file.is_file() else {}
     prefix = tuple(task["prefix"]) if "prefix" in task else find_prefix(source)
+    end_id = task.get("end_id", source.tokenizer.eos_id)
     if source.family != "encoder_decoder":
         objective = (source.config or {}).get("objective", {}).get("name")
-        return prefix, {"is_prefix_lm": True} if objective == "prefix_lm" else {}
+        return prefix, end_id, {"is_prefix_lm": True} if objective == "prefix_lm" else {}
     if "start_id" in task:
-        return prefix, {"start_id": task["start_id"]}
-    return prefix, {"start_id": find_decoder_start(source), **find_forced(source)}
+        return prefix, end_id, {"start_id": task["start_id"]}
+    return prefix, end_id, {"start_id": find_decoder_start(source), **find_forced(source)}
 
 
 def find_forced(source: Source) -> dict[str, Any]:

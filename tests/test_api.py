@@ -159,6 +159,21 @@ def test_a_stop_string_ends_a_text_and_is_not_part_of_it(gpt):
     assert [i for piece in pieces for i, _ in piece.tokens] == cut.tokens.tolist()
 
 
+def test_text_ends_with_what_the_runs_template_ends_answers_with(gpt, workdir, tmp_path):
+    options = dict(temperature=0, max_new_tokens=9)
+    [[free]] = api.generate(gpt, PROMPTS[:1], **options)
+    assert gpt.end_id == gpt.tokenizer.eos_id and len(free.tokens) == 9
+    end_id = int(free.tokens[-1])
+    shutil.copytree(workdir, tmp_path / "w")
+    (tmp_path / "w" / "task.json").write_text(json.dumps({"end_id": end_id}))
+    lm = api.load(tmp_path / "w")
+    size = free.tokens.tolist().index(end_id)
+    [[made]] = api.generate(lm, PROMPTS[:1], **options)
+    assert made.finish == "eos" and made.tokens.tolist() == free.tokens[:size].tolist()
+    *_, last = api.stream(lm, PROMPTS[0], **options)
+    assert last.finish == "eos"
+
+
 def test_text_ends_where_the_context_does(gpt):
     small = dataclasses.replace(gpt, max_len=16)
     [[made]] = api.generate(small, ["x" * 10], max_new_tokens=14, temperature=0)

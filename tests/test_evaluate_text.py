@@ -38,6 +38,7 @@ def make_lm(model, family, **fields):
         max_len=MAX_LEN,
         mesh=meshes.make_mesh(devices=jax.devices()[:1]),
         prefix=(TOKENIZER.bos_id,) if family == "gpt" else (),
+        end_id=TOKENIZER.eos_id,
     )
     return LanguageModel(**options | fields)
 

@@ -6,10 +6,12 @@ import random
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from jaxlm import config_files, evaluate, tuning
 from jaxlm.finetune import finetune
 from jaxlm.language_model import load
+from jaxlm.tokenizers import make_tokenizer
 from tests import tiny
 
 SMALL = {
@@ -140,6 +142,19 @@ def test_another_template_for_a_run_that_began_is_refused(tuned):
     assert "endgeneration" in fitted["template"]
     with pytest.raises(ValueError, match="other template"):
         tuning.write_task(workdir, "dialogue", fitted | {"template": "{{ eos_token }}"})
+    newer = fitted | {"end": "what this run's version did not know"}
+    tuning.write_task(workdir, "dialogue", newer)
+    assert json.loads((workdir / "task.json").read_text()) == fitted
+
+
+@pytest.mark.parametrize("end", ["eos", "sep"])
+def test_a_run_knows_which_token_its_template_ends_answers_with(end, tmp_path):
+    """As ChatML's <|im_end|> does where eos is <|endoftext|>."""
+    file, tokenizer = tmp_path / "chat.jinja", make_tokenizer("bytes", num_sentinels=0)
+    file.write_text("{% for m in messages %}{{ m.content ~ " + end + "_token }}{% endfor %}")
+    config = ConfigDict(dict(task=dict(template=str(file))))
+    source = tuning.Source("gpt", {}, tokenizer)
+    assert tuning.writing.find_writing(config, source)["end_id"] == tokenizer.roles[end]
 
 
 TEMPLATE = "{% for m in messages %}{{ m.content ~ eos_token }}{% endfor %}"

@@ -302,9 +302,9 @@ def make_app(
     """The web application of one model. hosts: the names under which it may be called.
 
     Raises:
-      BadInput: for a model that predicts no tokens.
+      BadInput: for a model that neither continues texts nor fills masks.
     """
-    need_lm(lm, lm.family)
+    need_lm(lm, "gpt", "bert")
     turns, options = Turns(), options_of(lm, most_tokens)
     answer = {"gpt": generate, "bert": fill_mask}[lm.family]
     about: Mapping[str, Any] = {

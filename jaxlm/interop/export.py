@@ -20,7 +20,7 @@ from jaxlm.interop.arrays import Array, read_theirs
 from jaxlm.interop.convert import make_model, model_config, written_beside
 from jaxlm.interop.finetuned import find_head, open_parameters
 from jaxlm.interop.mapping import BadModel, Family, Piece, bind, config_to_hf
-from jaxlm.interop.safetensors_io import Planned, write_folder
+from jaxlm.interop.safetensors_io import Planned, read_json, write_folder
 from jaxlm.interop.source import open_source
 from jaxlm.interop.task_heads import head_to_hf, with_head
 from jaxlm.models import BODIES, TransformerConfig, lora
@@ -53,7 +53,8 @@ def to_hf(
     head, kind: the fields of the model's Head and its key in models.HEADS; None is the run's own.
 
     Raises:
-      BadModel: options that the family cannot express, by name; a tokenizer without a Hugging Face form.
+      BadModel: options that the family cannot express, by name, also beside this tokenizer; a tokenizer without a Hugging
+        Face form.
       FileExistsError, parity.Failed: see `from_hf`.
     """
     step_dir, target = Path(step_dir), Path(target).absolute()
@@ -82,12 +83,13 @@ def to_hf(
         architecture = chosen.architecture(groups, came_from.get("architecture", ""))
         kept = np.dtype(jnp.dtype(dtype)) if dtype else arrays[pieces[0].paths[0]].dtype
         exported = dataclasses.replace(options, vocab_size=vocab_size)
+        end = find_end(step_dir.parent.parent / "task.json", vocab_size)
+        ids = came_from.get("token_ids") or token_ids(config, step_dir, tokenizer, vocab_size)
         hf_config = {
             "architectures": [architecture.name],
-            **config_to_hf(chosen, exported),
+            **with_token_ids(config_to_hf(chosen, exported), ids | end),
             **about_head,
             "torch_dtype": kept.name,
-            **(came_from.get("token_ids") or token_ids(config, step_dir, tokenizer, vocab_size)),
         }
         _write_json(folder / "config.json", hf_config)
         drop = "" if architecture.prefixed else chosen.prefix
@@ -98,11 +100,14 @@ def to_hf(
             tokenizer_files.write_tokenizer(
                 tokenizer, saved, folder, ends=ends, max_len=options.max_len
             )
+        generation = folder / "generation_config.json"
         if chosen.model not in WRITERS:
-            (folder / "generation_config.json").unlink(missing_ok=True)
-        elif not (folder / "generation_config.json").exists():
+            generation.unlink(missing_ok=True)
+        elif not generation.exists():
             ids = {k: v for k, v in hf_config.items() if k.endswith("_token_id")}
-            _write_json(folder / "generation_config.json", ids)
+            _write_json(generation, ids)
+        elif end:
+            _write_json(generation, read_json(generation) | end)
         certificate = parity.certify(
             open_source(folder),
             arrays,
@@ -208,6 +213,36 @@ def token_ids(
             )
         ids["decoder_start_token_id"] = start
     return ids
+
+
+def with_token_ids(hf: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
+    """config.json with the tokenizer's ids.
+
+    Raises:
+      BadModel: if the model's options need another one there: RoBERTa counts its positions from pad_token_id + 1.
+    """
+    if differing := [name for name, i in ids.items() if hf.get(name, i) != i]:
+        found = ", ".join(f"{name} {ids[name]}, not {hf[name]}" for name in differing)
+        raise BadModel(
+            f"{hf['model_type']} cannot express this model beside its tokenizer, which has {found} as the model's options "
+            "need (RoBERTa's position_offset is pad_token_id + 1): train with options that fit the tokenizer, or another one"
+        )
+    return {**hf, **ids}
+
+
+def find_end(task_file: Path, vocab_size: int) -> dict[str, int]:
+    """{'eos_token_id': what ends the answers of a fine-tuned run of dialogues}; of another {}.
+
+    Raises:
+      BadModel: if the exported vocabulary lacks it.
+    """
+    task = json.loads(task_file.read_text(encoding="utf-8")) if task_file.is_file() else {}
+    if (end_id := task.get("end_id", 0)) >= vocab_size:
+        raise BadModel(
+            f"answers end with the id {end_id}, which was appended to the tokenizer's vocabulary of {vocab_size}, and its "
+            "files have no place for it: train with a template that ends them with a token of its own"
+        )
+    return {"eos_token_id": end_id} if "end_id" in task else {}
 
 
 def find_start(config: ConfigDict, task_file: Path, tokenizer: Any) -> int:

@@ -19,7 +19,7 @@ from jaxlm.inference.beam import beam_search
 from jaxlm.inference.sampling import make_sampling
 from jaxlm.interop.safetensors_io import inside, read_json
 from jaxlm.objectives.losses import cross_entropy
-from jaxlm.tasks.chat import DEFAULT_TEMPLATE
+from jaxlm.tasks.chat import DEFAULT_TEMPLATE, ChatTemplate
 from jaxlm.tasks.writing import Writer
 from jaxlm.tuning.source import Source, find_decoder_start, find_prefix
 
@@ -27,13 +27,19 @@ MAX_TEMPLATE_BYTES = 1 << 20
 
 
 def find_writing(config: ConfigDict, source: Source) -> dict[str, Any]:
-    """What task.json says besides labels of a model that writes: the ids around its texts, and its chat template."""
+    """What task.json says besides labels of a model that writes: the ids around its texts, and its chat template with the
+    id that ends an answer.
+
+    Raises:
+      ValueError: for a template that cannot be read or used.
+    """
     found: dict[str, Any] = {
         "prefix": list(find_prefix(source)),
         "start_id": find_decoder_start(source, config.task.get("decoder_start", "")),
     }
     if "template" in config.task:
         found["template"] = find_template(config.task.template, source)
+        found["end_id"] = ChatTemplate(found["template"], source.tokenizer).end_id
     return found
 
 

@@ -12,6 +12,7 @@ from jaxlm.interop import convert, export, mapping, parity
 from jaxlm.interop.arrays import open_item
 from jaxlm.interop.safetensors_io import BadFile
 from jaxlm.interop.source import open_source
+from jaxlm.tokenizers import make_tokenizer
 from tests.interop import tiny_hf
 from tests.oracles import tiny_families
 from tests.oracles.recorded import get_logits
@@ -215,6 +216,47 @@ def test_a_flax_msgpack_is_read_like_the_safetensors(tmp_path):
         (folder / "flax_model.msgpack").write_bytes(blob)
         from_hf(folder, tmp_path / f"{name}_w")
         check_outputs(name, tmp_path / f"{name}_w")
+
+
+def rewrite(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_what_ends_a_tuned_runs_answers_ends_the_exported_models(tmp_path):
+    """In config.json, and in the generation_config.json that the source came with, whose other keys stay."""
+    source, _ = tiny_hf.write_recorded(tmp_path / "hf", "gpt2")
+    from_hf(source, tmp_path / "w")
+    (tmp_path / "w" / "task.json").write_text(json.dumps({"end_id": 7}))
+    to_hf(tmp_path / "w", tmp_path / "plain")
+    make_tokenizer("bytes", num_sentinels=0).save(tmp_path / "w" / "tokenizer")
+    kept = tmp_path / "w" / "tokenizer" / "huggingface"
+    kept.mkdir()
+    (kept / "generation_config.json").write_text('{"eos_token_id": [2, 3], "top_k": 5}')
+    to_hf(tmp_path / "w", tmp_path / "kept")
+    for folder, others in (
+        ("plain", dict(bos_token_id=1, pad_token_id=0)),
+        ("kept", dict(top_k=5)),
+    ):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        generation = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        assert config["eos_token_id"] == 7 and generation == {**others, "eos_token_id": 7}
+    rewrite(tmp_path / "w" / "task.json", end_id=tiny_hf.V)
+    with pytest.raises(mapping.BadModel, match="answers end with the id 37, which was appended"):
+        to_hf(tmp_path / "w", tmp_path / "refused")
+
+
+def test_a_tokenizer_whose_ids_mean_another_model_is_refused(tmp_path):
+    """RoBERTa counts positions from pad_token_id + 1: written beside a tokenizer with another pad it would read other rows."""
+    twin = tiny_families.Twin("roberta")
+    weights = tiny_hf.make_weights(twin.shapes)
+    from_hf(tiny_hf.write_source(tmp_path / "hf", twin.hf, weights), tmp_path / "w")
+    manifest = tmp_path / "w" / "checkpoints" / "0" / "manifest" / "metadata"
+    came_from = json.loads(manifest.read_text())["huggingface"]
+    pad = came_from["token_ids"]["pad_token_id"]
+    other = came_from | {"token_ids": dict(pad_token_id=pad + 1, eos_token_id=3)}
+    rewrite(manifest, huggingface=other)
+    with pytest.raises(mapping.BadModel, match=f"has pad_token_id {pad + 1}, not {pad} as the"):
+        to_hf(tmp_path / "w", tmp_path / "out")
 
 
 # --- what cannot be converted -----------------------------------------------------------------------------------------

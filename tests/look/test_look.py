@@ -39,6 +39,7 @@ def make_lm(family, **changes):
         max_len=64,
         mesh=make_mesh(devices=jax.devices()[:1]),
         prefix=(),
+        end_id=tokenizer.eos_id,
         **{"writing": {"start_id": tokenizer.pad_id} if family == "encoder_decoder" else {}}
         | changes,
     )

@@ -27,9 +27,8 @@ def make_lm(family, **fields):
     """All that the server asks of a model which never computes."""
     tokenizer = make_tokenizer("bytes", num_sentinels=0)
     about = dict(checkpoint="W", family=family, model=None, params=None, tokenizer=tokenizer)
-    return api.LanguageModel(
-        **about, num_ids=tokenizer.vocab_size, max_len=64, mesh=None, prefix=(), **fields
-    )
+    about |= dict(num_ids=tokenizer.vocab_size, max_len=64, mesh=None, prefix=())
+    return api.LanguageModel(**about, end_id=tokenizer.eos_id, **fields)
 
 
 def client_of(lm, **options):
@@ -95,6 +94,12 @@ def test_tokens_stream_with_their_probabilities_and_the_likeliest_others(tmp_pat
     too_long = client.post("/generate", json={"text": "x" * 99})
     assert too_long.status_code == 400
     assert "100 tokens, and the context holds 32" in too_long.json()["error"]
+
+
+@pytest.mark.parametrize("family", ["encoder_decoder", "xlnet"])
+def test_a_model_that_the_page_cannot_show_is_refused(family):
+    with pytest.raises(api.BadInput, match="W is an encoder"):
+        demo.make_app(make_lm(family))
 
 
 def test_masks_are_filled(tmp_path):
