@@ -24,6 +24,7 @@ from jaxlm.parallel import mesh as meshes
 
 LOGITS = 2**25  # float32 logits that a batch may hold at a time (128 MB)
 BATCH_TOKENS = 8192
+COPIES = 64  # batches of masked copies that are made at a time
 AHEAD = 4  # batches that wait on the device, so that it never waits for the host
 
 Params = Any
@@ -197,9 +198,8 @@ def token_logprobs(
     scored: dict[int, Scored] = {}
     found = scorer.score(params, asked, max_len=max_len, batch_tokens=batch_tokens)
     for numbers, joined in zip(rows.values(), found, strict=True):
-        ends = np.cumsum([len(pairs[i][1]) for i in numbers])[:-1]
-        parts = zip(np.split(joined.logprobs, ends), np.split(joined.likeliest, ends), strict=True)
-        scored |= {i: Scored(*part) for i, part in zip(numbers, parts, strict=True)}
+        sizes = [len(pairs[i][1]) for i in numbers]
+        scored |= zip(numbers, cut_into(joined, sizes), strict=True)
     return [scored[i] for i in range(len(pairs))]
 
 
@@ -273,13 +273,19 @@ def pseudo_logprobs(
             tokens[place] = mask_id
             yield Row(tokens, np.array([place]), ids[[place]])
 
-    rows = [
-        row
-        for ids, where in zip(texts, places, strict=True)
-        for row in masked_copies(np.asarray(ids, np.int32), where)
-    ]
-    scored = iter(scorer.score(params, rows, max_len=max_len, batch_tokens=batch_tokens))
-    return [join(list(itertools.islice(scored, len(where)))) for where in places]
+    scored: dict[int, Scored] = {}
+    for length, numbers in by_rounded_length(texts, max_len).items():
+        copies = itertools.chain.from_iterable(
+            masked_copies(np.asarray(texts[i], np.int32), places[i]) for i in numbers
+        )
+        # Full batches at a time, so that their shapes are those of all copies at once.
+        most, parts = COPIES * full_batch(length, batch_tokens), []
+        while rows := list(itertools.islice(copies, most)):
+            found = scorer.score(params, rows, max_len=max_len, batch_tokens=batch_tokens)
+            parts.append(join(found))
+        sizes = [len(places[i]) for i in numbers]
+        scored |= zip(numbers, cut_into(join(parts), sizes), strict=True)
+    return [scored[i] for i in range(len(texts))]
 
 
 def join(parts: Sequence[Scored]) -> Scored:
@@ -289,23 +295,40 @@ def join(parts: Sequence[Scored]) -> Scored:
     return Scored(*map(np.concatenate, zip(*parts, strict=True)))
 
 
+def cut_into(joined: Scored, sizes: Sequence[int]) -> Iterator[Scored]:
+    """What is said of stretches of so many tokens, which `join` would put together again."""
+    ends = np.cumsum(sizes)[:-1]
+    return map(Scored, np.split(joined.logprobs, ends), np.split(joined.likeliest, ends))
+
+
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
 def plan(rows: Sequence[Row], max_len: int, batch_tokens: int) -> Iterator[Batch]:
     """Every row once, the longest first. All batches of one length are equally large but the last one, which may be a
     quarter, a sixteenth, … of them."""
-    by_length: dict[int, list[int]] = {}
-    for number, row in enumerate(rows):
-        by_length.setdefault(round_up(len(row.tokens), max_len), []).append(number)
-    for length, numbers in sorted(by_length.items(), reverse=True):
+    by_length = by_rounded_length([row.tokens for row in rows], max_len)
+    for length, numbers in by_length.items():
         numbers.sort(key=lambda i: len(rows[i].places))  # neighbours need equally many chunks
-        most = 1 << (max(1, batch_tokens // length).bit_length() - 1)
+        most = full_batch(length, batch_tokens)
         for start in range(0, len(numbers), most):
             indices, size = np.array(numbers[start : start + most]), most
             while size // 4 >= len(indices):
                 size //= 4
             yield Batch(indices, max(size, batch_devices()), length)
+
+
+def by_rounded_length(texts: Sequence[np.ndarray], max_len: int) -> dict[int, list[int]]:
+    """The length to which texts, (t,) each, are padded -> their numbers; the longest first."""
+    by_length: dict[int, list[int]] = {}
+    for number, tokens in enumerate(texts):
+        by_length.setdefault(round_up(len(tokens), max_len), []).append(number)
+    return dict(sorted(by_length.items(), reverse=True))
+
+
+def full_batch(length: int, batch_tokens: int) -> int:
+    """Rows of a batch that is full: a power of two."""
+    return 1 << (max(1, batch_tokens // length).bit_length() - 1)
 
 
 def lay_out(

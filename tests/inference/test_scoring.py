@@ -1,6 +1,7 @@
 """Log-probabilities of given tokens: by definition, in any batch, in windows and under masks."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -258,6 +259,29 @@ def check_pseudo_logprobs(pseudo):
 
 def test_each_token_is_masked_alone_and_specials_are_not_asked_for():
     check_pseudo_logprobs(pseudo)
+
+
+def test_few_masked_copies_are_there_at_a_time_in_the_batches_of_all_at_once(monkeypatch):
+    texts = [np.concatenate([[0], ids(i, 1 + i % 22), [1]]) for i in range(23)]
+    seen = {}
+    for copies in (10**6, 2):
+        calls = seen[copies] = []
+
+        def score(params, rows, *, max_len, batch_tokens, calls=calls):
+            calls.append([(b.rows, b.length) for b in scoring.plan(rows, max_len, batch_tokens)])
+            says = [np.float32([row.labels[0] + row.tokens.sum()]) for row in rows]
+            return [scoring.Scored(said, said > 40) for said in says]
+
+        monkeypatch.setattr(scoring, "COPIES", copies)
+        scorer = SimpleNamespace(score=score)
+        options = dict(mask_id=MASK, special_ids=SPECIAL, max_len=MAX_LEN, batch_tokens=64)
+        for text, found in zip(
+            texts, scoring.pseudo_logprobs(scorer, None, texts, **options), strict=True
+        ):
+            inner = text[1:-1]
+            np.testing.assert_array_equal(found.logprobs, np.full(len(inner), text.sum() + MASK))
+    together, apart = (sum(seen[copies], []) for copies in (10**6, 2))
+    assert apart == together and max(map(len, seen[2])) == 2 < max(map(len, seen[10**6]))
 
 
 def test_the_law_fails_if_the_token_stays_in_sight():
