@@ -2,7 +2,7 @@
 
     --task=generate    a decoder goes on from each prompt, an encoder-decoder answers it; a single one token by token
     --task=fill_mask   an encoder ranks tokens for each [MASK]
-    --task=embed       vectors, into --output=F.npz (vectors, texts) or F.jsonl
+    --task=embed       vectors, into --output=F.npz (a `jaxlm.inference.search.Index`) or F.jsonl
     --task=score       log-likelihood, tokens and bits per byte of each text
 
 Without --task an encoder fills masks, and all others generate. The checkpoint is a run's folder W, W@STEP, or
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import flags, logging
 
 from jaxlm import api
@@ -27,6 +26,7 @@ from jaxlm.exits import with_status
 from jaxlm.files import as_path, is_remote, write_whole
 from jaxlm.flags import require
 from jaxlm.host import keep_freed_memory
+from jaxlm.inference.search import Index
 from jaxlm.inputs import read_prompts
 from jaxlm.parallel.mesh import make_mesh
 
@@ -182,7 +182,7 @@ def embed(
         raise api.BadInput("--task=embed writes vectors: give --output=F.npz or F.jsonl")
     vectors = api.embed(lm, prompts, **options)
     if output.endswith(".npz"):
-        write_whole(output, lambda file: np.savez(file, vectors=vectors, texts=np.array(prompts)))
+        Index(vectors, prompts).save(output)
         return
     pairs = zip(prompts, vectors.tolist(), strict=True)
     write_rows(output, ({"text": text, "vector": vector} for text, vector in pairs))

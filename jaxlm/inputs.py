@@ -25,7 +25,7 @@ FAMILIES = {
 def read_prompts(path: Path) -> list[str]:
     """The texts of a file: one a line, or of F.jsonl one an object. Empty lines are left out."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: no UTF-8 at byte {error.start}") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -10,6 +10,7 @@ import pytest
 from absl import flags
 
 from jaxlm import api, generate
+from jaxlm.inference.search import Index
 from tests import tiny
 from tests.test_api import save_random
 
@@ -66,14 +67,15 @@ def test_several_prompts_and_samples_are_written_whole(workdir, tmp_path, capsys
     assert {row["finish"] for row in rows} <= {"length", "stop", "eos"}
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
-def test_prompts_come_from_a_file(tmp_path, name):
+def test_prompts_come_from_a_file(tmp_path, name, encoding):
     path, texts = tmp_path / name, ["def ", "  import os", "é"]
     if name == "p.txt":
-        path.write_text("def \r\n\n  import os\né", encoding="utf-8", newline="")
+        path.write_text("def \r\n\n  import os\né", encoding=encoding, newline="")
     else:
         rows = [{"prompt": texts[0]}, {"text": texts[1]}, {"prompt": texts[2], "text": "no"}]
-        path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding=encoding)
     assert generate.read_prompts(path) == texts
 
 
@@ -89,15 +91,19 @@ def test_masks_are_ranked_in_a_table(encoder, capsys, tmp_path):
     assert [len(row["masks"]) for row in lines_of(tmp_path / "m.jsonl")] == [1, 2]
 
 
-def test_vectors_are_written_as_npz_or_lines(encoder, tmp_path):
+def test_vectors_are_written_as_an_index_or_lines(encoder, tmp_path):
     options = [f"--checkpoint={encoder}", "--task=embed", "--prompt=a text", "--prompt=é"]
     run(*options, f"--output={tmp_path}/v.npz")
     run(*options, f"--output={tmp_path}/v.jsonl")
-    with np.load(tmp_path / "v.npz") as stored:
-        assert stored["texts"].tolist() == ["a text", "é"] and stored["vectors"].shape == (2, 16)
-        rows = lines_of(tmp_path / "v.jsonl")
-        np.testing.assert_allclose([row["vector"] for row in rows], stored["vectors"], rtol=1e-6)
-    assert [row["text"] for row in rows] == ["a text", "é"]
+    stored, rows = Index.load(tmp_path / "v.npz"), lines_of(tmp_path / "v.jsonl")
+    assert stored.ids == [row["text"] for row in rows] == ["a text", "é"]
+    np.testing.assert_allclose([row["vector"] for row in rows], stored.vectors, rtol=1e-6)
+
+
+def test_a_long_text_takes_no_room_from_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "embed", lambda lm, texts: np.ones((len(texts), 4), np.float32))
+    generate.embed(None, [*"ab" * 99, "x" * 9999], str(tmp_path / "v.npz"), {})
+    assert (tmp_path / "v.npz").stat().st_size < 20_000
 
 
 def test_texts_are_scored(workdir, capsys):

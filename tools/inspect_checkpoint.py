@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jaxlm.exits import with_status
 from jaxlm.files import as_path
 from jaxlm.interop.arrays import read_theirs
+from jaxlm.interop.convert import find_untrue_zeros
 from jaxlm.interop.finetuned import open_parameters
 from jaxlm.interop.mapping import bind, is_ignored, repeated_names
 from jaxlm.interop.safetensors_io import DTYPES
@@ -185,11 +186,11 @@ def differences_by_table(folder: str | Path, checkpoint: str | Path) -> list[str
     arrays = open_parameters(step_dir, evaluated_item(step_dir))
     shapes = {path: array.shape for path, array in arrays.items()}
     pieces = {p.name: p for p in bind(source.family, shapes, source.config["vocab_size"])}
-    repeats = repeated_names(source.family, tied="unembed" not in shapes)
-    lines = []
+    known = {*repeated_names(source.family, tied="unembed" not in shapes), *source.family.zeros}
+    lines = find_untrue_zeros(source)
     for name in sorted(source.tensors.keys() | pieces.keys()):
         if name not in pieces:
-            if name not in repeats and not is_ignored(source.family, name):
+            if name not in known and not is_ignored(source.family, name):
                 lines.append(f"{name}: only in {folder}")
         elif name not in source.tensors:
             lines.append(f"{name}: only in {checkpoint}")

@@ -193,6 +193,20 @@ def test_a_folder_is_compared_with_a_checkpoint_through_the_table(name, tmp_path
     check_table_diff(inspect_checkpoint.differences, tmp_path, name)
 
 
+def test_a_buffer_of_zeros_that_no_parameter_stands_for_is_no_difference(tmp_path):
+    """Published BARTs hold final_logits_bias."""
+    recorded = tiny_hf.read_recorded()["bart"]
+    weights = tiny_hf.make_weights(recorded["shapes"])
+    for value in (0, 1):
+        weights["final_logits_bias"] = np.full((1, tiny_hf.V), value, np.float32)
+        folder = tiny_hf.write_source(tmp_path / f"hf{value}", recorded["config"], weights)
+        if not value:
+            from_hf(folder, tmp_path / "w")
+            assert inspect_checkpoint.differences(folder, tmp_path / "w") == []
+    (line,) = inspect_checkpoint.differences(folder, tmp_path / "w")
+    assert line.startswith("final_logits_bias: holds other values than 0")
+
+
 def test_a_diff_of_norms_would_be_caught(tmp_path):
     def of_sizes(a, b):
         arrays = [inspect_checkpoint.open_path(path) for path in (a, b)]
