@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from jaxlm.interop import FAMILIES, find_family, parity, tokenizer_files
 from jaxlm.interop.arrays import Array, read_theirs
 from jaxlm.interop.convert import make_model, model_config, written_beside
-from jaxlm.interop.finetuned import find_head, open_parameters
+from jaxlm.interop.finetuned import find_head, open_parameters, read_task
 from jaxlm.interop.mapping import BadModel, Family, Piece, bind, config_to_hf
 from jaxlm.interop.safetensors_io import Planned, read_json, write_folder
 from jaxlm.interop.source import open_source
@@ -83,8 +83,9 @@ def to_hf(
         architecture = chosen.architecture(groups, came_from.get("architecture", ""))
         kept = np.dtype(jnp.dtype(dtype)) if dtype else arrays[pieces[0].paths[0]].dtype
         exported = dataclasses.replace(options, vocab_size=vocab_size)
-        end = find_end(step_dir.parent.parent / "task.json", vocab_size)
-        ids = came_from.get("token_ids") or token_ids(config, step_dir, tokenizer, vocab_size)
+        task = read_task(step_dir.parent.parent)
+        end = find_end(task, vocab_size)
+        ids = came_from.get("token_ids") or token_ids(config, task, tokenizer, vocab_size)
         hf_config = {
             "architectures": [architecture.name],
             **with_token_ids(config_to_hf(chosen, exported), ids | end),
@@ -100,6 +101,8 @@ def to_hf(
             tokenizer_files.write_tokenizer(
                 tokenizer, saved, folder, ends=ends, max_len=options.max_len
             )
+        if "template" in task:
+            (folder / "chat_template.jinja").write_text(task["template"], encoding="utf-8")
         generation = folder / "generation_config.json"
         if chosen.model not in WRITERS:
             generation.unlink(missing_ok=True)
@@ -193,9 +196,10 @@ def trained_roles(config: ConfigDict) -> tuple[str, ...]:
 
 
 def token_ids(
-    config: ConfigDict, step_dir: Path, tokenizer: Any, vocab_size: int
+    config: ConfigDict, task: Mapping[str, Any], tokenizer: Any, vocab_size: int
 ) -> dict[str, int]:
-    """Keys of config.json: the special tokens that the exported vocabulary has.
+    """Keys of config.json: the special tokens that the exported vocabulary has. What an encoder-decoder's decoder begins with
+    a fine-tuned run's task says, else the objective.
 
     Raises:
       BadModel: if an encoder-decoder begins with a token that it has not.
@@ -205,7 +209,7 @@ def token_ids(
     ids = {f"{role}_token_id": tokenizer.roles[role] for role in ("bos", "eos", "pad")}
     ids = {name: i for name, i in ids.items() if i < vocab_size}
     if config.family == "encoder_decoder":
-        start = find_start(config, step_dir.parent.parent / "task.json", tokenizer)
+        start = task["start_id"] if task else tokenizer.roles[config.objective.decoder_start]
         if start >= vocab_size:
             raise BadModel(
                 f"the decoder begins with the id {start}, which was appended to the tokenizer's vocabulary of "
@@ -230,26 +234,18 @@ def with_token_ids(hf: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, A
     return {**hf, **ids}
 
 
-def find_end(task_file: Path, vocab_size: int) -> dict[str, int]:
+def find_end(task: Mapping[str, Any], vocab_size: int) -> dict[str, int]:
     """{'eos_token_id': what ends the answers of a fine-tuned run of dialogues}; of another {}.
 
     Raises:
       BadModel: if the exported vocabulary lacks it.
     """
-    task = json.loads(task_file.read_text(encoding="utf-8")) if task_file.is_file() else {}
     if (end_id := task.get("end_id", 0)) >= vocab_size:
         raise BadModel(
             f"answers end with the id {end_id}, which was appended to the tokenizer's vocabulary of {vocab_size}, and its "
             "files have no place for it: train with a template that ends them with a token of its own"
         )
     return {"eos_token_id": end_id} if "end_id" in task else {}
-
-
-def find_start(config: ConfigDict, task_file: Path, tokenizer: Any) -> int:
-    """The id that an encoder-decoder's decoder begins with: as a fine-tuned run's task says, else its objective."""
-    if task_file.is_file():
-        return json.loads(task_file.read_text(encoding="utf-8"))["start_id"]
-    return tokenizer.roles[config.objective.decoder_start]
 
 
 def plan(

@@ -113,21 +113,25 @@ def find_head(workdir: Path, config: ConfigDict, came_from: Mapping[str, Any]) -
     if not head["num_classes"] and not head.get("transform"):
         return FoundHead({}, "", {})  # the vectors themselves: nothing but the body has parameters
     kind = config.task.name if config.task.name in HEADS else ""
-    about = labels_to_hf(workdir / "task.json", head["num_classes"])
+    about = labels_to_hf(read_task(workdir), head["num_classes"])
     if problem := PROBLEM_TYPES.get(config.task.get("problem", "")):
         about["problem_type"] = problem
     return FoundHead(head, kind, about)
 
 
-def labels_to_hf(task_file: Path, num_classes: int) -> dict[str, Any]:
+def read_task(workdir: Path) -> dict[str, Any]:
+    """What task.json of a fine-tuned run says; {} of another run."""
+    path = workdir / "task.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def labels_to_hf(task: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
     """id2label and label2id, if task.json names labels; else nothing.
 
     Raises:
       BadModel: if they are not one distinct word for each class.
     """
-    if not task_file.is_file():
-        return {}
-    labels = json.loads(task_file.read_text(encoding="utf-8")).get("labels") or []
+    labels = task.get("labels")
     if not labels:
         return {}
     problems = []
@@ -139,7 +143,7 @@ def labels_to_hf(task_file: Path, num_classes: int) -> dict[str, Any]:
         twice = sorted({label for label in labels if labels.count(label) > 1})
         problems.append(f"{', '.join(twice[:5])}: more than one class is called that")
     if problems:
-        raise BadModel(repair_list(f"the labels of {task_file}", problems))
+        raise BadModel(repair_list("the labels of task.json", problems))
     return {
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},

@@ -222,11 +222,11 @@ def rewrite(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_what_ends_a_tuned_runs_answers_ends_the_exported_models(tmp_path):
-    """In config.json, and in the generation_config.json that the source came with, whose other keys stay."""
+def test_the_exported_model_writes_and_ends_dialogues_as_the_tuned_run_does(tmp_path):
+    """The template goes along; the end is in config.json, and in the generation_config.json that the source came with."""
     source, _ = tiny_hf.write_recorded(tmp_path / "hf", "gpt2")
     from_hf(source, tmp_path / "w")
-    (tmp_path / "w" / "task.json").write_text(json.dumps({"end_id": 7}))
+    (tmp_path / "w" / "task.json").write_text(json.dumps({"end_id": 7, "template": "{{ é }}"}))
     to_hf(tmp_path / "w", tmp_path / "plain")
     make_tokenizer("bytes", num_sentinels=0).save(tmp_path / "w" / "tokenizer")
     kept = tmp_path / "w" / "tokenizer" / "huggingface"
@@ -240,6 +240,8 @@ def test_what_ends_a_tuned_runs_answers_ends_the_exported_models(tmp_path):
         config = json.loads((tmp_path / folder / "config.json").read_text())
         generation = json.loads((tmp_path / folder / "generation_config.json").read_text())
         assert config["eos_token_id"] == 7 and generation == {**others, "eos_token_id": 7}
+        template = tmp_path / folder / "chat_template.jinja"
+        assert template.read_text(encoding="utf-8") == "{{ é }}"
     rewrite(tmp_path / "w" / "task.json", end_id=tiny_hf.V)
     with pytest.raises(mapping.BadModel, match="answers end with the id 37, which was appended"):
         to_hf(tmp_path / "w", tmp_path / "refused")
