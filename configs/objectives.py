@@ -1,11 +1,12 @@
-"""One small model by each of six objectives, on equal text: what `tools/compare_objectives.py` pretrains.
+"""One small model by each of six objectives, on as much text: what `tools/compare_objectives.py` pretrains.
 
     python -m jaxlm.pretrain --config=configs/objectives.py:span_corruption --workdir=W
 
 The Block is the same in all: 4 layers, 128 wide, rotary positions, RMS norm, SwiGLU; 1.1M parameters in an encoder or a
-decoder. An encoder-decoder has two such stacks, and rtd a generator half as wide beside its encoder. All read 1.6M tokens of
-the running Python's standard library (`num_train_steps` follows from how many raw tokens a row reads), the same ones in the
-same order, by the same optimizer. A minute or two each on one CPU core.
+decoder. An encoder-decoder has two such stacks, and rtd a generator half as wide beside its encoder. All read 1.6M raw tokens
+of the running Python's standard library (`num_train_steps` follows from how many a row reads), by the same optimizer; rows of
+other lengths are cut elsewhere and come in another order, so these tokens are not the same ones in all. A minute or two each
+on one CPU core.
 
 objective        family            paper
 mlm              encoder           Devlin et al. 2018, arXiv:1810.04805

@@ -4,9 +4,10 @@
 
 For every objective and seed: `configs/objectives.py:OBJECTIVE` is pretrained on the running Python's standard library, and
 fine-tuned for `package` (classification) and `tokens` (tagging) of `configs/finetune/demo.py`; `random` is fine-tuned from
-no checkpoint. WORK has a workdir for each run; the same command again does only what is not there. At the end it prints a
-table (test scores of the best checkpoint by development score, mean and standard deviation over seeds) and draws
-WORK/objectives.png. --jobs runs at a time (default: one for each core). Flags after `--` go to every pretraining run.
+no checkpoint, in the shapes of the first objective's. WORK has a workdir for each run; the same command again does only
+what is not there. At the end it prints a table (test scores of the best checkpoint by development score, mean and standard
+deviation over seeds) and draws WORK/objectives.png. --jobs runs at a time (default: one for each core). Flags after `--` go
+to every pretraining run; a WORK that has runs with other ones is refused.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from jaxlm.files import write_text
 from jaxlm.training.plots import save_figure
 from tools.compare_runs import mean_sd, table
 from tools.sweep import is_finished, make_command, run_one
@@ -32,11 +34,15 @@ TASKS = {"package": "accuracy", "tokens": "accuracy"}  # the demo's tasks and wh
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Where the runs are and what they are told. pretrain_flags, finetune_flags: `--config.…=…` for each."""
+    """Where the runs are and what they are told.
+
+    pretrain_flags, finetune_flags: `--config.…=…` for each. first: the objective whose shapes RANDOM's weights have.
+    """
 
     work: Path
     pretrain_flags: tuple[str, ...] = ()
     finetune_flags: tuple[str, ...] = ()
+    first: str = OBJECTIVES[0]
 
     def pretraining(self, objective: str, seed: int) -> Path:
         return self.work / "pretraining" / f"{objective}-{seed}"
@@ -62,7 +68,7 @@ class Study:
 
     def chain(self, objective: str, seed: int) -> list[tuple[Path, list[str]]]:
         """(workdir, command) of the runs of one objective and seed, each of which needs the first."""
-        base = self.pretraining(OBJECTIVES[0] if objective == RANDOM else objective, seed)
+        base = self.pretraining(self.first if objective == RANDOM else objective, seed)
         point = {"seed": str(seed)}
         commands = []
         if objective != RANDOM:
@@ -79,6 +85,24 @@ class Study:
             command = make_command("jaxlm.finetune", config, point, workdir, flags)
             commands.append((workdir, command))
         return commands
+
+
+def keep_flags(study: Study) -> None:
+    """Writes the flags of pretraining to WORK/study.json. A fine-tuning that has ended is not run again because its
+    pretraining was, so other flags would leave old scores in the table.
+
+    Raises:
+      ValueError: if the study in WORK has other ones.
+    """
+    path, flags = study.work / "study.json", list(study.pretrain_flags)
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))["pretrain_flags"]
+        if kept != flags:
+            raise ValueError(
+                f"found: {study.work} holds a study with the flags {kept}; expected: {flags}; change: take another --work"
+            )
+    study.work.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({"pretrain_flags": flags}) + "\n")
 
 
 def run_chain(commands: Sequence[tuple[Path, list[str]]]) -> list[Path]:
@@ -182,13 +206,26 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(
             f"found: {sorted(unknown)}; expected: some of {', '.join((*OBJECTIVES, RANDOM))}"
         )
+    if args.objectives == [RANDOM]:
+        parser.error(
+            f"found: {RANDOM} alone, which has the shapes of another objective's checkpoint; expected: one more of "
+            f"{', '.join(OBJECTIVES)}"
+        )
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    study = Study(args.work.absolute(), tuple(args.pretrain_flags), tuple(args.finetune_flag))
+    first = next(objective for objective in args.objectives if objective != RANDOM)
+    study = Study(
+        args.work.absolute(), tuple(args.pretrain_flags), tuple(args.finetune_flag), first
+    )
+    try:
+        keep_flags(study)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     failed = run_all(study, args.objectives, args.seeds, args.jobs)
     found = scores(study, args.objectives, args.seeds)
     text = make_table(study, found, args.seeds)

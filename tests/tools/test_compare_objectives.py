@@ -27,11 +27,11 @@ def test_all_objectives_read_as_many_tokens():
 
 
 def test_every_run_of_a_chain_starts_from_its_own_pretraining(tmp_path):
-    study = Study(tmp_path, ("--config.num_train_steps=2",))
+    study = Study(tmp_path, ("--config.num_train_steps=2",), first="causal")
     for objective in (*OBJECTIVES, RANDOM):
         chain = study.chain(objective, 1)
         assert len(chain) == len(TASKS) + (objective != RANDOM)
-        base = study.pretraining("mlm" if objective == RANDOM else objective, 1)
+        base = study.pretraining("causal" if objective == RANDOM else objective, 1)
         for workdir, command in chain[-len(TASKS) :]:
             assert f"--config.init_from={base}" in command and f"--workdir={workdir}" in command
             assert ("--config.init=random" in command) == (objective == RANDOM)
@@ -64,6 +64,31 @@ def test_an_unknown_objective_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare_objectives.main([f"--work={tmp_path}", "--objectives=mml"])
     assert "mml" in capsys.readouterr().err
+
+
+def test_random_weights_have_the_shapes_of_the_first_objective_that_is_there(
+    tmp_path, monkeypatch, capsys
+):
+    studies = []
+    monkeypatch.setattr(
+        compare_objectives, "run_all", lambda study, *_: studies.append(study) or []
+    )
+    assert compare_objectives.main([f"--work={tmp_path}", "--objectives=random,rtd,mlm"]) == 0
+    assert [study.first for study in studies] == ["rtd"]
+    with pytest.raises(SystemExit):
+        compare_objectives.main([f"--work={tmp_path}", "--objectives=random"])
+    assert "random alone" in capsys.readouterr().err
+
+
+def test_a_study_with_other_flags_for_pretraining_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare_objectives, "run_all", lambda *_: [])
+    command, flags = [f"--work={tmp_path}", "--seeds=0", "--"], ["--config.num_train_steps=2"]
+    assert [compare_objectives.main(command + flags) for _ in range(2)] == [0, 0]
+    table = (tmp_path / "table.txt").read_bytes()
+    assert compare_objectives.main(command) == 2
+    said = capsys.readouterr().err
+    assert str(flags) in said and "take another --work" in said
+    assert (tmp_path / "table.txt").read_bytes() == table
 
 
 @pytest.mark.slow
