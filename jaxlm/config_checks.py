@@ -74,10 +74,13 @@ def check_config(
             f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's "
             f"{tokenizer.vocab_size} ids: set --config.model.vocab_size={tokenizer.vocab_size} or more"
         )
-    if config.model.position == "learned" and config.seq_len > config.model.max_len:
+    longest = max(config.seq_len, target_len)
+    if config.model.position == "learned" and longest > config.model.max_len:
+        in_decoder = target_len > config.seq_len
+        row = f" makes a decoder's row of {target_len}, which" if in_decoder else ""
         problems.append(
-            f"seq_len {config.seq_len} is longer than model.max_len {config.model.max_len}, the number of "
-            "learned positions: set --config.seq_len to that or less, or raise --config.model.max_len"
+            f"seq_len {config.seq_len}{row} is longer than model.max_len {config.model.max_len}, the number of learned "
+            f"positions: set --config.seq_len to less, or --config.model.max_len={longest} or more"
         )
     if config.batch_size % config.accumulation_steps:
         problems.append(

@@ -1,8 +1,11 @@
 """Fields that would do harm in silence are refused before a run begins."""
 
+import jax
 import pytest
 
 from jaxlm import config_checks, config_files
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.planning.compiling import stand_in_tokenizer
 from tests import tiny
 
 HARMFUL = {
@@ -30,3 +33,12 @@ def test_an_average_that_would_stand_still_is_refused():
     assert config_checks.range_problems(config) == []
     config.param_dtype = "bfloat16"
     assert "stands still" in config_checks.range_problems(config)[0]
+
+
+def test_learned_positions_are_asked_for_by_the_decoders_row_too():
+    config = config_files.read_config(f"{tiny.ROOT}/configs/bart.py:tiny", {})
+    mesh = make_mesh(devices=jax.devices()[:1])
+    tokenizer, most = stand_in_tokenizer(config.model.vocab_size), config.model.max_len
+    config_checks.check_config(config, mesh, tokenizer, most)
+    with pytest.raises(ValueError, match=r"row of 257, which is longer.*max_len=257 or more"):
+        config_checks.check_config(config, mesh, tokenizer, most + 1)
