@@ -147,7 +147,9 @@ def make_t5_1_1(
 
 def make_large(config: ConfigDict, batch_size: int, num_train_steps: int) -> dict:
     """Section 3.1.2's recipe, and the intervals and evaluation of a run of days on many devices."""
-    config.tokenizer.update(kind="unigram", vocab_size=32100, num_sentinels=100)
+    # UL2's densest denoiser hides 128 spans in 512 tokens, and three sentinels name its modes.
+    num_sentinels = 131 if config.objective.name == "ul2" else 100
+    config.tokenizer.update(kind="unigram", vocab_size=32100, num_sentinels=num_sentinels)
     config.batch_size, config.seq_len, config.num_train_steps = batch_size, 512, num_train_steps
     set_intervals(config, 5000)
     if config.model.emb_dim >= 1024:

@@ -189,9 +189,10 @@ def make_program(config: ConfigDict, mesh: jax.sharding.Mesh, tokenizer: Any) ->
       ValueError: with what to change, if fields do not fit one another, the tokenizer or the mesh.
     """
     objective = make_objective(config, tokenizer)
+    check_family(config, objective)
     check_config(config, mesh, tokenizer, target_len(objective, config.seq_len))
-    model = make_model(config, mesh)
     dummy = dummy_batch(objective, config.seq_len)
+    model = make_model(config, mesh, has_prefix="is_prefix" in dummy)
     boxed = abstract_params(model, dummy)
     optimizer, plateau = make_optimizer(config, boxed)
     return Program(
@@ -250,14 +251,16 @@ def on_cpu(mesh: jax.sharding.Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def resolve_kernel(options: TransformerConfig, mesh: jax.sharding.Mesh) -> TransformerConfig:
+def resolve_kernel(
+    options: TransformerConfig, mesh: jax.sharding.Mesh, *, has_prefix: bool = False
+) -> TransformerConfig:
     """'auto' is the fused attention kernel of the mesh's devices; the reference on CPUs and for what that kernel
     cannot do, which the log says. A kernel that is named and cannot is refused, with what to change."""
     chosen = options.attention_kernel
     if chosen == "auto":
         name = kernels.made_for(mesh.devices.flat[0].platform, mesh.shape)
         options = dataclasses.replace(options, attention_kernel=name)
-    if not (limits := kernels.find_limits(options, mesh.shape)):
+    if not (limits := kernels.find_limits(options, mesh.shape, has_prefix=has_prefix)):
         return options
     lines = "\n  ".join(limits)
     if chosen != "auto":
@@ -268,8 +271,13 @@ def resolve_kernel(options: TransformerConfig, mesh: jax.sharding.Mesh) -> Trans
     return dataclasses.replace(options, attention_kernel=kernels.REFERENCE)
 
 
-def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:
-    """The config's model, in the dtype that its devices compute in. Raises ValueError for options that do not go together."""
+def make_model(
+    config: ConfigDict, mesh: jax.sharding.Mesh, *, has_prefix: bool = False
+) -> nn.Module:
+    """The config's model, in the dtype that its devices compute in. Raises ValueError for options that do not go together.
+
+    has_prefix: whether the batches that it will read have `is_prefix`.
+    """
     options = TransformerConfig(
         **config.model,
         dtype=resolve_dtype(config.dtype, mesh),
@@ -285,7 +293,7 @@ def make_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> nn.Module:
             f"num_decoder_layers={options.num_decoder_layers}: family {config.family!r} has one stack of layers; set it "
             "to 0, or the family to 'encoder_decoder'"
         )
-    options = resolve_kernel(options, mesh)
+    options = resolve_kernel(options, mesh, has_prefix=has_prefix)
     model = pick(MODELS, config.family, "family")
     if "head" in config:  # a fine-tuning run has a task's head instead of an objective's
         return model(options, head=Head(options, **config.head))
@@ -300,6 +308,20 @@ def make_objective(config: ConfigDict, tokenizer: Any) -> Any:
     """The config's objective, which keeps tables of the tokenizer."""
     options = config.objective.to_dict()
     return pick(OBJECTIVES, options.pop("name"), "objective")(tokenizer=tokenizer, **options)
+
+
+def check_family(config: ConfigDict, objective: Any) -> None:
+    """Raises ValueError if the objective is not made for models of the config's family: labels would be in plain sight of an
+    encoder, say, or most of the model would not be trained."""
+    family = config.family
+    if family in objective.families:
+        return
+    pick(MODELS, family, "family")
+    fitting = [name for name, kind in OBJECTIVES.items() if family in kind.families]
+    raise ValueError(
+        f"objective {config.objective.name!r} is not for family {family!r}: set --config.family to "
+        f"{' or '.join(objective.families)}, or take one of {', '.join(fitting)}"
+    )
 
 
 def in_mesh(mesh: jax.sharding.Mesh, function: Callable) -> Callable:

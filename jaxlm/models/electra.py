@@ -24,6 +24,8 @@ from jaxlm.models.layers import Outputs, apply_softcap, constrain
 from jaxlm.models.transformer import Dense, Embed, apply_layers, batch_positions
 from jaxlm.spread import num_devices
 
+# What ELECTRA always has; its config may not say otherwise.
+ALWAYS = dict(tie_embeddings=True, logit_scale=0.0)
 # float32 logits that one device may hold at a time when tokens are sampled (128 MB).
 LOGITS_PER_DEVICE = 2**25
 
@@ -110,14 +112,20 @@ def generator_config(config: TransformerConfig, width: float, depth: float) -> T
     """The generator's: heads as wide as the discriminator's, but fewer; tables as wide as the shared ones.
 
     Raises:
-      ValueError: if a share is not in (0, 1].
+      ValueError: if a share is not in (0, 1], or for options that ELECTRA does not have.
     """
     c = config
-    if wrong := [
+    wrong = [
         f"generator.{name}={share}: expected over 0 and at most 1"
         for name, share in (("width", width), ("depth", depth))
         if not 0 < share <= 1
-    ]:
+    ]
+    wrong += [
+        f"{name}={getattr(c, name)!r}: set it to {value!r}"
+        for name, value in ALWAYS.items()
+        if getattr(c, name) != value
+    ]
+    if wrong:
         raise ValueError("ELECTRA:\n  " + "\n  ".join(wrong))
     share = lambda size: max(1, round(width * size))
     heads, layers = share(c.num_heads), max(1, round(depth * c.num_layers))

@@ -40,7 +40,7 @@ class GPT(nn.Module):
         if c.embed_factor_dim:
             raise ValueError(
                 f"embed_factor_dim={c.embed_factor_dim}: only the encoder's output transform leads back to that "
-                "width; set it to 0, or the family to 'bert'"
+                "width; set it to 0"
             )
         segment_ids, positions = batch_positions(batch, cache)
         embed = Embed(c, c.embed_norm, deterministic, name="embed")

@@ -231,7 +231,7 @@ def make_view(
 ) -> View:
     """The view of the layers whose attention window is `window` (0: no limit).
 
-    With a cache the reference attends, and with a prefix, which no fused kernel knows.
+    With a cache the reference attends, and with a prefix, whatever the kernel: no fused one knows them.
     """
     c, rotary = config, None
     theta, scaling = c.rope_theta, c.rope_scaling

@@ -50,6 +50,8 @@ ALWAYS = dict(
     num_experts=0,
     num_token_types=0,
     attention_softcap=0.0,
+    embed_norm=False,
+    logit_scale=0.0,
 )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +36,8 @@ class CausalLM:
     chunk_tokens: int = 0
     tables: TokenTables = dataclasses.field(init=False, repr=False)
 
-    static = True  # nothing random
+    static: ClassVar[bool] = True  # nothing random
+    families: ClassVar[tuple[str, ...]] = ("gpt",)
 
     def __post_init__(self, tokenizer: Any) -> None:
         object.__setattr__(self, "tables", TokenTables.of(tokenizer))

@@ -64,6 +64,7 @@ class Mixture:
     tables: TokenTables = dataclasses.field(init=False, repr=False)
 
     static: ClassVar[bool] = False
+    families: ClassVar[tuple[str, ...]] = ("gpt", "encoder_decoder")  # a mixture: of its parts
 
     def __post_init__(self, tokenizer: Any) -> None:
         names = tuple(sorted(self.objectives))  # a saved config has its keys in this order, too
@@ -77,9 +78,11 @@ class Mixture:
             problems.append(f"loss_weights {self.loss_weights!r}: expected weights above 0")
         if problems:
             raise ValueError("mixture of objectives:\n  " + "\n  ".join(problems))
+        parts = tuple(self.make_part(self.objectives[name], tokenizer) for name in names)
         for name, value in {
             "names": names,
-            "parts": tuple(self.make_part(self.objectives[name], tokenizer) for name in names),
+            "parts": parts,
+            "families": parts[0].families,
             "schedule": schedule,
             "base_weights": weights,
             "tables": TokenTables.of(tokenizer),

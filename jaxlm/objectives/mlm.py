@@ -1,7 +1,7 @@
 """Masked language modelling: hidden tokens are predicted from both sides."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,6 +44,8 @@ class MaskedLM:
     chunk_tokens: int = 0
     tables: TokenTables = dataclasses.field(init=False, repr=False)
     masking: Masking = dataclasses.field(init=False, repr=False)
+
+    families: ClassVar[tuple[str, ...]] = ("bert",)
 
     def __post_init__(self, tokenizer: Any) -> None:
         object.__setattr__(self, "tables", TokenTables.of(tokenizer))

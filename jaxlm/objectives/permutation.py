@@ -1,7 +1,7 @@
 """Permutation language modelling: tokens are predicted in a random order (XLNet, arXiv:1906.08237)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -42,6 +42,8 @@ class PermutationLM:
     label_smoothing: float = 0.0
     chunk_tokens: int = 0
     tables: TokenTables = dataclasses.field(init=False, repr=False)
+
+    families: ClassVar[tuple[str, ...]] = ("xlnet",)
 
     def __post_init__(self, tokenizer: Any) -> None:
         problems = [

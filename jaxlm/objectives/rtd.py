@@ -1,7 +1,7 @@
 """Replaced-token detection: a generator fills masks, and every token is judged (ELECTRA, arXiv:2003.10555)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ class ReplacedTokens(MaskedLM):
     mask_share: float = 0.85
     random_share: float = 0.0
     discriminator_weight: float = 50.0
+
+    families: ClassVar[tuple[str, ...]] = ("electra",)
 
     def loss(self, outputs: Any, batch: dict) -> tuple[tuple, dict]:
         """((total, weight), metrics): the generator's mean loss plus the weighted mean one of the discriminator.

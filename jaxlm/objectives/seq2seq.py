@@ -9,6 +9,7 @@ from jaxlm.objectives.losses import label_cross_entropy
 from jaxlm.objectives.tables import TokenTables, padded, positions_of
 
 STARTS = ("bos", "pad", "eos")
+MODES = 3  # the last sentinels, which name the denoisers of UL2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -17,7 +18,8 @@ class Seq2Seq:
 
     tokenizer: gives ids and tables; not kept.
     decoder_start: what the decoder reads first: 'bos', 'pad' (T5) or 'eos' (BART).
-    mode: 0, or n = the n-th sentinel from the end begins each document of the encoder's row (UL2's mode tokens).
+    mode: 0, or n = the n-th sentinel from the end begins each document of the encoder's row (UL2's mode tokens, of which
+      there are MODES).
     z_loss, label_smoothing, chunk_tokens: see `cross_entropy`.
     """
 
@@ -30,12 +32,15 @@ class Seq2Seq:
     tables: TokenTables = dataclasses.field(init=False, repr=False)
 
     static: ClassVar[bool] = False
+    families: ClassVar[tuple[str, ...]] = ("encoder_decoder",)
 
     def __post_init__(self, tokenizer: Any) -> None:
         problems = self.find_problems()
         if self.decoder_start not in STARTS:
             known = ", ".join(STARTS)
             problems.append(f"decoder_start {self.decoder_start!r}: expected one of {known}")
+        if not 0 <= self.mode <= MODES:
+            problems.append(f"mode {self.mode}: expected 0 to {MODES}")
         if problems:
             raise ValueError(f"{type(self).__name__}:\n  " + "\n  ".join(problems))
         object.__setattr__(self, "tables", TokenTables.of(tokenizer))

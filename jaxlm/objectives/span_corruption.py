@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.objectives.seq2seq import Seq2Seq, with_end
+from jaxlm.objectives.seq2seq import MODES, Seq2Seq, with_end
 from jaxlm.objectives.spans import Runs, Spans, cut, draw_gaps, place, share
 from jaxlm.objectives.window import Window
 
@@ -51,9 +51,11 @@ class SpanCorruption(Seq2Seq):
     def window(self, seq_len: int) -> Window:
         """As many raw tokens as fill the encoder's row. Raises ValueError where the tokenizer lacks sentinels."""
         lengths, known = self.lengths(seq_len), len(self.tables.sentinels)
-        if (wanted := lengths.spans + self.mode) > known:
+        modes = MODES if self.mode else 0  # none of which may also stand for a span
+        if (wanted := lengths.spans + modes) > known:
+            also = f" and {modes} for modes" if modes else ""
             raise ValueError(
-                f"found {known} sentinels; expected {wanted}, one for each span of a row of {seq_len}; "
+                f"found {known} sentinels; expected {wanted}, one for each span of a row of {seq_len}{also}; "
                 "change tokenizer.num_sentinels, or take fewer or longer spans"
             )
         length = lengths.raw - bool(self.mode)

@@ -114,6 +114,12 @@ def test_the_generator_has_its_share_of_the_width_and_no_table_of_its_own():
         electra.generator_config(make_config(), 0, 1.0)
 
 
+def test_options_that_it_does_not_have_are_listed():
+    model = make_model(tie_embeddings=False, logit_scale=0.5)
+    with pytest.raises(ValueError, match="tie_embeddings=False: .*True\n.*logit_scale=0.5: .*0.0"):
+        jax.eval_shape(model.init, jax.random.key(0), make_batch())
+
+
 def test_each_loss_trains_its_own_part_and_both_train_the_embeddings():
     """The discriminator's gradient does not go back through the sample (section 3.1)."""
     model, params, batch = made()

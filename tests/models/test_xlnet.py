@@ -164,10 +164,11 @@ def test_a_tasks_head_reads_the_content_stream_of_the_whole_segment():
 
 def test_options_that_it_does_not_have_are_listed():
     with pytest.raises(ValueError) as error:
-        make_model(norm_position="pre", num_kv_heads=2, qk_norm=True).init(
-            jax.random.key(0), make_batch()
-        )
-    for part in ("norm_position='pre'", "num_kv_heads=2: set it to 4", "qk_norm=True"):
+        make_model(
+            norm_position="pre", num_kv_heads=2, qk_norm=True, logit_scale=0.5, embed_norm=True
+        ).init(jax.random.key(0), make_batch())
+    parts = ("norm_position='pre'", "num_kv_heads=2: set it to 4", "qk_norm=True")
+    for part in (*parts, "logit_scale=0.5: set it to 0.0", "embed_norm=True: set it to False"):
         assert part in str(error.value)
 
 

@@ -1,13 +1,20 @@
 """What follows a prefix is predicted, and nothing else; the prefix is seen whole."""
 
+from types import SimpleNamespace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs import gpt
 from jaxlm.models.transformer import make_view
 from jaxlm.objectives import CausalLM, PrefixLM, Seq2SeqPrefixLM
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.planning.compiling import stand_in_tokenizer
+from jaxlm.program import make_program, resolve_kernel
 from tests.models.test_laws import Ignoring
 from tests.models.tiny import init_params, make_gpt, run
 from tests.objectives.documents import (
@@ -172,3 +179,19 @@ def test_fused_kernels_give_way_to_the_reference_where_there_is_a_prefix():
     view = make_view(config, 0, segments, segments, True, is_prefix_BT=prefix)
     np.testing.assert_array_equal(view.mask_BTS[0], SEES)
     assert make_view(config, 0, segments, segments, True).mask_BTS is None
+
+
+@pytest.mark.parametrize("objective", ["prefix_lm", "mixture"])
+def test_a_run_with_prefixes_says_that_the_reference_attends(objective, caplog):
+    config = gpt.get_config(f"tiny,objective={objective}")
+    mesh = make_mesh(devices=jax.devices()[:1])
+    tokenizer = stand_in_tokenizer(config.model.vocab_size, config.tokenizer.num_sentinels)
+    config.attention_kernel = "splash_interpret"
+    with pytest.raises(ValueError, match="only the reference lets a prefix.*\n.*'auto'"):
+        make_program(config, mesh, tokenizer)
+    chip = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]), shape={})
+    options = make_gpt(attention_kernel="auto").config
+    assert resolve_kernel(options, chip).attention_kernel == "splash"
+    with caplog.at_level("INFO", logger="jaxlm"):
+        assert resolve_kernel(options, chip, has_prefix=True).attention_kernel == "xla"
+    assert "not by splash:\n  objective 'prefix_lm'" in caplog.text

@@ -7,8 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.objectives import UL2
+from configs import t5
+from jaxlm.objectives import UL2, SpanCorruption
+from jaxlm.objectives.span_corruption import fit
 from jaxlm.objectives.ul2 import DENOISERS, R, S, X, crop
+from jaxlm.planning.compiling import stand_in_tokenizer
+from jaxlm.program import make_objective
 from tests.objectives.documents import (
     LENGTHS,
     check_decoder_row,
@@ -155,7 +159,28 @@ def test_sizes_and_missing_sentinels(tokenizer):
         len(row["encoder_tokens"]) == T == objective.target_len(T)
         or objective.target_len(T) > T / 2
     )
-    with pytest.raises(ValueError, match="found 60 sentinels; expected 129"):
+    with pytest.raises(ValueError, match="found 60 sentinels; expected 131.* and 3 for modes"):
         UL2(tokenizer).window(512)
     with pytest.raises(ValueError, match="mode 2: expected 0"):
         UL2(tokenizer, mode=2)
+    with pytest.raises(ValueError, match="mode 4: expected 0 to 3"):
+        SpanCorruption(tokenizer, mode=4)
+
+
+@pytest.mark.parametrize("variant", t5.VARIANTS)
+def test_a_recipe_has_sentinels_enough_and_no_span_is_named_as_a_mode(variant):
+    config = t5.get_config(f"{variant},objective=ul2")
+    seq_len, known = config.seq_len, config.tokenizer.num_sentinels
+    assert make_objective(config, stand_in_tokenizer(2048, known)).window(seq_len).length > seq_len
+    densest = DENOISERS.index((X, 3.0, 0.5))
+    enough = fit(0.5, 3.0, seq_len).spans + len(NAMES)
+    with pytest.raises(ValueError, match=f"found {enough - 1} sentinels; expected {enough}"):
+        UL2(stand_in_tokenizer(2048, enough - 1)).window(seq_len)
+    tokenizer = stand_in_tokenizer(2048, enough)
+    part = UL2(tokenizer).parts[densest]
+    tokens = np.full(part.window(seq_len).length, 2000, np.int32)
+    example = {"tokens": tokens, "segment_ids": np.ones_like(tokens)}
+    row = part.corrupt(np.random.default_rng(0), example, seq_len)
+    assert set(tokenizer.sentinel_ids) - set(row["labels"].tolist()) == {
+        tokenizer.sentinel_ids[-mode] for mode in NAMES
+    }

@@ -7,7 +7,8 @@
     triton   GPU       causal, full                   segment ids                        nothing
 
 All compute softmax(softcap(q k / sqrt(H))) v as `attention.attend_xla`, the reference, does; it alone can drop
-probabilities out, add biases to the scores, read another sequence (cross attention) and a KV cache. The names that end in _interpret run the same kernels anywhere, slowly: for tests.
+probabilities out, add biases to the scores, let a prefix see itself whole, read another sequence (cross attention) and a KV
+cache. The names that end in _interpret run the same kernels anywhere, slowly: for tests.
 """
 
 from __future__ import annotations
@@ -52,8 +53,13 @@ def made_for(platform: str, mesh: Mapping[str, int]) -> str:
     return "splash" if platform == "tpu" else REFERENCE
 
 
-def find_limits(config: TransformerConfig, mesh: Mapping[str, int] = ALONE) -> list[str]:
-    """What of `config` its kernel cannot do over a mesh of these sizes, each with what to change; empty if it can do all of it."""
+def find_limits(
+    config: TransformerConfig, mesh: Mapping[str, int] = ALONE, *, has_prefix: bool = False
+) -> list[str]:
+    """What of `config` its kernel cannot do over a mesh of these sizes, each with what to change; empty if it can do all.
+
+    has_prefix: whether batches have `is_prefix`.
+    """
     name = config.attention_kernel
     if name == REFERENCE:
         return []
@@ -68,4 +74,6 @@ def find_limits(config: TransformerConfig, mesh: Mapping[str, int] = ALONE) -> l
         )
     if config.position == "relative":
         limits.append("position='relative': only the reference adds biases to the scores")
+    if has_prefix:
+        limits.append("objective 'prefix_lm': only the reference lets a prefix see itself whole")
     return limits
