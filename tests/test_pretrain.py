@@ -214,7 +214,6 @@ def test_several_sources_are_mixed_and_evaluated_apart(tmp_path, store):
         (dict(batch_size=9, accumulation_steps=2), "batch_size 9 is not divisible"),
         (dict(family="bart"), "unknown family 'bart': known are bert, electra"),
         (dict(data__weights=("0:0.5,0.5",)), "2 weights for the sources"),
-        (dict(data__weights=(0.5, 0.5)), "set \"--config.data.weights=('0:0.7,0.3',)\""),
     ],
 )
 def test_a_config_that_cannot_run_says_what_to_change(tmp_path, store, changes, message):
@@ -223,6 +222,11 @@ def test_a_config_that_cannot_run_says_what_to_change(tmp_path, store, changes, 
         build.make_run(
             config, tmp_path / "run", mesh=build.meshes.make_mesh(devices=jax.devices()[:1])
         )
+
+
+def test_weights_that_are_no_schedule_are_shown_one():
+    with pytest.raises(ValueError, match=r"set \"--config\.data\.weights=\('0:0\.7,0\.3',\)\""):
+        build.mixture_weights((0.7, 0.3), ["a", "b"], [1, 1])
 
 
 def test_tuples_survive_config_json(tmp_path):
