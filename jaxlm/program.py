@@ -5,6 +5,7 @@ The mesh may be of devices that this machine does not have: `train_step` of a ru
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from jaxlm.models import MODELS, kernels
 from jaxlm.models.electra import generator_config
 from jaxlm.models.flops import electra_step_flops, train_step_flops, xlnet_step_flops
 from jaxlm.models.heads import Head
+from jaxlm.models.kernels import cudnn
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.objectives import OBJECTIVES
 from jaxlm.objectives.auxiliary import with_auxiliary
@@ -240,10 +242,22 @@ def pick(table: Mapping[str, Any], name: str, what: str) -> Any:
 
 
 def resolve_dtype(dtype: str, mesh: jax.sharding.Mesh) -> str:
-    """'auto' is bfloat16 on accelerators and float32 on CPUs, by the mesh's devices."""
+    """'auto' is bfloat16 where the mesh's devices multiply in it, else float32: on CPUs, and on GPUs before Ampere (T4, V100)."""
     if dtype != "auto":
         return dtype
-    return "float32" if on_cpu(mesh) else "bfloat16"
+    return (
+        "float32"
+        if on_cpu(mesh) or (capability(mesh) or cudnn.AMPERE) < cudnn.AMPERE
+        else "bfloat16"
+    )
+
+
+def capability(mesh: jax.sharding.Mesh) -> tuple[int, ...] | None:
+    """The compute capability of a mesh's NVIDIA GPUs: (7, 5) is a T4, (8, 0) an A100, (9, 0) an H100; None of other devices."""
+    says = getattr(
+        mesh.devices.flat[0], "compute_capability", ""
+    )  # of AMD's 'gfx942', of a TPU nothing
+    return tuple(map(int, says.split("."))) if re.fullmatch(r"\d+\.\d+", says) else None
 
 
 def on_cpu(mesh: jax.sharding.Mesh) -> bool:
@@ -260,7 +274,8 @@ def resolve_kernel(
     if chosen == "auto":
         name = kernels.made_for(mesh.devices.flat[0].platform, mesh.shape)
         options = dataclasses.replace(options, attention_kernel=name)
-    if not (limits := kernels.find_limits(options, mesh.shape, has_prefix=has_prefix)):
+    found = dict(has_prefix=has_prefix, capability=capability(mesh))
+    if not (limits := kernels.find_limits(options, mesh.shape, **found)):
         return options
     lines = "\n  ".join(limits)
     if chosen != "auto":

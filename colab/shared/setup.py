@@ -69,7 +69,7 @@ import jax
 
 try:
     devices = jax.devices()
-except RuntimeError as error:
+except (RuntimeError, AssertionError) as error:
     print(f"No accelerator could be started ({error}); on to the CPU.")
     jax.config.update("jax_platforms", "cpu")
     devices = jax.devices()

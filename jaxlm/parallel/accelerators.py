@@ -5,8 +5,10 @@ import os
 
 import jax
 
+from jaxlm.parallel.launchers import TPU_FILES
+
 # What the kernel shows of accelerators, and the extra that brings jax for them.
-FILES = (("NVIDIA GPUs", "/dev/nvidia[0-9]*", "cuda12"), ("TPU chips", "/dev/accel*", "tpu"))
+FILES = (("NVIDIA GPUs", ("/dev/nvidia[0-9]*",), "cuda12"), ("TPU chips", TPU_FILES, "tpu"))
 
 
 def unseen_accelerators() -> list[tuple[str, str]]:
@@ -16,5 +18,5 @@ def unseen_accelerators() -> list[tuple[str, str]]:
     return [
         (f"this machine has {what}, and jax does not see them", f"pip install 'jaxlm[{extra}]'")
         for what, files, extra in FILES
-        if glob.glob(files)
+        if any(map(glob.glob, files))
     ]

@@ -80,6 +80,10 @@ def find_place(
 
 
 TPU_ON_GKE, TPU_VM = "GKE's TPUs", "the TPU VM"
+TPU_FILES = (
+    "/dev/accel*",
+    "/dev/vfio/[0-9]*",
+)  # what the kernel shows of chips up to v4, and since v5
 
 # The launchers that may be around another: `mpirun` in a Slurm job, TPU workers and torchrun in Kubernetes' pods. The
 # numbers of those around it are of machines or pods, and may well be others.
@@ -270,9 +274,8 @@ def find_tpu(environ: Environment, given: Mapping[str, object]) -> Place | None:
 
 
 def has_tpu_chips() -> bool:
-    """Whether libtpu is installed and the kernel shows chips: as /dev/accel* up to v4, as /dev/vfio/* since v5."""
-    devices = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-    return bool(devices) and importlib.util.find_spec("libtpu") is not None
+    """Whether libtpu is installed and the kernel shows chips."""
+    return any(map(glob.glob, TPU_FILES)) and importlib.util.find_spec("libtpu") is not None
 
 
 def tpu_metadata(key: str) -> str | None:

@@ -4,7 +4,9 @@ Left to itself it may go on as if a step that failed were there, counts an empty
 steps file by file.
 """
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -172,8 +174,16 @@ class Saver:
         self._delete()
 
     def _delete(self) -> None:
-        """Removes old steps; what cannot be removed is tried again after the next save."""
+        """Removes old steps; what cannot be removed is tried again after the next save.
+
+        Their files are emptied first: Google Drive as a folder (Colab) moves what is removed to a trash that counts, for
+        thirty days.
+        """
         if processes.is_main() and not is_remote(self.directory):
+            with contextlib.suppress(OSError):
+                for path in (self.directory / DELETING).rglob("*"):
+                    if path.is_file():
+                        os.truncate(path, 0)
             shutil.rmtree(self.directory / DELETING, ignore_errors=True)
 
     def _not_saved(self, what: str, error: Exception) -> NotSaved:

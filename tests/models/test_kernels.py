@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from flax import linen as nn
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from jaxlm import program
 from jaxlm.models import attention, kernels
 from jaxlm.models.cache import make_cache
 from jaxlm.models.kernels import splash
@@ -247,6 +249,35 @@ def test_a_kernel_lists_all_that_it_cannot_do(kernel, fields, mesh, found):
     limits = kernels.find_limits(config, mesh)
     assert len(limits) == len(found)
     assert all(part in limit for part, limit in zip(found, limits, strict=True))
+
+
+def gpu(capability):
+    """A mesh of what program.py looks at."""
+    device = SimpleNamespace(platform="gpu", compute_capability=capability)
+    return SimpleNamespace(devices=np.array([device]), shape={})
+
+
+@pytest.mark.parametrize(
+    "capability, head_dim, dtype, kernel",
+    [
+        ("7.5", 64, "float32", "xla"),  # T4: no bfloat16, and no attention of cuDNN
+        ("8.0", 64, "bfloat16", "cudnn"),
+        ("8.9", 256, "bfloat16", "xla"),
+        ("9.0", 256, "bfloat16", "cudnn"),
+        ("gfx942", 64, "bfloat16", "cudnn"),
+    ],
+)
+def test_what_auto_is_on_a_gpu_follows_from_its_generation(capability, head_dim, dtype, kernel):
+    mesh = gpu(capability)
+    assert program.resolve_dtype("auto", mesh) == dtype
+    config = make_config(head_dim=head_dim, dtype=dtype, attention_kernel="auto")
+    assert program.resolve_kernel(config, mesh).attention_kernel == kernel
+
+
+def test_cudnn_by_name_is_refused_where_the_gpu_is_too_old():
+    config = make_config(dtype="float16", head_dim=64, attention_kernel="cudnn")
+    with pytest.raises(ValueError, match="from Ampere on"):
+        program.resolve_kernel(config, gpu("7.5"))
 
 
 def test_a_cache_is_read_by_the_reference_whatever_the_kernel():

@@ -48,8 +48,8 @@ def test_accelerators_that_jax_does_not_see_are_named_unless_the_cpu_is_asked_fo
 ):
     (tmp_path / "nvidia0").touch()
     files = [
-        ("NVIDIA GPUs", f"{tmp_path}/nvidia[0-9]*", "cuda12"),
-        ("TPU chips", f"{tmp_path}/a*", "tpu"),
+        ("NVIDIA GPUs", (f"{tmp_path}/a*", f"{tmp_path}/nvidia[0-9]*"), "cuda12"),
+        ("TPU chips", (f"{tmp_path}/a*", f"{tmp_path}/b*"), "tpu"),
     ]
     monkeypatch.setattr(accelerators, "FILES", files)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

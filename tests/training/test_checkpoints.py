@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm import sealed
 from jaxlm.exits import Corrupted, Damaged, RunError
 from jaxlm.parallel import mesh as meshes
+from jaxlm.training import saving
 from jaxlm.training.checkpoints import (
     Checkpoints,
     find_step,
@@ -100,6 +101,19 @@ def test_the_right_checkpoints_are_kept(tmp_path, options, kept):
         **options,
     )
     assert kept_steps(tmp_path) == kept
+
+
+def test_old_steps_are_emptied_before_they_are_removed(tmp_path, monkeypatch):
+    """What Google Drive's folder moves to its trash is nothing then."""
+    sizes, rmtree = [], saving.shutil.rmtree
+
+    def seen(folder, **options):
+        sizes.extend(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+        rmtree(folder, **options)
+
+    monkeypatch.setattr(saving.shutil, "rmtree", seen)
+    save(tmp_path, [10, 20], keep_last=1)
+    assert sizes and not any(sizes) and kept_steps(tmp_path) == [20]
 
 
 def test_the_best_stays_after_reopening(tmp_path):

@@ -54,11 +54,15 @@ def made_for(platform: str, mesh: Mapping[str, int]) -> str:
 
 
 def find_limits(
-    config: TransformerConfig, mesh: Mapping[str, int] = ALONE, *, has_prefix: bool = False
+    config: TransformerConfig,
+    mesh: Mapping[str, int] = ALONE,
+    *,
+    has_prefix: bool = False,
+    capability: tuple[int, ...] | None = None,
 ) -> list[str]:
     """What of `config` its kernel cannot do over a mesh of these sizes, each with what to change; empty if it can do all.
 
-    has_prefix: whether batches have `is_prefix`.
+    has_prefix: whether batches have `is_prefix`. capability: of the mesh's NVIDIA GPUs, (8, 0) and so on.
     """
     name = config.attention_kernel
     if name == REFERENCE:
@@ -67,6 +71,8 @@ def find_limits(
         known = ", ".join((REFERENCE, *FUSED))
         return [f"attention_kernel={name!r}: use one of {known}"]
     limits = FUSED[name].find_limits(config, mesh)
+    if name == "cudnn" and capability:
+        limits += cudnn.find_device_limits(config, capability)
     if config.attention_dropout_rate:
         limits.append(
             f"attention_dropout_rate={config.attention_dropout_rate}: only the reference drops probabilities out; "

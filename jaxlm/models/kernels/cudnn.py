@@ -22,7 +22,9 @@ from jaxlm.models.layers import attention_mask, window_mask
 from jaxlm.spread import num_shards
 
 DTYPES = ("bfloat16", "float16")
-LARGEST_HEAD = 256  # from Hopper on; 128 before it
+LARGEST_HEAD = 256  # from Hopper on …
+LARGEST_HEAD_BEFORE = 128  # … and before it
+AMPERE, HOPPER = (8, 0), (9, 0)  # compute capabilities
 
 
 def find_limits(config: TransformerConfig, mesh: Mapping[str, int]) -> list[str]:
@@ -39,6 +41,17 @@ def find_limits(config: TransformerConfig, mesh: Mapping[str, int]) -> list[str]
             f"mesh.stage={mesh['stage']}: jax does not batch cuDNN's masks over stages; set it to 1"
         )
     return limits
+
+
+def find_device_limits(config: TransformerConfig, capability: tuple[int, ...]) -> list[str]:
+    """The same of GPUs of a compute capability."""
+    if capability < AMPERE:
+        return ["cuDNN attends on GPUs from Ampere on (A100, L4), and this one is older"]
+    if capability < HOPPER and config.head_dim > LARGEST_HEAD_BEFORE:
+        return [
+            f"head_dim={config.head_dim}: before Hopper (H100) cuDNN wants at most {LARGEST_HEAD_BEFORE}"
+        ]
+    return []
 
 
 def attend(
