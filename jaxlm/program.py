@@ -43,7 +43,8 @@ class Program:
 
     objective: what has `loss`: an objective of pretraining or a task of fine-tuning.
     dummy: one row of a batch, which parameters are initialised with. boxed: abstract parameters with their axis names.
-    step_tokens, step_flops: real tokens and model FLOPs (forward and backward, no recomputation) of a mean step.
+    step_tokens, step_flops: tokens and model FLOPs (forward and backward, no recomputation) of a mean step. Of pretraining
+      all places of its rows are counted, which packing fills; of fine-tuning real tokens alone.
     is_trained: whether the parameter of a path trains.
     """
 
@@ -175,8 +176,12 @@ class Program:
 
     def update_plateau(self, state: TrainState, value: float) -> TrainState:
         """Lowers the learning rate's scale if the held-out loss has stopped falling."""
-        update = self.in_mesh(jax.jit(self.plateau.update))
-        return state.replace(plateau=update(state.plateau, jnp.float32(value)))
+        return state.replace(plateau=self._plateau_update(state.plateau, jnp.float32(value)))
+
+    @cached_property
+    def _plateau_update(self) -> Callable:
+        """Jitted once: a new bound method would be compiled at each evaluation."""
+        return self.in_mesh(jax.jit(self.plateau.update))
 
     @property
     def num_params(self) -> int:

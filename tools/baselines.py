@@ -109,6 +109,7 @@ def read_ours(workdir: Path, task: str, test: Path) -> dict[str, Any]:
     Raises:
       ValueError: if the scores of predictions.jsonl are not those of report.json.
     """
+    from jaxlm.training.goodput import account, read_lives
     from jaxlm.training.metrics import read_metrics
 
     report = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
@@ -118,7 +119,8 @@ def read_ours(workdir: Path, task: str, test: Path) -> dict[str, Any]:
         raise ValueError(
             f"{workdir}: {metric} is {report['test'][metric]} in report.json and {scores[metric]} of predictions.jsonl"
         )
-    tokens, seconds, step = 0.0, 0.0, 0
+    tokens, step = 0.0, 0
+    seconds = account(read_lives(workdir / "goodput.jsonl"))["compile"]
     for line in read_metrics(workdir):
         if line["split"] == "train":
             spent = (line["step"] - step) * line["step_seconds"]

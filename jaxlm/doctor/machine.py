@@ -97,7 +97,7 @@ def check_speed(patient: Patient) -> Said:
         rate, least = measured_matmul_flops("float32"), {WARN: SLOW_CPU * cores}
         says = f"{rate / 1e9:,.0f} GFLOP/s in float32 on {cores} core(s)"
     else:
-        rate, least = measured_matmul_flops("bfloat16", 8192), {}
+        rate, least = measured_matmul_flops("bfloat16"), {}
         says = f"{rate / 1e12:,.0f} TFLOP/s in bfloat16"
         if names:
             peak = PEAKS[max(names, key=len)][0]

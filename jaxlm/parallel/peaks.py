@@ -12,5 +12,7 @@ PEAKS = {
     "TPU v6e": (918e12, None),
     "NVIDIA A100": (312e12, 156e12),
     "NVIDIA H100": (989e12, 495e12),
+    "NVIDIA H100 PCIe": (756e12, 378e12),
     "NVIDIA H200": (989e12, 495e12),
+    "NVIDIA B200": (2250e12, 1125e12),
 }

@@ -179,6 +179,7 @@ class _Reader:
         self.loop, self.shown, self.window = loop, shown, loop.resumed.window
         self.clock = _Clock(loop.session.ledger)
         self.pending: tuple[int, Any] | None = None
+        self.is_first = True
 
     def push(self, step: int, metrics) -> None:
         self.flush()
@@ -195,6 +196,9 @@ class _Reader:
         self.shown.did_step(step)
         if Intervals.due(step, self.loop.intervals.log, self.loop.num_train_steps):
             self._log(step)
+        elif self.is_first:
+            self.clock.restart()  # what the first step took was the compiler's
+        self.is_first = False
 
     def pause(self, action: Callable[[], None]) -> None:
         """Does something between two steps, when all that was launched has run; its time is not the steps'."""

@@ -26,9 +26,13 @@ def peak_flops(devices, dtype: str) -> tuple[float, str]:
     return peak * count, f"measured {dtype} matmul on {kind}"
 
 
-def measured_matmul_flops(dtype: str, size: int = 1024, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of `repeats` square matmuls on one device."""
+def measured_matmul_flops(dtype: str, size: int = 0, repeats: int = 5) -> float:
+    """FLOP/s of the fastest of `repeats` square matmuls on one device.
+
+    size: 0 is one that takes the device so long that its launch, tens of microseconds, does not count.
+    """
     device = jax.local_devices()[0]
+    size = size or (1024 if device.platform == "cpu" else 8192)
     x = jax.device_put(jnp.ones((size, size), dtype), device)
     multiply = jax.jit(lambda x: x @ x)
     multiply(x).block_until_ready()

@@ -172,6 +172,8 @@ def write_workdir(folder, accuracy):
     (folder / "report.json").write_text(json.dumps(report))
     test = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
     said = [{**row, "prediction": {"label": "x"}} for row in test]
+    goodput = dict(life=0, began=0.0, ended=40.0, steps=15, bad=0, again=0)
+    goodput["seconds"] = {"compile": 3.0, "step": 25.0}
     for name, lines in (
         ("test.jsonl", test),
         ("predictions.jsonl", said),
@@ -183,6 +185,7 @@ def write_workdir(folder, accuracy):
                 {"step": 15, "split": "train", "step_seconds": 1.0, "tokens_per_second": 100.0},
             ],
         ),
+        ("goodput.jsonl", [goodput]),
     ):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -191,7 +194,7 @@ def test_a_workdir_says_scores_tokens_and_the_seconds_of_training_alone(tmp_path
     write_workdir(tmp_path, 0.5)
     result = baselines.read_ours(tmp_path, "sequence_classification", tmp_path / "test.jsonl")
     assert result["test"]["accuracy"] == result["dev"]["accuracy"] == 0.5
-    assert (result["steps"], result["train_seconds"], result["tokens"]) == (15, 25.0, 1500)
+    assert (result["steps"], result["train_seconds"], result["tokens"]) == (15, 28.0, 1500)
 
 
 def test_a_report_that_its_predictions_do_not_bear_out_is_refused(tmp_path):

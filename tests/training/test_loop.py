@@ -1,6 +1,7 @@
 """The loop: logs each window once, evaluates before it saves, resumes in the middle of a window."""
 
 import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +37,14 @@ def train_step(state, batch):
     return state.replace(step=state.step + 1, params=params), metrics
 
 
-def run(tmp_path, *, steps, state=None, batches=None, save_every=3, **options):
+def run(tmp_path, *, steps, state=None, batches=None, save_every=3, step=train_step, **options):
     state = make_state() if state is None else state
     writer = MetricWriter(tmp_path, start_step=int(state.step), tensorboard=False)
     checkpoints = Checkpoints(tmp_path, keep_last=10)
     batches = itertools.islice(batches or itertools.repeat(jnp.float32(2)), int(state.step), None)
     try:
         return loop.Loop(
-            train_step=train_step,
+            train_step=step,
             num_train_steps=steps,
             intervals=loop.Intervals(log=4, evaluate=5, checkpoint=save_every),
             work=WORK,
@@ -65,6 +66,17 @@ def test_each_window_is_logged_once_as_its_mean(tmp_path):
     state = run(tmp_path, steps=10)
     assert int(state.step) == 10
     assert train_lines(tmp_path) == [(4, 2.5), (8, 6.5), (10, 9.5)]
+
+
+def test_the_first_line_says_how_long_a_step_takes_without_the_compilation(tmp_path):
+    def compile_first(state, batch):
+        if int(state.step) == 0:
+            time.sleep(1.0)
+        return train_step(state, batch)
+
+    run(tmp_path, steps=8, step=compile_first)
+    first = next(line for line in read_metrics(tmp_path) if line["split"] == "train")
+    assert first["step"] == 4 and first["step_seconds"] < 0.25
 
 
 def check_resumed_log(tmp_path, read_open):
