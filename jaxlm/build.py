@@ -123,14 +123,15 @@ def is_store(path: str) -> bool:
 def make_stores(
     config: ConfigDict, tokenizer: Any, workdir: Path, allow_change: bool = False
 ) -> dict[str, Path]:
-    """The token store of each source: the given one, or prepared from text under `workdir/store`.
+    """The token store of each source: the given one, or prepared by process 0 from text, under `workdir/store`, where the
+    others, who come after it, find it.
 
     allow_change: a store of other text that lies there stays, and is used.
     """
     stores = {}
     for name, source in named_sources(config.data.sources):
         store = as_path(source) if is_store(source) else workdir / "store" / name
-        if not is_store(source):
+        if not is_store(source) and processes.is_main():
             try:
                 preparation.prepare(
                     [source],

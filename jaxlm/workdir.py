@@ -10,7 +10,7 @@ import logging
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,35 +52,47 @@ def accept_config(config: ConfigDict, workdir: Path, allow_change: bool) -> None
     """
     refuse_another_config(config)
     path = workdir / "config.json"
-    if path.exists():
-        changes = identity.config_changes(config_files.saved_config(path), config)
-        kinds = {name: identity.kind_of(name) for name in changes}
-        of = lambda kind: [line for name, line in changes.items() if kinds[name] == kind]
-        # Before its first checkpoint a run has nothing that another config would spoil, a mended one least of all.
-        has_begun = bool(find_steps(workdir / FOLDER))
-        for line in of("execution") + ([] if has_begun else of("identity")):
-            log.info("config changed since this run began: %s", line)
-        refused = of("identity") if has_begun else []
-        identity.accept_changes(workdir, refused, of("kept"), allowed=allow_change)
-    processes.barrier("config.json is read")
     if processes.is_main() and not path.exists():
         build.write_config(config, path)
+    # No other process looks for it before: NFS remembers for half a minute what was not there.
     processes.barrier("config.json is written")
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is not there although process 0 has written it: --workdir must be on a disk or bucket that all "
             "processes share"
         )
+    changes = identity.config_changes(config_files.saved_config(path), config)
+    kinds = {name: identity.kind_of(name) for name in changes}
+    of = lambda kind: [line for name, line in changes.items() if kinds[name] == kind]
+    # Before its first checkpoint a run has nothing that another config would spoil, a mended one least of all.
+    has_begun = bool(find_steps(workdir / FOLDER))
+    for line in of("execution") + ([] if has_begun else of("identity")):
+        log.info("config changed since this run began: %s", line)
+    refused = of("identity") if has_begun else []
+    identity.accept_changes(workdir, refused, of("kept"), allowed=allow_change)
 
 
 def accept_data(run: build.Run, allow_change: bool) -> None:
-    """Refuses, on a resume, data, a dtype or a tokenizer that are not those of the run's newest checkpoint."""
+    """Refuses data, a dtype or a tokenizer that are not those of process 0, or, on a resume, of the run's newest checkpoint."""
+    refuse_other_data(manifest(run, 0))
     folder = run.workdir / FOLDER
     for step in reversed(find_steps(folder)):
         with contextlib.suppress(Damaged):  # what is damaged is named when it is restored
             about = read_manifest(folder / str(step))
             changes, kept = identity.manifest_changes(about, manifest(run, step))
             return identity.accept_changes(run.workdir, changes, kept, allowed=allow_change)
+
+
+def refuse_other_data(about: Mapping[str, Any]) -> None:
+    """Raises if process 0 has read other data, or computes in another dtype. about: this process's manifest."""
+    first = json.loads(processes.gather("data", json.dumps(about))[0])
+    changes, kept = identity.manifest_changes(first, about)
+    if differing := [*changes, *kept]:
+        raise ValueError(
+            "this process has other data than process 0 (its value -> this one's):\n"
+            + "\n".join(f"  {line}" for line in differing)
+            + "\nGive all processes the same files."
+        )
 
 
 def note_recipe(recipe: str, workdir: Path) -> None:

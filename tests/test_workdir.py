@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from jaxlm.exits import Damaged, NotSaved
 from jaxlm.files import Appender
-from jaxlm.workdir import begun
+from jaxlm.parallel import processes
+from jaxlm.workdir import begun, refuse_other_data
 
 CONFIG = ConfigDict(dict(guards=dict(watchdog_seconds=0)))
 
@@ -34,6 +35,24 @@ def test_a_ledger_that_cannot_be_written_does_not_hide_why_the_run_ended(tmp_pat
         with begun(CONFIG, tmp_path):
             monkeypatch.setattr(Appender, "write", fail)
             raise Damaged("the reason")
+
+
+@pytest.mark.parametrize(
+    "other, says",
+    [
+        (dict(data={"a": "1234"}), r"data of a \(fingerprint\): 1234 -> abcd"),
+        (dict(dtype="bfloat16"), "dtype: bfloat16 -> float32"),
+        (dict(tokenizer_sha256="00"), r"tokenizer \(sha256\): 00 -> ff"),
+    ],
+)
+def test_a_process_that_has_read_other_data_than_the_first_is_refused(other, says, monkeypatch):
+    mine = dict(data={"a": "abcd"}, dtype="float32", tokenizer_sha256="ff")
+    first = mine
+    monkeypatch.setattr(processes, "gather", lambda name, text: [json.dumps(first), text])
+    refuse_other_data(mine)
+    first = mine | other
+    with pytest.raises(ValueError, match=says):
+        refuse_other_data(mine)
 
 
 def test_every_start_is_a_life_in_the_ledger(tmp_path):

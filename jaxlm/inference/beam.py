@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxlm.inference.decode import Decoder, read_prompts
 from jaxlm.models.cache import take_rows
+from jaxlm.parallel.processes import fetch
 
 # (cache, the row of it that each row continues (R,), the token that each row reads (R,)) -> (logits (R, V), cache)
 Advance = Callable[[Any, np.ndarray, np.ndarray], tuple[jax.Array, Any]]
@@ -116,7 +117,7 @@ def search(
         # Of twice as many candidates at least half go on: each hypothesis ends with one token only.
         count = min(2 * options.num_beams, width * vocab)
         best = rank_candidates(logits_RV, scores_R, rows=len(rows), count=count)
-        for row, scores_C, places_C in zip(rows, *jax.device_get(best), strict=True):
+        for row, scores_C, places_C in zip(rows, *fetch(best), strict=True):
             row.extend(scores_C, *np.divmod(places_C, vocab))
         if all(row.is_done for row in rows):
             return [row.ended for row in rows]

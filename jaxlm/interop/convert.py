@@ -28,6 +28,7 @@ from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
+from jaxlm.files import is_remote
 from jaxlm.interop import FAMILIES, find_family, hub, parity, tokenizer_files
 from jaxlm.interop.arrays import create_item, row_blocks
 from jaxlm.interop.mapping import (
@@ -421,7 +422,7 @@ def from_hf(
       FileExistsError: if the target exists.
       parity.Failed: if the certificate does not hold; the target is then not there.
     """
-    target = Path(target).absolute()
+    target = local_path(target)
     with written_beside(target) as folder:
         fetched, commit = hub.fetch(source)
         tokenizer = tokenizer_files.read_tokenizer(fetched)
@@ -536,6 +537,13 @@ def write_manifest(step_dir: Path, config: ConfigDict, tokenizer: Any, about: di
     (step_dir / "manifest").mkdir()
     text = json.dumps(manifest, indent=1)
     (step_dir / "manifest" / "metadata").write_text(text, encoding="utf-8")
+
+
+def local_path(path: str | Path) -> Path:
+    """The absolute path of a folder on this machine. Raises BadModel for a bucket's: tensors are read and written as files here."""
+    if is_remote(path):
+        raise BadModel(f"{path} is on a bucket: name a local folder, and copy it from or to there")
+    return Path(path).absolute()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from jaxlm.interop import FAMILIES, find_family, parity, tokenizer_files
 from jaxlm.interop.arrays import Array, read_theirs
-from jaxlm.interop.convert import make_model, model_config, written_beside
+from jaxlm.interop.convert import local_path, make_model, model_config, written_beside
 from jaxlm.interop.finetuned import find_head, open_parameters, read_task
 from jaxlm.interop.mapping import BadModel, Family, Piece, bind, config_to_hf
 from jaxlm.interop.safetensors_io import Planned, read_json, write_folder
@@ -57,7 +57,7 @@ def to_hf(
         Face form.
       FileExistsError, parity.Failed: see `from_hf`.
     """
-    step_dir, target = Path(step_dir), Path(target).absolute()
+    step_dir, target = local_path(step_dir), local_path(target)
     with written_beside(target) as folder:
         about = json.loads((step_dir / "manifest" / "metadata").read_text(encoding="utf-8"))
         came_from = about.get("huggingface", {})

@@ -261,6 +261,19 @@ def test_a_tokenizer_whose_ids_mean_another_model_is_refused(tmp_path):
         to_hf(tmp_path / "w", tmp_path / "out")
 
 
+@pytest.mark.parametrize("source, target", [("w", "gs://bucket/model"), ("gs://bucket/w", "out")])
+def test_a_bucket_is_refused_and_not_taken_for_a_folder(source, target, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        mapping.BadModel, match="gs://bucket/.* is on a bucket: name a local folder"
+    ):
+        export.to_hf(source, target, None)
+    if "://" in target:
+        with pytest.raises(mapping.BadModel, match="is on a bucket"):
+            convert.from_hf(source, target, {})
+    assert not list(tmp_path.iterdir())
+
+
 # --- what cannot be converted -----------------------------------------------------------------------------------------
 
 

@@ -360,3 +360,30 @@ def test_two_processes_fine_tune_as_one(tmp_path):
     ]
     assert predictions[0] == predictions[1]
     assert "accuracy" in main and "accuracy" not in other
+
+
+@pytest.mark.slow
+def test_two_processes_write_by_beams_as_one(tmp_path):
+    """The same translations in predictions.jsonl, though each process has the probabilities of its own rows."""
+    spec = "configs/t5.py:tiny,objective=seq2seq_prefix_lm,optimizer=adamw"
+    pretrained = tiny.tiny_config(spec, tiny.make_store(tmp_path / "store"), model__num_layers=1)
+    tiny.save_untrained(pretrained, tmp_path / "t5")
+    lines = [f"{a} {b}" for a in WORDS for b in ("cc", "dd", "ee", "ff")]
+    (tmp_path / "x.en").write_text("\n".join(lines) + "\n")
+    (tmp_path / "x.de").write_text("\n".join(line.upper() for line in lines) + "\n")
+    command = [
+        *(sys.executable, "-m", "jaxlm.finetune", "--config=configs/finetune/translation.py"),
+        f"--config.data.train={tmp_path}/x.en+{tmp_path}/x.de",
+        f"--config.init_from={tmp_path}/t5",
+        *("--config.seq_len=32", "--config.task.target_len=8", "--config.batch_size=4"),
+        *("--config.num_epochs=1.0", "--config.data.dev_fraction=0.5", "--config.eval.num_beams=2"),
+        *("--config.eval.batch_size=4", "--config.dropout_rate=0.0", "--config.mesh.fsdp=2"),
+        *("--config.log.progress=False", "--config.log.tensorboard=False"),
+    ]
+    run([*command, f"--workdir={tmp_path}/one"], 1, devices=2)
+    run([*command, f"--workdir={tmp_path}/two"], 2, devices=1)
+    one, two = (
+        [json.loads(x)["prediction"] for x in path.read_text().splitlines()]
+        for path in (tmp_path / "one/predictions.jsonl", tmp_path / "two/predictions.jsonl")
+    )
+    assert one == two and len(one) == len(lines) // 2
