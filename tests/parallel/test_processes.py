@@ -284,7 +284,7 @@ def test_survivors_end_when_the_network_is_gone(setting, tmp_path, victim):
     """A stopped process closes no connection: it is missed by its heartbeat alone. Process 0 keeps the list of the living."""
     config, _ = setting
     children = start(
-        tiny.pretrain_command(config, tmp_path / "run", "--config.num_train_steps=4000"), 3
+        tiny.pretrain_command(config, tmp_path / "run", "--config.num_train_steps=4000"), 4
     )
     wait_for(tmp_path / "run", children, lines=5)
     children[victim].send_signal(signal.SIGSTOP)
@@ -325,7 +325,7 @@ def test_two_processes_leave_the_files_of_one(setting, tmp_path):
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "two")]
     assert samples[0] == samples[1] and len(samples[0].splitlines()) == 2
     main, other = (out + err for out, err in printed)
-    assert "parameters on 4 devices" in main and "parameters" not in other
+    assert "parameters on 4 x" in main and "parameters" not in other
 
 
 # ---------------------------------------------------------------- fine-tuning
