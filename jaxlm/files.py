@@ -20,6 +20,7 @@ import re
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -153,7 +154,8 @@ def _creating(path: Path) -> Iterator[BinaryIO]:
             with path.open("wb") as file:
                 shutil.copyfileobj(whole, file, _BLOCK)
         return
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # Not by the process's number: two containers that share a disk may both be 7.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with open(partial, "wb") as file:
             yield file

@@ -1,6 +1,7 @@
 """What is written is there whole, or not at all."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -47,6 +48,18 @@ def test_the_check_fails_for_a_folder_that_is_filled_in_its_place(tmp_path):
 
     with pytest.raises(AssertionError):
         check_folder_is_whole(in_place, tmp_path)
+
+
+def test_two_hosts_write_one_file_though_their_processes_have_one_number(tmp_path):
+    """Here two threads, which have one number as well."""
+    path, both = tmp_path / "a.txt", threading.Barrier(2)
+
+    def write(text):
+        write_whole(path, lambda file: (both.wait(10), file.write(text)))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, [b"one", b"two"]))
+    assert path.read_bytes() in (b"one", b"two") and list(tmp_path.iterdir()) == [path]
 
 
 def test_nothing_is_left_of_a_folder_or_file_that_failed(tmp_path):
