@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxlm import build, tuning
 from jaxlm import program as programs
+from jaxlm.interop.finetuned import read_task
 from jaxlm.interop.safetensors_io import inside, read_json
 from jaxlm.interop.source import read_config
 from jaxlm.models import MODELS, TransformerConfig
@@ -164,8 +164,7 @@ def check_finite(checkpoint: str, params: PyTree, shown: int = 3) -> None:
 def find_writing(source: Source) -> tuple[tuple[int, ...], int, dict[str, Any]]:
     """(the ids before a text, the id that ends one, options of `decode.make_decoder`): as a fine-tuned run's task.json says,
     else as trained."""
-    task_file = source.step_dir and source.step_dir.parent.parent / tuning.TASK_FILE
-    task = json.loads(task_file.read_text()) if task_file and task_file.is_file() else {}
+    task = read_task(source.step_dir.parent.parent) if source.step_dir else {}
     prefix = tuple(task["prefix"]) if "prefix" in task else find_prefix(source)
     end_id = task.get("end_id", source.tokenizer.eos_id)
     if source.family != "encoder_decoder":

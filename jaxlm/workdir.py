@@ -10,7 +10,7 @@ import logging
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +74,12 @@ def accept_config(config: ConfigDict, workdir: Path, allow_change: bool) -> None
 
 def accept_data(run: build.Run, allow_change: bool) -> None:
     """Refuses data, a dtype or a tokenizer that are not those of process 0, or, on a resume, of the run's newest checkpoint."""
-    refuse_other_data(manifest(run, 0))
-    folder = run.workdir / FOLDER
+    mine, folder = manifest(run, 0), run.workdir / FOLDER
+    refuse_other_data(mine)
     for step in reversed(find_steps(folder)):
         with contextlib.suppress(Damaged):  # what is damaged is named when it is restored
             about = read_manifest(folder / str(step))
-            changes, kept = identity.manifest_changes(about, manifest(run, step))
+            changes, kept = identity.manifest_changes(about, mine)
             return identity.accept_changes(run.workdir, changes, kept, allowed=allow_change)
 
 
@@ -87,12 +87,7 @@ def refuse_other_data(about: Mapping[str, Any]) -> None:
     """Raises if process 0 has read other data, or computes in another dtype. about: this process's manifest."""
     first = json.loads(processes.gather("data", json.dumps(about))[0])
     changes, kept = identity.manifest_changes(first, about)
-    if differing := [*changes, *kept]:
-        raise ValueError(
-            "this process has other data than process 0 (its value -> this one's):\n"
-            + "\n".join(f"  {line}" for line in differing)
-            + "\nGive all processes the same files."
-        )
+    refuse_differing("other data", [*changes, *kept], "Give all processes the same files.")
 
 
 def note_recipe(recipe: str, workdir: Path) -> None:
@@ -107,11 +102,16 @@ def note_recipe(recipe: str, workdir: Path) -> None:
 def refuse_another_config(config: ConfigDict) -> None:
     """Raises if process 0 has another config."""
     first = json.loads(processes.gather("config", config.to_json())[0])
-    if differing := identity.config_changes(ConfigDict(first), config).values():
+    changes = identity.config_changes(ConfigDict(first), config).values()
+    refuse_differing("another config", changes, "Start all processes with the same flags.")
+
+
+def refuse_differing(what: str, changes: Collection[str], mend: str) -> None:
+    """Raises ValueError if there is a change from process 0 to this one."""
+    if changes:
+        lines = "\n".join(f"  {line}" for line in changes)
         raise ValueError(
-            "this process has another config than process 0 (its value -> this one's):\n"
-            + "\n".join(f"  {line}" for line in differing)
-            + "\nStart all processes with the same flags."
+            f"this process has {what} than process 0 (its value -> this one's):\n{lines}\n{mend}"
         )
 
 

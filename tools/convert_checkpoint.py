@@ -22,7 +22,7 @@ from jaxlm.exits import Damaged, with_status
 from jaxlm.interop import FAMILIES, convert, export, parity
 from jaxlm.training.checkpoints import evaluated_item, find_step
 from jaxlm.training.stored import problems, seal_folder
-from jaxlm.tuning import best_step
+from jaxlm.tuning import find_best_step
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a Hugging Face folder does not say (optimizer, data, …) comes from these.
@@ -92,8 +92,7 @@ def from_hf(args: argparse.Namespace) -> dict:
 
 
 def to_hf(args: argparse.Namespace) -> dict:
-    step = best_step(args.source) if args.step is None else args.step
-    step_dir = find_step(args.source, step)
+    step_dir = find_best_step(args.source, args.step)
     item = args.item or evaluated_item(step_dir)
     if lines := problems(step_dir, (item, "frozen")):
         raise Damaged("\n".join(lines))

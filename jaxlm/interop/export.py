@@ -69,9 +69,9 @@ def to_hf(
         chosen = choose_family(wanted, body, options, head, kind)
         about_head: dict[str, Any] = {}
         if head:
-            task, about_head = head_to_hf(chosen, head, kind)
+            form, about_head = head_to_hf(chosen, head, kind)
             about_head |= found.about
-            chosen = with_head(chosen, task)
+            chosen = with_head(chosen, form)
         arrays = open_parameters(step_dir, item)
         shapes = {path: array.shape for path, array in arrays.items()}
         saved = step_dir.parent.parent / "tokenizer"
@@ -103,14 +103,7 @@ def to_hf(
             )
         if "template" in task:
             (folder / "chat_template.jinja").write_text(task["template"], encoding="utf-8")
-        generation = folder / "generation_config.json"
-        if chosen.model not in WRITERS:
-            generation.unlink(missing_ok=True)
-        elif not generation.exists():
-            ids = {k: v for k, v in hf_config.items() if k.endswith("_token_id")}
-            _write_json(generation, ids)
-        elif end:
-            _write_json(generation, read_json(generation) | end)
+        write_generation_config(folder, chosen, hf_config, end)
         certificate = parity.certify(
             open_source(folder),
             arrays,
@@ -124,6 +117,19 @@ def to_hf(
         card = model_card(target.name, architecture.name, planned, certificate)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return certificate
+
+
+def write_generation_config(
+    folder: Path, family: Family, hf_config: Mapping[str, Any], end: Mapping[str, int]
+) -> None:
+    """generation_config.json of a model that writes: the source's, with `end` in it, else the ids of config.json; of another none."""
+    path = folder / "generation_config.json"
+    if family.model not in WRITERS:
+        path.unlink(missing_ok=True)
+    elif not path.exists():
+        _write_json(path, {k: v for k, v in hf_config.items() if k.endswith("_token_id")})
+    elif end:
+        _write_json(path, read_json(path) | end)
 
 
 def choose_family(

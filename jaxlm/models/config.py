@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 from jaxlm.models.layers import ACTIVATIONS, GATED
 
@@ -32,6 +34,15 @@ EXECUTION = (
     "pipeline_micro_batches",
     "merge_rows",
 )
+
+
+def unlike(config: TransformerConfig, always: Mapping[str, Any]) -> list[str]:
+    """A line for each option of `config` that is not what a family always has."""
+    return [
+        f"{name}={getattr(config, name)!r}: set it to {value!r}"
+        for name, value in always.items()
+        if getattr(config, name) != value
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxlm.models.config import TransformerConfig
+from jaxlm.models.config import TransformerConfig, unlike
 from jaxlm.models.heads import HEADS, MLMHead, gather_positions
 from jaxlm.models.layers import Outputs, apply_softcap, constrain
 from jaxlm.models.transformer import Dense, Embed, apply_layers, batch_positions
@@ -120,12 +120,7 @@ def generator_config(config: TransformerConfig, width: float, depth: float) -> T
         for name, share in (("width", width), ("depth", depth))
         if not 0 < share <= 1
     ]
-    wrong += [
-        f"{name}={getattr(c, name)!r}: set it to {value!r}"
-        for name, value in ALWAYS.items()
-        if getattr(c, name) != value
-    ]
-    if wrong:
+    if wrong := [*wrong, *unlike(c, ALWAYS)]:
         raise ValueError("ELECTRA:\n  " + "\n  ".join(wrong))
     share = lambda size: max(1, round(width * size))
     heads, layers = share(c.num_heads), max(1, round(depth * c.num_layers))

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlm.models.attention import MASKED, Attention, is_unrolled
-from jaxlm.models.config import TransformerConfig
+from jaxlm.models.config import TransformerConfig, unlike
 from jaxlm.models.gpt import make_unembed
 from jaxlm.models.heads import Head
 from jaxlm.models.layers import LOOKED_AT, Outputs, constrain, dropout, dropout_key, make_param
@@ -122,11 +122,7 @@ class VocabBias(nn.Module):
 
 def check_options(config: TransformerConfig) -> None:
     """Raises ValueError that lists every option that XLNet does not have."""
-    problems = [
-        f"{name}={getattr(config, name)!r}: set it to {value!r}"
-        for name, value in ALWAYS.items()
-        if getattr(config, name) != value
-    ]
+    problems = unlike(config, ALWAYS)
     if config.num_kv_heads != config.num_heads:
         problems.append(f"num_kv_heads={config.num_kv_heads}: set it to {config.num_heads}")
     if config.emb_dim % 2:

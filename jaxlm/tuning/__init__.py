@@ -10,7 +10,6 @@ holds the result, so a fine-tuned workdir stands alone. Like jaxlm.build this kn
 """
 
 from jaxlm.tuning.prediction import (
-    TASK_FILE,
     Finetuned,
     Predictor,
     is_finetuned,
@@ -27,7 +26,7 @@ from jaxlm.tuning.run import (
 from jaxlm.tuning.source import (
     Repair,
     Source,
-    best_step,
+    find_best_step,
     open_source,
     read_weights,
     refuse_strangers,
@@ -40,10 +39,9 @@ __all__ = [
     "Repair",
     "Source",
     "Split",
-    "TASK_FILE",
     "TaskRun",
     "add_reference",
-    "best_step",
+    "find_best_step",
     "initial_state",
     "is_finetuned",
     "load_finetuned",

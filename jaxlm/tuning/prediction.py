@@ -24,7 +24,7 @@ from jaxlm.parallel import mesh as meshes
 from jaxlm.tasks import TASKS
 from jaxlm.tasks.base import make_layout
 from jaxlm.training.metrics import MetricSums, one_behind, with_perplexity
-from jaxlm.tuning.source import Source, best_step
+from jaxlm.tuning.source import Source, find_best_step
 from jaxlm.tuning.splits import Split, make_split, read_whole
 from jaxlm.tuning.writing import make_writer, write_texts
 
@@ -224,7 +224,7 @@ def load_finetuned(path: str | Path, step: int | None = None) -> Finetuned:
     """
     if not is_finetuned(path):
         raise ValueError(f"{path} is no fine-tuned run: it has no {TASK_FILE}")
-    loaded = build.load_checkpoint(path, step=best_step(path) if step is None else step)
+    loaded = build.load_checkpoint(find_best_step(path, step))
     config, workdir = loaded.config, loaded.workdir
     fitted = json.loads((workdir / TASK_FILE).read_text(encoding="utf-8"))
     source = Source(config.family, config.model.to_dict(), loaded.tokenizer)

@@ -84,8 +84,7 @@ def open_source(init_from: str) -> Source:
             task=incoming.source.task,
             hf_files=folder,
         )
-    path, step = split_step(init_from)
-    step_dir = find_step(path, best_step(path) if step is None else step)
+    step_dir = find_best_step(*split_step(init_from))
     workdir = step_dir.parent.parent
     config = config_files.saved_config(workdir / "config.json")
     tokenizer, manifest = build.trained_tokenizer(step_dir), read_manifest(step_dir)
@@ -111,10 +110,12 @@ def open_source(init_from: str) -> Source:
     )
 
 
-def best_step(path: str | Path) -> int | None:
-    """The step that a finished fine-tuning run reports; None for any other folder."""
+def find_best_step(path: str | Path, step: int | None = None) -> Path:
+    """The folder of the step that is named; else of that which a finished fine-tuning run reports; else of the newest one."""
     report = as_path(path) / "report.json"
-    return json.loads(report.read_text(encoding="utf-8"))["step"] if report.is_file() else None
+    if step is None and report.is_file():
+        step = json.loads(report.read_text(encoding="utf-8"))["step"]
+    return find_step(path, step)
 
 
 def find_prefix(source: Source) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from jaxlm.inference import decode
 from jaxlm.inference.batches import in_batches
 from jaxlm.inference.beam import beam_search
 from jaxlm.inference.sampling import make_sampling
+from jaxlm.interop.finetuned import read_task
 from jaxlm.interop.safetensors_io import inside, read_json
 from jaxlm.objectives.losses import cross_entropy
 from jaxlm.tasks.chat import DEFAULT_TEMPLATE, ChatTemplate
@@ -64,10 +64,8 @@ def find_template(path: str, source: Source) -> str:
     """
     if path:
         return _read(as_path(path).expanduser())
-    tuned = source.step_dir.parent.parent / "task.json" if source.step_dir else None
-    if tuned and tuned.is_file():
-        if own := json.loads(tuned.read_text(encoding="utf-8")).get("template"):
-            return own
+    if source.step_dir and (own := read_task(source.step_dir.parent.parent).get("template")):
+        return own
     folder = source.folder or source.hf_files
     if folder is None:
         return DEFAULT_TEMPLATE
