@@ -271,7 +271,11 @@ def on_cpu(mesh: jax.sharding.Mesh) -> bool:
 
 
 def resolve_kernel(
-    options: TransformerConfig, mesh: jax.sharding.Mesh, *, has_prefix: bool = False
+    options: TransformerConfig,
+    mesh: jax.sharding.Mesh,
+    *,
+    family: str = "",
+    has_prefix: bool = False,
 ) -> TransformerConfig:
     """'auto' is the fused attention kernel of the mesh's devices; the reference on CPUs and for what that kernel
     cannot do, which the log says. A kernel that is named and cannot is refused, with what to change."""
@@ -279,7 +283,7 @@ def resolve_kernel(
     if chosen == "auto":
         name = kernels.made_for(mesh.devices.flat[0].platform, mesh.shape)
         options = dataclasses.replace(options, attention_kernel=name)
-    found = dict(has_prefix=has_prefix, capability=capability(mesh))
+    found = dict(family=family, has_prefix=has_prefix, capability=capability(mesh))
     if not (limits := kernels.find_limits(options, mesh.shape, **found)):
         return options
     lines = "\n  ".join(limits)
@@ -313,7 +317,7 @@ def make_model(
             f"num_decoder_layers={options.num_decoder_layers}: family {config.family!r} has one stack of layers; set it "
             "to 0, or the family to 'encoder_decoder'"
         )
-    options = resolve_kernel(options, mesh, has_prefix=has_prefix)
+    options = resolve_kernel(options, mesh, family=config.family, has_prefix=has_prefix)
     model = pick(MODELS, config.family, "family")
     if "head" in config:  # a fine-tuning run has a task's head instead of an objective's
         return model(options, head=Head(options, **config.head))

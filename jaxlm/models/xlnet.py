@@ -259,8 +259,7 @@ class RelativeAttention(Attention):
     """Attention to the content stream with Transformer-XL's relative positions and relative token types.
 
     Scores are ((q + content_bias) k + (q + position_bias) r + (q + segment_bias) s) / sqrt(H): r by distance, and s by
-    whether query and key have the same token type (segment[0]) or not (segment[1]). Always by these lines, whatever
-    `attention_kernel` says: no fused kernel has such scores.
+    whether query and key have the same token type (segment[0]) or not (segment[1]). No fused kernel has such scores.
     """
 
     @nn.compact

@@ -280,6 +280,16 @@ def test_cudnn_by_name_is_refused_where_the_gpu_is_too_old():
         program.resolve_kernel(config, gpu("7.5"))
 
 
+def test_xlnet_is_left_to_the_reference():
+    """Its scores have terms of distances and segments."""
+    config = make_config(head_dim=64, dtype="bfloat16", attention_kernel="auto")
+    chosen = {f: program.resolve_kernel(config, gpu("9.0"), family=f) for f in ("bert", "xlnet")}
+    assert {f: c.attention_kernel for f, c in chosen.items()} == {"bert": "cudnn", "xlnet": "xla"}
+    named = make_config(attention_kernel="splash_interpret")
+    with pytest.raises(ValueError, match="family 'xlnet'"):
+        program.resolve_kernel(named, gpu("9.0"), family="xlnet")
+
+
 def test_a_cache_is_read_by_the_reference_whatever_the_kernel():
     batch = {"tokens": jnp.arange(6, dtype=jnp.int32)[None]}
     model = make_gpt(**LAYERS)

@@ -57,12 +57,13 @@ def find_limits(
     config: TransformerConfig,
     mesh: Mapping[str, int] = ALONE,
     *,
+    family: str = "",
     has_prefix: bool = False,
     capability: tuple[int, ...] | None = None,
 ) -> list[str]:
     """What of `config` its kernel cannot do over a mesh of these sizes, each with what to change; empty if it can do all.
 
-    has_prefix: whether batches have `is_prefix`. capability: of the mesh's NVIDIA GPUs, (8, 0) and so on.
+    family: the model's. has_prefix: whether batches have `is_prefix`. capability: of the mesh's NVIDIA GPUs, (8, 0) and so on.
     """
     name = config.attention_kernel
     if name == REFERENCE:
@@ -80,6 +81,8 @@ def find_limits(
         )
     if config.position == "relative":
         limits.append("position='relative': only the reference adds biases to the scores")
+    if family == "xlnet":
+        limits.append("family 'xlnet': only the reference scores distances and segments")
     if has_prefix:
         limits.append("objective 'prefix_lm': only the reference lets a prefix see itself whole")
     return limits
