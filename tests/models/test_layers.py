@@ -222,7 +222,61 @@ def test_the_dropout_check_fails_without_scaling_and_for_the_share_kept():
             check_dropout(wrong)
 
 
-RANDOM = ("random_bits", "threefry2x32", "random_wrap", "random_fold_in")
+def check_bits(bits):
+    """Of 64 keys and 4,096 elements: bits that are balanced, and that neither neighbours nor keys nor each other foretell.
+
+    bits: (key, shape) -> uint32. Each bound is six standard deviations of a fair coin, over all pairs that are looked at.
+    """
+    rows = np.stack([np.asarray(bits(jax.random.key(seed), (64, 64))) for seed in range(64)])
+    coins = np.unpackbits(rows.reshape(64, 4096).astype(">u4").view(np.uint8), axis=-1) * 2.0 - 1
+    coins = coins.reshape(64, 4096, 32)
+    bound = lambda count: 6 / np.sqrt(count)
+    assert np.abs(coins.mean((0, 1))).max() < bound(64 * 4096)  # each bit
+    for step in (1, 2, 64, 1024):  # neighbours along a row, a column
+        assert np.abs((coins[:, step:] * coins[:, :-step]).mean((0, 1))).max() < bound(
+            64 * (4096 - step)
+        )
+    top = coins[..., 0]  # what decides at a rate of a half
+    between = np.abs(top @ top.T / 4096 - np.eye(64)).max()
+    assert between < bound(4096)  # keys
+    pairs = np.abs(np.einsum("kni,knj->ij", coins, coins) / (64 * 4096) - np.eye(32)).max()
+    assert pairs < bound(64 * 4096)  # bits of one element
+
+
+def test_hashed_bits_are_as_good_as_jaxs_for_masks():
+    check_bits(layers.hashed_bits)
+    check_bits(jax.random.bits)
+
+
+def test_the_check_of_bits_fails_for_half_a_hash_and_for_half_a_key():
+    index = jnp.arange(4096, dtype=jnp.uint32).reshape(64, 64)
+    word = lambda key, n: jax.random.key_data(key)[n]
+    without_mixing = lambda key, shape: (
+        (index ^ word(key, 0)) * np.uint32(0x9E3779B1) ^ word(key, 1)
+    )
+    one_round = lambda key, shape: (index ^ index >> 16 ^ word(key, 0)) * np.uint32(0x7FEB352D)
+    same_for_all = lambda key, shape: layers.hashed_bits(jax.random.key(0), shape)
+    for wrong in (without_mixing, one_round, same_for_all):
+        with pytest.raises(AssertionError):
+            check_bits(wrong)
+
+
+def test_hashed_bits_are_those_of_the_formula_in_whole_numbers():
+    """Of an element whose index in its array is 2 * 15 + 1 * 5 + 4 = 39."""
+    key = jax.random.key(7)
+    words = [int(word) for word in jax.random.key_data(key)]
+
+    def lowbias32(x):
+        x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+        x = (x ^ x >> 15) * 0x846CA68B % 2**32
+        return x ^ x >> 16
+
+    bits = layers.hashed_bits(key, (3, 3, 5))
+    assert int(bits[2, 1, 4]) == lowbias32(lowbias32(39 ^ words[0]) ^ words[1])
+
+
+# key_data, which the mask is made from, is random_unwrap.
+RANDOM = ("random_bits", "random_unwrap", "threefry2x32", "random_wrap", "random_fold_in")
 
 
 def random_operations(model, **kwargs):
@@ -237,7 +291,8 @@ def test_without_dropout_no_random_operation_is_emitted():
     dropping = make_gpt(dropout_rate=0.1, attention_dropout_rate=0.1)
     assert random_operations(dropping, **training)
     assert not random_operations(dropping)
-    assert not [n for n in random_operations(make_gpt(), **training) if n == "random_bits"]
+    masks = lambda model: random_operations(model, **training).count("random_unwrap")
+    assert masks(dropping) and not masks(make_gpt())
 
 
 def test_every_layer_drops_other_values():

@@ -265,6 +265,7 @@ HOW: dict[str, Run | Read | Shell] = {
     "python tools/inspect_checkpoint.py ": Run(),
     "python tools/NAME.py": Read("it stands for several"),
     "python tools/look.py ": Run(),
+    "python tools/parallel_text.py": Read("it needs a package registry: tests/tools/test_parallel_text.py"),
     "python tools/plan.py ": Run(LITTLE_PLAN, lane="plans"),
     "python tools/plan_table.py": Read("it compiles for hours: tests/plans/test_table.py"),
     "python tools/plot_run.py ": Run(),
