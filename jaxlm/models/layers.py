@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxlm.mixing import LOWBIAS32, mix
 from jaxlm.spread import num_devices
 
 PARAM_AXES = frozenset(
@@ -165,14 +166,7 @@ def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     for axis in reversed(range(len(shape))):
         index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
         stride *= shape[axis]
-    return lowbias32(lowbias32(index ^ words[0]) ^ words[1])
-
-
-def lowbias32(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 whose every input bit turns each output bit about half of the time (github.com/skeeto/hash-prospector)."""
-    for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> np.uint32(shift))) * np.uint32(multiplier)
-    return x ^ (x >> np.uint32(16))
+    return mix(mix(index ^ words[0], LOWBIAS32) ^ words[1], LOWBIAS32)
 
 
 def dropout_key(module: nn.Module, rate: float, deterministic: bool) -> jax.Array | None:

@@ -22,16 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jaxlm import mixing
 from jaxlm.exits import Corrupted
 from jaxlm.parallel.mesh import path_names
 
 PyTree = Any
-# (multiplier of the index, (shift, multiplier), (shift, multiplier), last shift): the finalizer of MurmurHash3, and
-# lowbias32 of github.com/skeeto/hash-prospector.
-MIXERS = (
-    (0x9E3779B1, (16, 0x85EBCA6B), (13, 0xC2B2AE35), 16),
-    (0x85EBCA77, (16, 0x7FEB352D), (15, 0x846CA68B), 16),
-)
+# (multiplier of the index, what mixes it with the bits)
+MIXERS = ((0x9E3779B1, mixing.MURMUR3), (0x85EBCA77, mixing.LOWBIAS32))
 WORDS = {
     1: np.uint8,
     2: np.uint16,
@@ -108,19 +105,12 @@ def checksum(array: Any) -> str:
 
 
 def mix(bits: Any, index: Any) -> list[Any]:
-    """Both mixers of uint32 arrays, of numpy or of jax; every operation wraps around at 2**32.
-
-    Numpy changes `x` in place, which spares it the time of as many new arrays; to jax `^=` is another name for a new one.
-    """
+    """Both mixers of uint32 arrays, of numpy or of jax."""
     mixed = []
-    for factor, *rounds, last in MIXERS:
+    for factor, mixer in MIXERS:
         x = index * np.uint32(factor)
         x ^= bits
-        for shift, multiplier in rounds:
-            x ^= x >> np.uint32(shift)
-            x *= np.uint32(multiplier)
-        x ^= x >> np.uint32(last)
-        mixed.append(x)
+        mixed.append(mixing.mix(x, mixer))
     return mixed
 
 
