@@ -22,7 +22,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import tqdm
 
@@ -111,7 +111,7 @@ def prepare(
         shutil.rmtree(work, ignore_errors=True)
         return existing
     work.mkdir(parents=True, exist_ok=True)
-    with _lock(work):
+    with _lock(work) as lock:
         _start_or_resume(work, recipe, files, tokenizer)
         spans = [
             s
@@ -120,7 +120,7 @@ def prepare(
         ]
         pieces = list(_group(spans, recipe["piece_bytes"]))
         summaries = _tokenize(
-            work, pieces, tokenizer, recipe, num_workers, max_bad_fraction, progress
+            work, pieces, tokenizer, recipe, num_workers, max_bad_fraction, progress, lock
         )
         _check_unchanged(files)
         counts = _check_summaries(work, summaries, recipe, max_bad_fraction)
@@ -202,14 +202,15 @@ def _existing(output: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _lock(work: Path) -> Iterator[None]:
-    """Only one process writes a store; the lock goes with the process, however it ends."""
+def _lock(work: Path) -> Iterator[IO]:
+    """Only one process and its workers, which inherit the open file, write a store; the lock goes with the
+    last of them, however they end: no worker of a killed run writes beside the next run."""
     with open(work / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise Locked(f"another process is writing {work}: wait for it") from error
-        yield
+        yield file
 
 
 def _start_or_resume(work: Path, recipe: dict, files: list[dict], tokenizer: Tokenizer) -> None:
@@ -259,6 +260,7 @@ def _tokenize(
     num_workers: int,
     max_bad_fraction: float,
     progress: bool,
+    lock: IO,
 ) -> list[dict[str, Any]]:
     """The summaries of all pieces, in their order; those that are done are read, the others made."""
     done = {}
@@ -282,7 +284,7 @@ def _tokenize(
         if num_workers == 0:
             made = (workers.prepare_piece(work, n, pieces[n], tokenizer, recipe) for n in missing)
         else:
-            pool = workers.Workers(work, num_workers)
+            pool = workers.Workers(work, num_workers, lock)
             made = stack.enter_context(pool).map((n, pieces[n]) for n in missing)
         for summary in made:
             done[summary["number"]] = summary

@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxlm.data import sources as text_sources
 from jaxlm.data.runs import Runs, replacing, write_text
@@ -74,8 +74,8 @@ class Workers:
     """Processes that run `prepare_piece`: plain `python -m` commands that read pieces as lines of JSON and
     answer with summaries. So they import neither the caller's main module nor JAX, and end with it."""
 
-    def __init__(self, work: Path, count: int):
-        self.work, self.count = work, count
+    def __init__(self, work: Path, count: int, lock: IO):
+        self.work, self.count, self.lock = work, count, lock
 
     def __enter__(self) -> "Workers":
         root = str(Path(__file__).resolve().parents[2])
@@ -86,6 +86,7 @@ class Workers:
                 [sys.executable, "-m", "jaxlm.data.workers", str(self.work.resolve())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                pass_fds=[self.lock.fileno()],  # held until they end, too
                 env=os.environ | single | {"PYTHONPATH": path},
             )
             for _ in range(self.count)

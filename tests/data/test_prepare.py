@@ -1,5 +1,6 @@
 """Laws of preparation: nothing lost, nothing doubled, the same bytes whatever the workers and interruptions."""
 
+import contextlib
 import json
 import os
 import random
@@ -199,6 +200,7 @@ def kill_after(pieces, source, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,  # its workers have it, too: this waits for their end
     )
     assert done.returncode == -signal.SIGKILL
 
@@ -438,6 +440,18 @@ def test_two_runs_do_not_write_one_store(source, tmp_path):
     (tmp_path / "s.partial").mkdir()
     with preparation._lock(tmp_path / "s.partial"), pytest.raises(RuntimeError, match="another"):
         prepare(str(source), TOKENIZER, tmp_path / "s", num_workers=0, **OPTIONS)
+
+
+def test_a_worker_that_outlives_its_run_keeps_the_lock(tmp_path):
+    TOKENIZER.save(tmp_path / "tokenizer")
+    (tmp_path / "plan.json").write_text("{}")
+    with contextlib.ExitStack() as stack:
+        with preparation._lock(tmp_path) as lock:
+            stack.enter_context(workers.Workers(tmp_path, 1, lock))
+        with pytest.raises(RuntimeError, match="another"), preparation._lock(tmp_path):
+            pass
+    with preparation._lock(tmp_path):
+        pass
 
 
 def test_a_file_that_changes_meanwhile_is_an_error(source, tmp_path, monkeypatch):
