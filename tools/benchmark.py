@@ -32,7 +32,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from jaxlm import build
@@ -407,6 +407,7 @@ def main(argv):
     if args.mode == "cross_entropy":
         report = benchmark_cross_entropy(args.steps)
     elif args.mode == "checkpoints":
+        logging.set_verbosity(logging.ERROR)  # of libraries: Orbax writes dozens of lines
         with tempfile.TemporaryDirectory(dir=args.workdir or None) as folder:
             report = checkpoint_cost(Path(folder), args.steps, alternate)
     elif args.config is None:

@@ -78,14 +78,14 @@ class Checkpoints:
     def save(
         self, step: int, state: TrainState, manifest: dict, metrics: dict[str, float] | None
     ) -> None:
-        """Starts to save; returns when the arrays are copied off the devices.
+        """Starts to save; the arrays may be donated at once, as a program that they are donated to waits for the copy.
 
         `metrics` are those of the evaluation at this very step (None: the step does not compete for best, as it does not
         where the metric is not finite: Orbax would take that for the best of all).
 
         Raises:
-          NotSaved: if this cannot be saved, or what was saved before could not.
-          Corrupted: if devices held different copies of one array of what was saved before; `check` and `wait` say it sooner.
+          NotSaved: if what was saved before could not be. Corrupted: if devices held different copies of one array of it.
+            `check` and `wait` say both of this.
         """
         competes = bool(self.best_metric) and metrics is not None
         if competes and self.best_metric not in metrics:

@@ -5,21 +5,20 @@ steps file by file.
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from jaxlm.exits import Corrupted, NotSaved
 from jaxlm.files import is_remote
-from jaxlm.parallel import processes
+from jaxlm.parallel import offload, processes
 from jaxlm.training.stored import in_short
 
 PyTree = Any
@@ -54,52 +53,35 @@ def retention(keep_last: int, keep_every: int, best_metric: str, best_mode: str)
     return options
 
 
-class ManifestHandler(ocp.JsonCheckpointHandler):
-    """Writes the JSON object that a function gives, and asks for it in the background: checksums take their time."""
-
-    async def async_save(
-        self, directory: Path, item: Any = None, args: "ManifestSave | None" = None
-    ) -> list[ocp.future.Future]:
-        del item
-        assert args is not None
-
-        async def write() -> None:
-            content = args.make()  # in every process: each learns of copies that differ
-            if processes.is_main():
-                (directory / "metadata").write_text(json.dumps(content))
-
-        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="manifest")]
-
-
-@ocp.args.register_with_handler(ManifestHandler, for_save=True, for_restore=True)
-@dataclass
-class ManifestSave(ocp.args.CheckpointArgs):
-    """Orbax wants arguments of restoring, too; the manifest is read without it (`stored.read_manifest`)."""
-
-    make: Callable[[], Mapping[str, Any]]
-
-
 class Saver:
     """directory: of the steps. options: of `retention`."""
 
     def __init__(self, directory: Path, options: Mapping[str, Any]):
         self.directory = directory
         self._options = ocp.CheckpointManagerOptions(
-            enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
             # A folder loses its name at once, and not file by file: what has a step's name is whole.
             todelete_subdir=DELETING,
-            # Else its threads wait five minutes, also when the program ends, for a folder that could not be made.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+            # Else its threads wait five minutes, also when the program ends, for a folder that could not be made; and a
+            # process that has written waits at most ten for one whose disk is slow.
+            async_options=ocp.options.AsyncOptions(
+                create_directories_asynchronously=False, timeout_secs=3600
+            ),
+            # Named, they wait for one another without a program on the devices, which only one thread may start.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                active_processes=set(range(jax.process_count()))
+            ),
+            create=False,  # by Orbax, which cannot for named processes
             **options,
         )
         self._manager: ocp.CheckpointManager | None = None
-        self._thread = ThreadPoolExecutor(1, "after_save")
+        self._thread = ThreadPoolExecutor(1, "saving")
         self._writing: Future | None = None
 
     def open(self) -> ocp.CheckpointManager:
         """The manager, made when it is needed first: it reads what steps there are, and trips over damaged ones."""
         if self._manager is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.directory, options=self._options)
             self._delete()
         return self._manager
@@ -118,26 +100,16 @@ class Saver:
         make_manifest: Callable[[], Mapping[str, Any]],
         metrics: Any,
     ) -> None:
-        """Starts to save; returns when the arrays are copied off the devices.
+        """Starts to save: the arrays may be donated at once, to a program that then waits until they are copied.
+
+        A thread of ours calls Orbax: its own save, asynchronous or not, keeps its caller waiting until eleven threads run.
 
         Raises:
-          Corrupted: of the manifest that was saved before.
-          NotSaved: if this cannot be saved, or what was saved before could not.
+          NotSaved, Corrupted: what went wrong with what was saved before; `check` and `wait` say it of this.
         """
         self.wait()
-        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        arguments = ocp.args.Composite(**arrays, manifest=ManifestSave(make_manifest))
-        manager = self.open()
-        try:
-            saved = manager.save(step, args=arguments, metrics=metrics)
-        except FAILURES as error:
-            raise self._not_saved(f"step {step}", error) from error
-        if not saved:
-            raise NotSaved(
-                f"Orbax refused to save step {step} into {self.directory}, where the newest step is "
-                f"{manager.latest_step()}: two runs may be writing to one workdir"
-            )
-        self._writing = self._thread.submit(self._after_save, manager)
+        copies = {name: offload.start_copy(tree) for name, tree in items.items()}
+        self._writing = self._thread.submit(self._save, step, copies, make_manifest, metrics)
 
     def check(self) -> None:
         """Raises NotSaved or Corrupted if what was saved in the background has failed; costs nothing to speak of."""
@@ -158,9 +130,9 @@ class Saver:
         except FAILURES as error:
             # It counts the step that failed; another one looks at what is there.
             self._manager = None
-            if isinstance(error, Corrupted):
+            if isinstance(error, Corrupted | NotSaved):
                 raise
-            raise self._not_saved("the newest step", error) from error
+            raise self._not_saved(error) from error
 
     def close(self) -> None:
         """Waits for what is being saved, and stops its thread."""
@@ -169,7 +141,22 @@ class Saver:
         finally:
             self._thread.shutdown()
 
-    def _after_save(self, manager: ocp.CheckpointManager) -> None:
+    def _save(
+        self,
+        step: int,
+        items: Mapping[str, PyTree],
+        make_manifest: Callable[[], Mapping[str, Any]],
+        metrics: Any,
+    ) -> None:
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        manifest = ocp.args.JsonSave(make_manifest())
+        arguments = ocp.args.Composite(**arrays, manifest=manifest)
+        manager = self.open()
+        if not manager.save(step, args=arguments, metrics=metrics):
+            raise NotSaved(
+                f"Orbax refused to save step {step} into {self.directory}, where the newest step is "
+                f"{manager.latest_step()}: two runs may be writing to one workdir"
+            )
         manager.wait_until_finished()
         self._delete()
 
@@ -186,10 +173,10 @@ class Saver:
                         os.truncate(path, 0)
             shutil.rmtree(self.directory / DELETING, ignore_errors=True)
 
-    def _not_saved(self, what: str, error: Exception) -> NotSaved:
+    def _not_saved(self, error: Exception) -> NotSaved:
         free = "" if is_remote(self.directory) else _free_space(self.directory)
         return NotSaved(
-            f"{what} could not be saved into {self.directory}{free}: {in_short(error)}\n"
+            f"the newest step could not be saved into {self.directory}{free}: {in_short(error)}\n"
             "The steps before are there. Make room or mend the disk, and start the same command again."
         )
 

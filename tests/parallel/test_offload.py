@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from configs import gpt
 from jaxlm.parallel import offload
@@ -66,3 +68,49 @@ def test_devices_without_that_memory_are_refused(monkeypatch):
     monkeypatch.setattr(offload, "HOST", "moon")
     with pytest.raises(ValueError, match="no memory 'moon'.*set it to False"):
         tiny_program(True).state_shape  # noqa: B018
+
+
+SPECS = {  # of arrays of (8, 6) on data=2, fsdp=2: how often a copy holds each element
+    "repeated": (P(), 1),
+    "sharded once": (P("fsdp"), 1),
+    "sharded twice": (P("data", "fsdp"), 1),
+    "both in one": (P(("fsdp", "data"), None), 1),
+    "the other one": (P(None, "fsdp"), 1),
+}
+
+
+def placed(spec, memory_kind="device", shape=(8, 6)):
+    mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    sharding = NamedSharding(mesh, spec, memory_kind=memory_kind)
+    return jax.device_put(np.arange(np.prod(shape), dtype=np.float32).reshape(shape), sharding)
+
+
+def held(x):
+    return sum(shard.data.size for shard in x.addressable_shards) / x.size
+
+
+@pytest.mark.parametrize("spec, times", SPECS.values(), ids=SPECS)
+def test_a_copy_on_the_host_has_every_byte_once(spec, times):
+    (copy,) = offload.start_copy([placed(spec)])
+    assert copy.sharding.memory_kind == offload.HOST and held(copy) == times
+    np.testing.assert_array_equal(copy, placed(spec))
+
+
+@pytest.mark.parametrize("shape, times", {(): 4, (7, 3): 4, (2, 3): 2, (0, 3): None}.items())
+def test_what_no_axis_divides_is_copied_by_each_device(shape, times):
+    (copy,) = offload.start_copy([placed(P(), shape=shape)])
+    np.testing.assert_array_equal(copy, placed(P(), shape=shape))
+    assert times is None or held(copy) == times
+
+
+@pytest.mark.parametrize("memory_kind", ["device", offload.HOST])
+def test_a_copy_keeps_its_values_when_the_original_is_donated(memory_kind):
+    copies, state = [], placed(P("fsdp"), memory_kind)
+    device = offload.on_device(state.sharding)
+    add = lambda x: jax.device_put(x, device) + 1
+    step = jax.jit(add, donate_argnums=0, out_shardings=state.sharding)
+    for _ in range(20):
+        copies += offload.start_copy([state])
+        state = step(state)
+    for i, copy in enumerate(copies):
+        np.testing.assert_array_equal(copy, i + np.arange(48).reshape(8, 6))
