@@ -279,6 +279,7 @@ HOW: dict[str, Run | Read | Shell] = {
         LITTLE_TUNING, put={"demo.py:package": "classification.py:train=my.csv", "seed=0,1,2": "seed=0,1"},
     ),
     "python tools/train_tokenizer.py ": Run(put={"8000": "640"}),
+    "python tools/train_tokenizer.py --kind=byte_bpe --sources=abstracts.jsonl": Run(put={"abstracts.jsonl": "train.jsonl", "4096": "640"}),
     # other programs
     "bash tools/quickstart.sh": Shell("tests/tools/test_quickstart.py runs it whole"),
     "bash tools/check.sh": Shell("it is what runs this test; tests/tools/test_shell_scripts.py"),
