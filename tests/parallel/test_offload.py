@@ -114,3 +114,11 @@ def test_a_copy_keeps_its_values_when_the_original_is_donated(memory_kind):
         state = step(state)
     for i, copy in enumerate(copies):
         np.testing.assert_array_equal(copy, i + np.arange(48).reshape(8, 6))
+
+
+def test_only_the_first_copy_compiles(caplog):
+    state = [placed(P()), placed(P("fsdp"), shape=(16, 6))]
+    with jax.log_compiles():
+        for expected in (1, 1):
+            offload.start_copy(state)
+            assert caplog.text.count("Compiling jit(_same)") == expected
