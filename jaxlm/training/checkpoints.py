@@ -67,11 +67,13 @@ class Checkpoints:
         return find_steps(self.directory)
 
     def latest_step(self) -> int | None:
-        """The newest step that is saved whole; None without one."""
+        """The newest step, once what is being saved is on disk; None without one."""
+        self.wait()
         return self._saver.open().latest_step()
 
     def best_step(self) -> int | None:
-        """The step with the best metric so far; the newest one if none competed."""
+        """The step with the best metric so far, likewise; the newest one if none competed."""
+        self.wait()
         manager = self._saver.open()
         return manager.best_step() if self.best_metric else manager.latest_step()
 
