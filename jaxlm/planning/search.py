@@ -69,7 +69,17 @@ def any_mesh(config: ConfigDict, topology: Topology) -> ConfigDict:
 
 
 def candidates(config: ConfigDict, topology: Topology) -> Iterator[Candidate]:
-    """Every way to run the config that divides evenly. `expert` and `stage` stay as they are."""
+    """Every way to run the config that divides evenly. `expert` and `stage` stay as they are.
+
+    Raises:
+      ValueError: if these are no sizes whose product divides the devices.
+    """
+    sizes = config.mesh
+    if min(sizes.expert, sizes.stage) < 1 or topology.num_chips % kept_ways(config):
+        raise ValueError(
+            f"found mesh.expert={sizes.expert}, mesh.stage={sizes.stage}; --search keeps both as they are: set sizes whose "
+            f"product divides the {topology.num_chips} devices of {topology.name}"
+        )
     chips = topology.num_chips // kept_ways(config)
     for tensor, context in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
         if chips % (tensor * context):

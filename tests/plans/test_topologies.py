@@ -178,6 +178,15 @@ def test_every_candidate_can_run_and_in_more_parts_too(variant, name, fields):
         check_runs(c.apply(config), topology)
 
 
+@pytest.mark.parametrize("fields", [{"mesh.expert": -1}, {"mesh.stage": 3}])
+def test_an_expert_or_stage_axis_that_leaves_open_what_is_kept_is_refused(fields):
+    config = read("mixtral_8x7b", **fields)
+    with pytest.raises(
+        ValueError, match="set sizes whose product divides the 32 devices of v5p-64"
+    ):
+        list(search.candidates(config, topologies.parse_topology("v5p-64")))
+
+
 @pytest.mark.parametrize(
     "model, name, fields, mesh",
     [
